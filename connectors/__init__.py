@@ -1,0 +1,1 @@
+"""Engine connectors. They use only kvstore's client side."""

@@ -1,0 +1,1 @@
+"""Copies between an engine's paged KV cache and arena slots."""

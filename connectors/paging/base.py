@@ -1,0 +1,56 @@
+"""The interface of a pager: the one seam between an engine's memory and the arena.
+
+``torch.py`` implements it for CPU pages (opaque bytes) and as the plain reference; ``cuda.py`` for GPU pages with CuPy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.node.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """One block to move: the engine pages that hold its tokens, in token order, and where its payload is in the arena."""
+
+    pages: tuple[int, ...]
+    offset: int
+    """Byte offset of the block's payload in the arena mapping (behind the envelope header)."""
+
+
+class Transfer(Protocol):
+    """A batch of copies on its way."""
+
+    def done(self) -> bool:
+        """True once every byte has arrived. Never blocks."""
+
+    def wait(self) -> None:
+        """Block until every byte has arrived. Raises what the copy raised."""
+
+
+class Pager(ABC):
+    """Moves this rank's share of blocks between engine pages and arena slots.
+
+    Calls come from one thread at a time. An arena is prepared (pinned) when it is first seen; a restarted node brings another
+    one. The engine's pages must not be reused, and the arena slots stay leased or reserved,
+    until the returned transfer is done.
+    """
+
+    block_bytes: int
+    """Payload bytes of a whole block, all ranks together: what is reserved in the arena."""
+
+    @abstractmethod
+    def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        """Engine pages to arena, ordered after the engine's work that was enqueued so far."""
+
+    @abstractmethod
+    def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        """Arena to engine pages."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is in flight and release memory registrations."""

@@ -1,0 +1,177 @@
+"""The in-memory index of a tier: block key to a row of numpy columns.
+
+One dict and about 60 bytes of columns per block, so that a million blocks fit in some 200 MB, and so that a policy can
+rank all of them with a few vector operations. Chains are known through ``parent_row``, so that a tail can be evicted before
+its head. Not thread-safe: owned by the tier's event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, KeysView
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.envelope import Header
+from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
+
+Rows = npt.NDArray[np.intp]
+
+_COLUMNS: dict[str, tuple[str, int]] = {  # dtype and the value of an unused row
+    "location": ("i8", -1),  # where the tier keeps the bytes
+    "accessed": ("f8", 0),  # seconds; which clock is the tier's choice
+    "length": ("u4", 0),  # payload bytes
+    "depth": ("u4", 0),  # position in the chain
+    "hits": ("u4", 0),
+    "namespace": ("i4", 0),  # number in BlockIndex.namespaces
+    "parent_row": ("i4", -1),  # -1 while the parent is not in this index
+    "children": ("i4", 0),  # rows whose parent_row is this one
+    "tokens": ("u2", 0),
+    "pins": ("u2", 0),  # leases and pending writes: a pinned row is no victim
+}
+
+
+class BlockIndex:
+    """Rows of blocks. ``index.accessed[row]`` and the other columns are plain arrays, open to policies."""
+
+    location: npt.NDArray[np.int64]
+    accessed: npt.NDArray[np.float64]
+    length: npt.NDArray[np.uint32]
+    depth: npt.NDArray[np.uint32]
+    hits: npt.NDArray[np.uint32]
+    namespace: npt.NDArray[np.int32]
+    parent_row: npt.NDArray[np.int32]
+    children: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.uint16]
+    pins: npt.NDArray[np.uint16]
+
+    def __init__(self) -> None:
+        self._rows: dict[BlockKey, int] = {}
+        self._keys: list[BlockKey | None] = []
+        self._free: list[int] = []
+        self._waiting: dict[BlockKey, list[int]] = {}
+        """Rows whose parent is not here, by that parent's key."""
+        self._parents = np.zeros(0, dtype=f"V{KEY_BYTES}")
+        for name, (dtype, _) in _COLUMNS.items():
+            setattr(self, name, np.zeros(0, dtype=dtype))
+        self.namespaces: list[bytes] = []
+        self._namespace_numbers: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def keys(self) -> KeysView[BlockKey]:
+        """Live view; membership is one dict probe."""
+        return self._rows.keys()
+
+    def row(self, key: BlockKey) -> int | None:
+        return self._rows.get(key)
+
+    def rows(self, keys: Iterable[BlockKey]) -> Rows:
+        """Rows of those keys that are present, in the given order."""
+        get = self._rows.get
+        return np.fromiter((row for key in keys if (row := get(key)) is not None), dtype=np.intp)
+
+    def used(self) -> Rows:
+        """All rows in use."""
+        return np.flatnonzero(self.location >= 0)
+
+    def key(self, row: int) -> BlockKey:
+        key = self._keys[row]
+        assert key is not None, f"row {row} is not in use"
+        return key
+
+    def parent(self, row: int) -> BlockKey:
+        return BlockKey(self._parents[row].tobytes())
+
+    def add(self, header: Header, location: int, now: float) -> int:
+        """Insert a block, or replace what is known of it; returns its row."""
+        if header.key in self._rows:
+            self.remove(header.key)
+        row = self._take_row()
+        self._rows[header.key] = row
+        self._keys[row] = header.key
+        self._parents[row] = np.void(header.parent)
+        self.location[row] = location
+        self.accessed[row] = now
+        self.length[row] = header.length
+        self.depth[row] = header.index
+        self.hits[row] = 0
+        self.namespace[row] = self._number(header.namespace)
+        self.tokens[row] = header.tokens
+        self.pins[row] = 0
+        self._link(row, header)
+        return row
+
+    def remove(self, key: BlockKey) -> int | None:
+        """Forget a block; returns the location it had."""
+        row = self._rows.pop(key, None)
+        if row is None:
+            return None
+        self._unlink(row, key)
+        location = int(self.location[row])
+        self._keys[row] = None
+        self.location[row] = -1
+        self._free.append(row)
+        return location
+
+    def touch(self, keys: Iterable[BlockKey], now: float) -> None:
+        """Count a hit for each present key."""
+        rows = self.rows(keys)
+        self.accessed[rows] = now
+        self.hits[rows] += 1
+
+    def _link(self, row: int, header: Header) -> None:
+        """Join the row to its parent and to the children that came before it."""
+        self.parent_row[row] = -1
+        children = self._waiting.pop(header.key, [])
+        self.children[row] = len(children)
+        self.parent_row[children] = row
+        if header.parent == NO_PARENT:
+            return
+        parent = self._rows.get(header.parent)
+        if parent is None:
+            self._waiting.setdefault(header.parent, []).append(row)
+        else:
+            self.parent_row[row] = parent
+            self.children[parent] += 1
+
+    def _unlink(self, row: int, key: BlockKey) -> None:
+        if self.children[row]:
+            orphans = np.flatnonzero((self.parent_row == row) & (self.location >= 0))
+            self.parent_row[orphans] = -1
+            self._waiting[key] = [int(orphan) for orphan in orphans]
+        parent = int(self.parent_row[row])
+        if parent >= 0:
+            self.children[parent] -= 1
+            self.parent_row[row] = -1
+            return
+        waiting = self._waiting.get(self.parent(row))
+        if waiting is not None:
+            waiting.remove(row)
+            if not waiting:
+                del self._waiting[self.parent(row)]
+
+    def _number(self, namespace: bytes) -> int:
+        number = self._namespace_numbers.get(namespace)
+        if number is None:
+            number = self._namespace_numbers[namespace] = len(self.namespaces)
+            self.namespaces.append(namespace)
+        return number
+
+    def _take_row(self) -> int:
+        if self._free:
+            return self._free.pop()
+        row = len(self._keys)
+        if row == len(self._parents):
+            self._grow(max(1024, row // 4))
+        self._keys.append(None)
+        return row
+
+    def _grow(self, more: int) -> None:
+        self._parents = np.concatenate([self._parents, np.zeros(more, dtype=self._parents.dtype)])
+        for name, (dtype, unused) in _COLUMNS.items():
+            setattr(self, name, np.concatenate([getattr(self, name), np.full(more, unused, dtype=dtype)]))

@@ -1,0 +1,121 @@
+"""What a client may ask of a node, and what it gets back.
+
+A save is ``reserve`` → write the payload to the slots → ``commit``; a load is ``acquire`` → read the payload from the slots
+→ ``release``. Leases and reservations belong to the connection: they fall when it closes. Until then a slot handed out is
+never used for anything else, however long the client takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from kvstore.identity import BlockKey, Keyring, Namespace
+from kvstore.node.arena import Arena
+from kvstore.tiers.base import Medium
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The longest usable prefix."""
+
+    blocks: int
+    """How many consecutive blocks, from the first one asked for, some tier holds."""
+    runs: tuple[tuple[Medium, int], ...] = ()
+    """Where they are, as (medium, number of blocks) in chain order."""
+    seconds: float = 0.0
+    """Estimated time until all of them are in the arena; 0 for blocks that are there."""
+
+
+class Miss(Enum):
+    """Why a block was not delivered, or not taken."""
+
+    NOT_STORED = "not_stored"
+    CORRUPT = "corrupt"
+    DEADLINE = "deadline"
+    UNAVAILABLE = "unavailable"
+    NO_ROOM = "no_room"
+    PRESENT = "present"
+    """Saves only: somebody stored or is storing it; there is nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """Leased slots of a prefix of the keys asked for."""
+
+    arena: Arena
+    offsets: tuple[int, ...]
+    """Arena offset of each delivered block's payload, in the order asked for; may be shorter than what was asked."""
+    media: tuple[Medium, ...]
+    """Which tier each delivered block came from."""
+    miss: Miss | None = None
+    """Why delivery stopped, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """A block about to be saved."""
+
+    key: BlockKey
+    parent: BlockKey
+    index: int
+    """Position in its chain, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Where to write the blocks that are wanted."""
+
+    arena: Arena
+    offsets: tuple[int | None, ...]
+    """Arena offset for each block's payload; None: do not write it, see ``misses``."""
+    misses: dict[int, Miss]
+    """By position, why a block is not to be written: PRESENT or NO_ROOM."""
+
+
+class NodeClient(Protocol):
+    """The synchronous client, thread-safe. Implemented by ``kvstore.Client``; ``kvstore.testing`` has an in-process one.
+
+    Every call raises NodeUnavailable or DeadlineExceeded when the node is gone or late. After NodeUnavailable the next call
+    reconnects (not more often than once a second); a restarted node has another ``epoch`` and another arena, and all
+    earlier offsets are void (the old mapping stays readable while an ``Arena`` refers to it, so a late copy does no harm).
+    """
+
+    @property
+    def epoch(self) -> int:
+        """Identity of the node's run; changes when it restarts. 0 before the first contact."""
+
+    def open_namespace(self, namespace: Namespace, block_bytes: int) -> Keyring:
+        """Register a namespace and its payload size; survives reconnects. Returns the keyring for its block keys."""
+
+    def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
+        """Longest usable prefix of ``keys[start:]``. ``keys`` is the whole chain, so that all of it counts as used."""
+
+    def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
+        """Bring a prefix of ``keys`` to the arena and lease it. At the deadline, what has arrived is the answer."""
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """Return leases; one call for each acquire."""
+
+    def reserve(
+        self, namespace: Namespace, blocks: Sequence[NewBlock], part: int = 0, parts: int = 1, timeout: float = 1.0
+    ) -> Reserved:
+        """Ask for slots to write. With ``parts`` > 1, that many clients (TP ranks) write their share of the same slot."""
+
+    def commit(
+        self, keys: Sequence[BlockKey], part: int = 0, durable: Medium = Medium.HOST, timeout: float = 10.0
+    ) -> tuple[BlockKey, ...]:
+        """Publish reserved blocks, whole once every part has committed.
+
+        Returns the keys that reached ``durable`` in time (with HOST: those published; they do not outlive the node).
+        """
+
+    def abort(self, keys: Sequence[BlockKey]) -> None:
+        """Give reservations up."""
+
+    def close(self) -> None:
+        """Drop the connection, and with it every lease and reservation."""

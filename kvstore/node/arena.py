@@ -1,0 +1,60 @@
+"""The shared arena: one anonymous shared mapping, made by the node and attached by its clients.
+
+The file behind it has no name: it is made with O_TMPFILE in ``/dev/shm`` and handed over as a descriptor, so nothing is
+left behind when the node is killed, and a client needs no access to the node's mounts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from kvstore.errors import ConfigError
+
+SHM_DIRECTORY = "/dev/shm"
+
+
+class Arena:
+    """A mapping of the node's slots. Freed when nothing refers to ``buffer`` any more."""
+
+    def __init__(self, fd: int, nbytes: int, epoch: int) -> None:
+        """Map ``nbytes`` of the descriptor, which stays owned by this object."""
+        self.fd = fd
+        self.nbytes = nbytes
+        self.epoch = epoch
+        self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.buffer = memoryview(self._map)
+
+    @classmethod
+    def create(cls, nbytes: int, epoch: int, directory: str = SHM_DIRECTORY) -> Arena:
+        """Reserve ``nbytes`` of shared memory. Raises ConfigError when there is not enough.
+
+        The memory is allocated here, so that a write can never meet a full ``/dev/shm`` (which would kill the writer with
+        SIGBUS) and no save pays for page faults.
+        """
+        free = os.statvfs(directory)
+        available = free.f_bavail * free.f_frsize
+        remedy = f"Lower host.bytes, or enlarge {directory} (mount -o remount,size=..., or --shm-size of the container)."
+        if nbytes > available:
+            raise ConfigError("host.bytes", nbytes, f"{directory} has only {available} bytes free", remedy)
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError("host.bytes", nbytes, f"{directory}: {error.strerror}", remedy) from error
+        return cls(fd, nbytes, epoch)
+
+    def slot(self, offset: int, length: int) -> memoryview:
+        return self.buffer[offset : offset + length]
+
+    def close(self) -> None:
+        """Give up the descriptor; the mapping lives on while views of it do."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.buffer.release()
+        try:
+            self._map.close()
+        except BufferError:  # a view is still in use: the mapping goes with it
+            pass
