@@ -1,0 +1,1 @@
+"""Studies behind every number this project claims. ``python -m benchmarks <study>``."""
