@@ -105,9 +105,24 @@ class Header:
         if len(view) < HEADER_BYTES:
             raise BlockCorrupt(f"header is {len(view)} bytes long, not {HEADER_BYTES}")
         view = view[:HEADER_BYTES]
-        magic, version, _, size, namespace, key, parent, index, tokens, length, generation, crc, _, created, _, codecs = (
-            _HEADER.unpack_from(view)
-        )
+        (
+            magic,
+            version,
+            _,
+            size,
+            namespace,
+            key,
+            parent,
+            index,
+            tokens,
+            length,
+            generation,
+            crc,
+            _,
+            created,
+            _,
+            codecs,
+        ) = _HEADER.unpack_from(view)
         if magic != _MAGIC:
             raise BlockCorrupt("not a block: wrong magic")
         (stored,) = _CRC.unpack_from(view, HEADER_BYTES - _CRC.size)

@@ -33,6 +33,8 @@ DIGEST_BYTES = 32
 NO_PARENT = BlockKey(bytes(KEY_BYTES))
 """The parent of a chain's first block."""
 
+MAX_BLOCK_TOKENS = 32_768
+
 FORMAT_VERSION = 1
 """Version of the canonical byte layout; part of every namespace, so that a new one never reads an old block."""
 
@@ -75,6 +77,10 @@ class Namespace:
         for field in ("layers", "kv_heads", "head_dim", "block_tokens"):
             if getattr(self, field) < 1:
                 raise IdentityError(f"namespace field {field} is {getattr(self, field)}; it must be at least 1")
+        if self.block_tokens > MAX_BLOCK_TOKENS:
+            raise IdentityError(
+                f"namespace field block_tokens is {self.block_tokens}; it must be at most {MAX_BLOCK_TOKENS}"
+            )
         if not self.model or not self.tenant:
             raise IdentityError("namespace fields model and tenant must not be empty")
 
@@ -118,7 +124,9 @@ class Namespace:
 
     def keyring(self, tenant_secret: bytes) -> Keyring:
         """Derive the key that turns this namespace's digests into block keys."""
-        return Keyring(hashlib.blake2b(self.digest, key=tenant_secret[:64], digest_size=32, person=b"kvstore.keyring").digest())
+        return Keyring(
+            hashlib.blake2b(self.digest, key=tenant_secret[:64], digest_size=32, person=b"kvstore.keyring").digest()
+        )
 
 
 class Keyring:
@@ -169,7 +177,7 @@ def chain_digests(
     """
     if block_tokens < 1:
         raise IdentityError(f"block_tokens is {block_tokens}; it must be at least 1")
-    data = memoryview(np.ascontiguousarray(tokens, dtype="<u4")).cast("B")
+    data = np.ascontiguousarray(tokens, dtype="<u4").data.cast("B")
     size = 4 * block_tokens
     sha256 = hashlib.sha256
     digests = []

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvstore.envelope import Header
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
+from kvstore.tiers.base import BlockStat
 
 Rows = npt.NDArray[np.intp]
 
@@ -86,6 +87,18 @@ class BlockIndex:
 
     def parent(self, row: int) -> BlockKey:
         return BlockKey(self._parents[row].tobytes())
+
+    def stat(self, row: int) -> BlockStat:
+        return BlockStat(
+            key=self.key(row),
+            length=int(self.length[row]),
+            namespace=self.namespaces[self.namespace[row]],
+            parent=self.parent(row),
+            index=int(self.depth[row]),
+            tokens=int(self.tokens[row]),
+            hits=int(self.hits[row]),
+            accessed=float(self.accessed[row]),
+        )
 
     def add(self, header: Header, location: int, now: float) -> int:
         """Insert a block, or replace what is known of it; returns its row."""

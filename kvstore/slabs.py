@@ -85,6 +85,10 @@ class SlabAllocator:
         """Size class of the used slot at ``offset``."""
         return self._extents[offset // self.extent_bytes].slot_bytes
 
+    def used_slots(self, extent: int) -> int:
+        """How many slots of an extent in use are taken."""
+        return self._extents[extent].used
+
     def extents(self) -> dict[int, int]:
         """Size class of each extent in use, by extent number."""
         return {number: extent.slot_bytes for number, extent in self._extents.items()}

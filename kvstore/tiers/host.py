@@ -1,0 +1,187 @@
+"""Host memory: the shared arena carved into slots.
+
+Besides the interface of every tier, this one hands out the slots themselves: a save allocates a slot, fills it and
+publishes it; a load pins a published slot for as long as somebody reads it. A pinned slot is never evicted, and a deleted
+one stays in place until its last pin is gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+
+from kvstore.envelope import Header, verify
+from kvstore.errors import BlockNotFound, BlockTooLarge, ConfigError
+from kvstore.identity import BlockKey
+from kvstore.index import BlockIndex, Rows
+from kvstore.node.arena import Arena
+from kvstore.policy.eviction import LRU, EvictionPolicy, eviction_order
+from kvstore.slabs import SlabAllocator
+from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
+
+EVICTED_AT_ONCE = 1 / 64
+"""Share of a size class that is given up when it is full: ranking is a pass over the class, so it pays to rank rarely."""
+
+
+class HostTier(Tier):
+    """Blocks in an arena. Loses everything when the process ends."""
+
+    medium = Medium.HOST
+
+    def __init__(self, arena: Arena, extent_bytes: int, policy: EvictionPolicy | None = None) -> None:
+        """``extent_bytes`` bounds the largest block; see ``kvstore.slabs``."""
+        extents = arena.nbytes // extent_bytes
+        if extents < 1:
+            remedy = "Give the arena more memory, or make the extents smaller."
+            raise ConfigError("host.bytes", arena.nbytes, f"less than one extent of {extent_bytes} bytes", remedy)
+        self.arena = arena
+        self.index = BlockIndex()
+        self.policy = policy or LRU()
+        self._slabs = SlabAllocator(extents, extent_bytes)
+        self._used_bytes = 0
+        self._unlisted: dict[int, int] = {}
+        """Pins left on slots whose block was deleted, by offset."""
+        self._evicted = self._refused = 0
+
+    def keys(self) -> AbstractSet[BlockKey]:
+        return self.index.keys()
+
+    def stat(self, key: BlockKey) -> BlockStat | None:
+        row = self.index.row(key)
+        if row is None:
+            return None
+        return self.index.stat(row)
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        self.index.touch(keys, time.time())
+
+    def stats(self) -> TierStats:
+        return TierStats(
+            medium=self.medium,
+            blocks=len(self.index),
+            used_bytes=self._used_bytes,
+            capacity_bytes=self._slabs.capacity,
+            evicted=self._evicted,
+            refused=self._refused,
+        )
+
+    async def put(self, header: Header, envelope: memoryview) -> PutResult:
+        if header.key in self.index:
+            return PutResult.PRESENT
+        offset = self.allocate(header.envelope_bytes)
+        if offset is None:
+            return PutResult.REFUSED
+        self.arena.buffer[offset : offset + header.envelope_bytes] = envelope[: header.envelope_bytes]
+        self.publish(header, offset)
+        return PutResult.STORED
+
+    async def get(self, key: BlockKey, into: memoryview) -> Header:
+        row = self.index.row(key)
+        if row is None:
+            raise BlockNotFound(key.hex())
+        slot = self.slot(int(self.index.location[row]))
+        header = verify(slot, key)
+        if len(into) < header.envelope_bytes:
+            raise BlockTooLarge(f"block {key.hex()} has {header.envelope_bytes} bytes, the buffer {len(into)}")
+        into[: header.envelope_bytes] = slot[: header.envelope_bytes]
+        return header
+
+    async def delete(self, keys: Iterable[BlockKey]) -> int:
+        return sum(self._drop(key) for key in keys)
+
+    async def close(self) -> None:
+        self.arena.close()
+
+    def allocate(self, nbytes: int) -> int | None:
+        """Offset of a free slot of ``nbytes``, evicting if need be; None when all that could go is pinned or reserved.
+
+        Raises BlockTooLarge when no slot can ever hold it.
+        """
+        offset = self._slabs.allocate(nbytes)
+        if offset is None and self._make_room(nbytes):
+            offset = self._slabs.allocate(nbytes)
+        if offset is None:
+            self._refused += 1
+            return None
+        self._used_bytes += nbytes
+        return offset
+
+    def discard(self, offset: int) -> None:
+        """Give back a slot that was allocated and not published."""
+        self._used_bytes -= self._slabs.slot_bytes(offset)
+        self._slabs.free(offset)
+
+    def publish(self, header: Header, offset: int) -> None:
+        """List the block whose sealed envelope is in the slot at ``offset``."""
+        assert header.key not in self.index, "published twice"
+        self.index.add(header, offset, time.time())
+
+    def pin(self, key: BlockKey) -> int | None:
+        """Keep a block in place and say where its slot is; None when it is not here."""
+        row = self.index.row(key)
+        if row is None:
+            return None
+        self.index.pins[row] += 1
+        return int(self.index.location[row])
+
+    def unpin(self, key: BlockKey, offset: int) -> None:
+        """Take one pin off the slot that ``pin`` gave for the key."""
+        row = self.index.row(key)
+        if row is not None and self.index.location[row] == offset:
+            self.index.pins[row] -= 1
+            return
+        self._unlisted[offset] -= 1
+        if not self._unlisted[offset]:
+            del self._unlisted[offset]
+            self.discard(offset)
+
+    def slot(self, offset: int) -> memoryview:
+        """The bytes of the slot at ``offset``: header and payload."""
+        return self.arena.slot(offset, self._slabs.slot_bytes(offset))
+
+    def _drop(self, key: BlockKey) -> bool:
+        row = self.index.row(key)
+        if row is None:
+            return False
+        pins = int(self.index.pins[row])
+        offset = self.index.remove(key)
+        assert offset is not None
+        if pins:
+            self._unlisted[offset] = pins
+        else:
+            self.discard(offset)
+        return True
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict within the size class; failing that, empty the least valuable extent of another class."""
+        rows = self.index.used()
+        free = rows[self.index.pins[rows] == 0]
+        sizes = self._slabs.extents()
+        classes = np.fromiter((sizes[e] for e in self.index.location[free] // self._slabs.extent_bytes), dtype=np.int64)
+        peers = free[classes == nbytes]
+        if len(peers):
+            count = max(1, int(len(peers) * EVICTED_AT_ONCE))
+            self._evict(eviction_order(self.index, self.policy, peers, time.time())[:count])
+            return True
+        return self._empty_an_extent(free)
+
+    def _empty_an_extent(self, free: Rows) -> bool:
+        """Of the extents without a pinned or reserved slot, evict the one whose most valuable block is worth least."""
+        order = eviction_order(self.index, self.policy, free, time.time())
+        extents = self.index.location[order] // self._slabs.extent_bytes
+        # Ascending by value: an extent's last occurrence is its most valuable block.
+        by_best = list(dict.fromkeys(extents[::-1].tolist()))[::-1]
+        for extent in by_best:
+            members = order[extents == extent]
+            if len(members) == self._slabs.used_slots(extent):
+                self._evict(members)
+                return True
+        return False
+
+    def _evict(self, rows: Rows) -> None:
+        for row in rows:
+            self._drop(self.index.key(int(row)))
+        self._evicted += len(rows)

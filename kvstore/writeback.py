@@ -1,0 +1,80 @@
+"""Writes published blocks down to the slower tiers, off everybody's path.
+
+Saving is optional work: the queue is bounded in bytes, and what does not fit is dropped and counted. A block stays pinned
+in the arena while it waits, so the bound is also the share of the arena that eviction cannot have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from kvstore.envelope import Header
+from kvstore.errors import TierError
+from kvstore.identity import BlockKey
+from kvstore.telemetry import StoreMetrics
+from kvstore.tiers.base import PutResult, Tier
+from kvstore.tiers.host import HostTier
+
+log = structlog.get_logger(__name__)
+
+
+class Writeback:
+    """One queue and a few workers for one slower tier."""
+
+    def __init__(self, host: HostTier, tier: Tier, metrics: StoreMetrics, limit_bytes: int, workers: int) -> None:
+        self.tier = tier
+        self.queued_bytes = 0
+        self._host = host
+        self._metrics = metrics
+        self._limit = limit_bytes
+        self._pending: dict[BlockKey, asyncio.Future[bool]] = {}
+        self._queue: asyncio.Queue[tuple[Header, int]] = asyncio.Queue()
+        self._workers = [asyncio.create_task(self._work()) for _ in range(workers)]
+
+    def offer(self, header: Header) -> asyncio.Future[bool] | None:
+        """Queue a block that the host tier holds. The future tells whether the tier holds it; None: dropped."""
+        key = header.key
+        if (pending := self._pending.get(key)) is not None:
+            return pending
+        size = header.envelope_bytes
+        if self.queued_bytes + size > self._limit or (offset := self._host.pin(key)) is None:
+            self._metrics.dropped.labels(self.tier.medium.value).inc()
+            return None
+        self.queued_bytes += size
+        future = self._pending[key] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((header, offset))
+        return future
+
+    async def drain(self) -> None:
+        """Wait until everything queued so far was written or given up."""
+        await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop the workers; what is still queued is dropped."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            header, offset = await self._queue.get()
+            stored = False
+            try:
+                stored = await self._write(header, offset)
+            finally:
+                self.queued_bytes -= header.envelope_bytes
+                self._host.unpin(header.key, offset)
+                self._pending.pop(header.key).set_result(stored)
+
+    async def _write(self, header: Header, offset: int) -> bool:
+        medium = self.tier.medium.value
+        try:
+            result = await self.tier.put(header, self._host.slot(offset)[: header.envelope_bytes])
+        except TierError as error:
+            log.warning("block not written", tier=medium, block=header.key.hex(), error=str(error))
+            self._metrics.written.labels(medium, "failed").inc()
+            return False
+        self._metrics.written.labels(medium, result.value).inc()
+        return result is not PutResult.REFUSED
