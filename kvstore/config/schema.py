@@ -1,0 +1,250 @@
+"""Every setting: sections, types, bounds and rules. The descriptions become ``docs/configuration.md``."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic_core import PydanticCustomError
+
+from kvstore.errors import ConfigError
+from kvstore.units import exact_bytes, parse_bytes
+
+PUBLIC_SECRET = b"kvstore-public-default"
+"""Used when no tenant secret is set. Everyone knows it, so it hides nothing: for one machine, not for a shared bucket."""
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+def _as_bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        context = {"problem": str(error), "remedy": "Write it as 16GiB, 500MB, or a number of bytes."}
+        raise PydanticCustomError("kvstore", "{problem}", context) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_as_bytes)]
+
+
+def _refuse(field: str, problem: str, remedy: str) -> PydanticCustomError:
+    """An error of a rule that spans fields; ``field`` is the one to change."""
+    return PydanticCustomError("kvstore", "{problem}", {"field": field, "problem": problem, "remedy": remedy})
+
+
+def default_socket() -> Path:
+    """Where a node listens and its clients look, unless told otherwise."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "kvstore" if runtime else Path(f"/tmp/kvstore-{os.getuid()}")
+    return base / "node.sock"
+
+
+def default_directory() -> Path:
+    """``/var/lib/kvstore`` for root, the user's cache folder for everybody else."""
+    if os.getuid() == 0:
+        return Path("/var/lib/kvstore")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvstore"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class NodeSection(_Section):
+    """The process."""
+
+    socket: Path = Field(
+        default_factory=default_socket, description="Unix socket that the node listens on and its clients connect to."
+    )
+    directory: Path = Field(default_factory=default_directory, description="Where the node keeps its files.")
+    drain_seconds: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds that a stopping node spends on writes it has queued; the rest is dropped.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe message that is logged."
+    )
+
+
+class HostSection(_Section):
+    """Shared host memory."""
+
+    bytes: Bytes = Field(4 * _GIB, ge=_MIB, description="Size of the arena in /dev/shm, taken when the node starts.")
+    extent_bytes: Bytes = Field(
+        64 * _MIB,
+        ge=64 << 10,
+        description="Unit in which the arena is given to a block size; at least the largest block.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> HostSection:
+        if self.extent_bytes % 4096:
+            raise _refuse("host.extent_bytes", "not a multiple of 4096 bytes", "Use a size such as 64MiB.")
+        if self.bytes < self.extent_bytes:
+            raise _refuse(
+                "host.bytes",
+                f"smaller than host.extent_bytes ({exact_bytes(self.extent_bytes)}), so not one block fits",
+                "Raise host.bytes, or lower host.extent_bytes.",
+            )
+        return self
+
+
+class DiskSection(_Section):
+    """Local NVMe."""
+
+    enabled: bool = Field(True, description="Whether the node keeps blocks on a local disk.")
+    directory: Path | None = Field(None, description="Folder of the segment files; empty: disk/ in node.directory.")
+    bytes: Bytes = Field(16 * _GIB, ge=_MIB, description="Hard cap of the segment files together.")
+    segment_bytes: Bytes = Field(_GIB, ge=_MIB, description="Size of one segment file; at least the largest block.")
+    threads: int = Field(4, ge=1, le=64, description="Reads and writes at a time.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DiskSection:
+        if self.segment_bytes % 4096:
+            raise _refuse("disk.segment_bytes", "not a multiple of 4096 bytes", "Use a size such as 1GiB.")
+        if self.bytes < self.segment_bytes:
+            raise _refuse(
+                "disk.bytes",
+                f"smaller than disk.segment_bytes ({exact_bytes(self.segment_bytes)}), so not one block fits",
+                "Raise disk.bytes, lower disk.segment_bytes, or switch the tier off with disk.enabled = false.",
+            )
+        return self
+
+
+class ObjectSection(_Section):
+    """The region's bucket."""
+
+    url: str = Field("", description="s3://bucket/prefix, or file:///folder; empty: no object tier.")
+    endpoint: str = Field("", description="URL of the S3-compatible server; empty: AWS.")
+    region: str = Field(
+        "", description="Region name for signatures; empty: what the AWS environment says, else us-east-1."
+    )
+    access_key_id: str = Field(
+        "", description="Access key; empty: the usual AWS chain (environment, profile, instance role)."
+    )
+    secret_access_key: SecretStr = Field(SecretStr(""), description="Secret of the access key.")
+    session_token: SecretStr = Field(SecretStr(""), description="Token of temporary credentials.")
+    path_style: bool = Field(True, description="Address the bucket as host/bucket, as most servers but AWS want it.")
+    ca_file: Path | None = Field(None, description="PEM file of the authority that signed the server's certificate.")
+    bytes: Bytes | None = Field(None, ge=_MIB, description="Hard cap of this store's objects; empty: no limit.")
+    bytes_in_flight: Bytes = Field(
+        256 * _MIB, ge=_MIB, description="Bytes that may be on the wire at a time, each way."
+    )
+    create_bucket: bool = Field(False, description="Whether to create the bucket when it does not exist.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectSection:
+        if self.url and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|file:///.+", self.url):
+            raise _refuse(
+                "object.url",
+                "not s3://bucket/prefix or file:///folder",
+                "Write the bucket in lower case, without the endpoint.",
+            )
+        if self.endpoint and not re.fullmatch(r"https?://[^/]+/?", self.endpoint):
+            raise _refuse("object.endpoint", "not an http:// or https:// address", "Write it as https://host:port.")
+        if self.url.startswith("file:") and self.endpoint:
+            raise _refuse("object.endpoint", "object.url is a folder, which has no endpoint", "Remove one of the two.")
+        if bool(self.access_key_id) != bool(self.secret_access_key.get_secret_value()):
+            raise _refuse(
+                "object.access_key_id",
+                "access_key_id and secret_access_key come as a pair",
+                "Set both, or neither to use the AWS environment.",
+            )
+        return self
+
+
+class IdentitySection(_Section):
+    """Whose blocks these are."""
+
+    tenant: str = Field(
+        "default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Tenant's name; tenants never share a block."
+    )
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="Secret behind block keys, the same on all nodes that share blocks; empty: a public default.",
+    )
+    secret_file: Path | None = Field(None, description="File that holds the secret, in place of identity.secret.")
+
+    @model_validator(mode="after")
+    def _check(self) -> IdentitySection:
+        text = self.secret.get_secret_value()
+        if text and self.secret_file:
+            raise _refuse("identity.secret_file", "identity.secret is set as well", "Keep one of the two.")
+        if text and len(text.encode()) < 16:
+            raise _refuse("identity.secret", "shorter than 16 bytes", "Make one with: openssl rand -hex 32")
+        return self
+
+    @property
+    def is_public(self) -> bool:
+        """True while block keys are derived from the public default."""
+        return not self.secret.get_secret_value() and self.secret_file is None
+
+    def secret_bytes(self) -> bytes:
+        """The tenant secret. Reads ``secret_file``; raises ConfigError when it cannot be used."""
+        if self.secret_file is None:
+            return self.secret.get_secret_value().encode() or PUBLIC_SECRET
+        try:
+            secret = self.secret_file.read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(
+                "identity.secret_file",
+                str(self.secret_file),
+                error.strerror or "cannot be read",
+                "Name a readable file.",
+            ) from error
+        if len(secret) < 16:
+            raise ConfigError(
+                "identity.secret_file",
+                str(self.secret_file),
+                "holds less than 16 bytes",
+                "Make one with: openssl rand -hex 32",
+            )
+        return secret
+
+
+class WriteSection(_Section):
+    """Writing down to the slower tiers."""
+
+    queue_bytes: Bytes | None = Field(
+        None,
+        ge=_MIB,
+        description="Bytes that may wait for each slower tier, more is dropped; empty: an eighth of host.bytes.",
+    )
+
+
+class Config(_Section):
+    """Every setting of a node and of the tools around it."""
+
+    node: NodeSection = NodeSection()
+    host: HostSection = HostSection()
+    disk: DiskSection = DiskSection()
+    object: ObjectSection = ObjectSection()
+    identity: IdentitySection = IdentitySection()
+    write: WriteSection = WriteSection()
+
+    @property
+    def disk_directory(self) -> Path:
+        """Where the segment files are."""
+        return self.disk.directory or self.node.directory / "disk"
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes that may wait to be written to each slower tier."""
+        return self.write.queue_bytes or self.host.bytes // 8
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.queue_bytes > self.host.bytes // 4:
+            raise _refuse(
+                "write.queue_bytes",
+                "more than a quarter of host.bytes, and waiting blocks hold their place in host memory",
+                "Lower write.queue_bytes, or leave it empty.",
+            )
+        return self
