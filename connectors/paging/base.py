@@ -20,6 +20,9 @@ class BlockCopy:
     pages: tuple[int, ...]
     offset: int
     """Byte offset of the block's payload in the arena mapping (behind the envelope header)."""
+    first_page: int = 0
+    """Which page of the block ``pages`` starts at. Loads only: an engine that already holds the first or needs not the last
+    pages of a block takes a part of it; a save writes all pages."""
 
 
 class Transfer(Protocol):
