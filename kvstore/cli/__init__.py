@@ -1,0 +1,63 @@
+"""The ``kvstore`` command.
+
+    options.py   options that commands share
+    output.py    tables and JSON
+    settings.py  config
+    node.py      node, status
+    blocks.py    ls, get, verify, rm
+    checks.py    doctor
+
+Commands import what they need when they run, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvstore.cli import blocks, checks, node, settings
+from kvstore.cli.output import fail
+from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
+
+OK, FOUND_PROBLEM, BAD_INPUT, NO_NODE = range(4)
+
+_EXIT_STATUS = "Exit status: 0 all well, 1 a problem was found, 2 bad input or configuration, 3 no node answers."
+
+
+class _Commands(TyperGroup):
+    """Turns this package's errors into one line and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, IdentityError) as error:
+            fail(error, BAD_INPUT)
+        except NodeUnavailable as error:
+            fail(error, NO_NODE, "Start one with `kvstore node`, or name its socket with --socket.")
+        except KVStoreError as error:
+            fail(error, FOUND_PROBLEM)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KV-cache persistence and sharing for LLM inference.",
+    epilog=_EXIT_STATUS,
+)
+app.command("node")(node.run)
+app.command("status")(node.status)
+app.command("ls")(blocks.ls)
+app.command("get")(blocks.get)
+app.command("verify")(blocks.verify)
+app.command("rm")(blocks.rm)
+app.command("config")(settings.show)
+app.command("doctor")(checks.doctor)
+
+
+def main() -> None:
+    """Entry point of the ``kvstore`` script."""
+    app(prog_name="kvstore")

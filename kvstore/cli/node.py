@@ -1,0 +1,97 @@
+"""``kvstore node`` and ``kvstore status``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvstore.cli import options
+from kvstore.cli.output import ago, note, number, print_json, print_table
+
+
+def run(
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    socket: options.Socket = None,
+) -> None:
+    """Run this machine's node in the foreground, until SIGINT or SIGTERM."""
+    import asyncio
+
+    from kvstore.cli.logs import configure
+    from kvstore.node.server import serve
+
+    loaded = options.load(config, overrides, socket)
+    configure(loaded.config.node.log_level)
+    if loaded.config.identity.is_public and loaded.config.object.url.startswith("s3:"):
+        note("Warning: no tenant secret is set, so whoever can list the bucket can guess which prompts are in it.")
+        note("Set identity.secret_file on every node that shares the bucket.")
+    asyncio.run(serve(loaded.config))
+
+
+def status(
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    socket: options.Socket = None,
+    json: options.Json = False,
+) -> None:
+    """Show the node's tiers, counters and clients."""
+    with options.connect(config, overrides, socket) as client:
+        document = client.call("status")
+    if json:
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
+    from kvstore.units import human_bytes
+
+    state = "draining" if document["draining"] else "up"
+    print(
+        f"node {document['epoch']:016x}, version {document['version']}, pid {document['pid']}, "
+        f"{state} for {ago(document['uptime_seconds'])}"
+    )
+    print_table(
+        ("tier", ">blocks", ">used", ">capacity", ">full", ">evicted", ">refused", ">quarantined"),
+        [
+            (
+                tier["medium"],
+                number(tier["blocks"]),
+                human_bytes(tier["used_bytes"]),
+                human_bytes(tier["capacity_bytes"]) if tier["capacity_bytes"] else "no limit",
+                f"{tier['used_bytes'] / tier['capacity_bytes']:.0%}" if tier["capacity_bytes"] else "",
+                number(tier["evicted"]),
+                number(tier["refused"]),
+                number(tier["quarantined"]),
+            )
+            for tier in document["tiers"]
+        ],
+        title="Tiers",
+    )
+    if document["namespaces"]:
+        print_table(
+            ("namespace", "model", "tenant", "dtype", ">block tokens", ">block size"),
+            [
+                (
+                    space["digest"].hex(),
+                    space["fields"].get("model", "?"),
+                    space["fields"].get("tenant", "?"),
+                    space["fields"].get("dtype", "?"),
+                    str(space["fields"].get("block_tokens", "?")),
+                    human_bytes(space["block_bytes"]),
+                )
+                for space in document["namespaces"]
+            ],
+            title="Namespaces",
+        )
+    if document["clients"]:
+        print_table(
+            ("client", ">pid", ">connected", ">leases", ">reservations"),
+            [
+                (c["name"], str(c["pid"]), ago(c["connected_seconds"]), number(c["leases"]), number(c["reservations"]))
+                for c in document["clients"]
+            ],
+            title="Clients",
+        )
+    counted = [(name, number(value)) for name, value in sorted(document["counters"].items()) if value]
+    if counted:
+        print_table(("counter", ">value"), counted, title="Counters since the start")

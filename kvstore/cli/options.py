@@ -1,0 +1,50 @@
+"""Options that commands share, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvstore.config import Loaded
+    from kvstore.node.client import Client
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.", envvar="KVSTORE_CONFIG"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as host.bytes=16GiB; repeatable."),
+]
+Socket = Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="The node's socket; else node.socket.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+class TierName(StrEnum):
+    """Names of tiers on the command line."""
+
+    host = "host"
+    disk = "disk"
+    object = "object"
+
+
+def load(config: Path | None, overrides: list[str] | None, socket: Path | None = None) -> Loaded:
+    """The configuration that the options ask for. Raises ConfigError."""
+    from kvstore.config import load as load_sources
+
+    return load_sources(config, [*(overrides or ()), *([f"node.socket={socket}"] if socket else ())])
+
+
+@contextmanager
+def connect(config: Path | None, overrides: list[str] | None, socket: Path | None) -> Iterator[Client]:
+    """A client of the configured node. Raises NodeUnavailable on first use."""
+    from kvstore.node.client import Client
+
+    with Client(load(config, overrides, socket).config.node.socket, name="kvstore command") as client:
+        yield client
