@@ -1,0 +1,141 @@
+"""Random engines: geometries, physical layouts, dtypes and page sizes, for the paging suites."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+
+from connectors.paging.base import BlockCopy
+from connectors.paging.geometry import PagedKV, sglang_pages, vllm_pages
+from kvstore.layout import BlockLayout
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32)
+VLLM_ORDERS = {
+    "LBHNC": (0, 1, 2, 3, 4),
+    "LBNHC": (0, 1, 3, 2, 4),
+    "LHBNC": (0, 2, 1, 3, 4),
+    "BLHNC": (1, 0, 2, 3, 4),
+    "BLNHC": (1, 0, 3, 2, 4),
+    "BHLNC": (1, 2, 0, 3, 4),
+}
+"""vLLM's physical orders of the logical axes (layer, page, head, token, content)."""
+GQA_LAYOUTS = (*VLLM_ORDERS, "padded", "kv_heads", "kv_pages", "subpages", "sglang")
+MLA_LAYOUTS = ("LBHNC", "BLHNC", "mla_3d", "subpages", "sglang")
+SLOT_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank's engine: its share of ``block`` in pages of ``page_tokens`` tokens."""
+
+    block: BlockLayout
+    heads: tuple[int, int]
+    dtype: torch.dtype
+    layout: str
+    page_tokens: int
+    pages: int
+
+    def build(self, device: str) -> PagedKV:
+        """Uninitialised pages in this physical layout."""
+        heads, dim, layers = self.heads[1] - self.heads[0], self.block.head_dim, self.block.layers
+        tokens, content = self.page_tokens, self.block.kv * self.block.head_dim
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=device)
+
+        match self.layout:
+            case "sglang":
+                pools = [
+                    [empty(self.pages * tokens + 1, heads, dim) for _ in range(layers)] for _ in range(self.block.kv)
+                ]
+                return sglang_pages(pools[0], pools[1] if self.block.kv == 2 else None, tokens)
+            case "subpages":
+                halves = [empty(2 * self.pages, heads, tokens // 2, content) for _ in range(layers)]
+                return vllm_pages(halves, self.block, tokens)
+            case "padded":
+                caches = [empty(self.pages, heads * tokens * content + 3)[:, 3:] for _ in range(layers)]
+                return vllm_pages([c.unflatten(1, (heads, tokens, content)) for c in caches], self.block, tokens)
+            case "kv_heads":
+                return vllm_pages(
+                    [empty(self.pages, 2 * heads, tokens, dim) for _ in range(layers)], self.block, tokens
+                )
+            case "kv_pages":
+                return vllm_pages([empty(self.pages, 2, tokens, heads, dim) for _ in range(layers)], self.block, tokens)
+            case "mla_3d":
+                return vllm_pages([empty(self.pages, tokens, dim) for _ in range(layers)], self.block, tokens)
+            case name:
+                order = VLLM_ORDERS[name]
+                logical = (layers, self.pages, heads, tokens, content)
+                physical = empty(*(logical[axis] for axis in order))
+                return vllm_pages(physical.permute([order.index(axis) for axis in range(5)]), self.block, tokens)
+
+    def copies(self, choice: random.Random, slots: int = 3) -> list[BlockCopy]:
+        """Disjoint random pages to disjoint slots, in random order."""
+        per_block = self.block.tokens // self.page_tokens
+        count = min(slots, self.pages // per_block)
+        ids = choice.sample(range(self.pages), count * per_block)
+        step = -(-self.block.nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        places = choice.sample(range(count), count)
+        return [
+            BlockCopy(tuple(ids[i * per_block : (i + 1) * per_block]), SLOT_ALIGNMENT + places[i] * step)
+            for i in range(count)
+        ]
+
+    def one_copy(self) -> BlockCopy:
+        """The first pages, in order."""
+        return BlockCopy(tuple(range(self.block.tokens // self.page_tokens)), SLOT_ALIGNMENT)
+
+    def relaid(self) -> Case:
+        """The same share in another layout, with pages as large as a block."""
+        layout = "sglang" if self.layout != "sglang" else "LBHNC"
+        return replace(self, layout=layout, page_tokens=self.block.tokens)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    mla = draw(st.booleans())
+    dtype = draw(st.sampled_from(DTYPES))
+    layout = draw(st.sampled_from(MLA_LAYOUTS if mla else GQA_LAYOUTS))
+    page_tokens = draw(st.sampled_from((2, 4) if layout == "subpages" else (1, 2, 3, 4)))
+    per_block = draw(st.integers(1, 3))
+    kv_heads = 1 if mla else draw(st.integers(1, 4))
+    first = draw(st.integers(0, kv_heads - 1))
+    block = BlockLayout(
+        tokens=page_tokens * per_block,
+        layers=draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from((1, 3, 8, 20, 64))),
+        itemsize=dtype.itemsize,
+        kv=1 if mla else 2,
+        order="token_layer" if mla else draw(st.sampled_from(("kv_head_token_layer", "headgroup_layer_kv_token_head"))),
+    )
+    return Case(
+        block=block,
+        heads=(first, draw(st.integers(first + 1, kv_heads))),
+        dtype=dtype,
+        layout=layout,
+        page_tokens=page_tokens,
+        pages=draw(st.integers(per_block, 3 * per_block + 1)),
+    )
+
+
+def random_fill(pages: PagedKV, seed: int) -> PagedKV:
+    """Random bytes in every plane: NaNs and infinities of every dtype included."""
+    generator = torch.Generator().manual_seed(seed)
+    for plane in _all(pages):
+        raw = plane.view(torch.uint8)
+        raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=generator))
+    return pages
+
+
+def engine_bytes(pages: PagedKV) -> torch.Tensor:
+    """A copy of everything in the pages: ``[page, plane, token, head, byte]`` on the CPU."""
+    return torch.stack([plane.view(torch.uint8).cpu() for plane in _all(pages)], dim=1)
+
+
+def _all(pages: PagedKV) -> Sequence[torch.Tensor]:
+    return [plane for half in pages.planes for plane in half]
