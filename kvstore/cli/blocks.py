@@ -45,7 +45,7 @@ def ls(
         names = {space["digest"]: space["fields"].get("model", "") for space in document["namespaces"]}
         digest = _namespace(namespace, names) if namespace else None
         pages = {
-            medium: client.call("list", medium=medium, namespace=digest, prefix=start, cursor=cursor, limit=limit)
+            medium: _list(client, limit, medium=medium, namespace=digest, prefix=start, cursor=cursor)
             for medium in _media(document, tier)
         }
     if json:
@@ -53,6 +53,17 @@ def ls(
         return
     for medium, page in pages.items():
         _print_page(medium, page, names)
+
+
+def _list(client: Client, limit: int, **query: Any) -> dict[str, Any]:
+    """Up to ``limit`` blocks. The node filters page by page, so one request may bring fewer."""
+    blocks: list[dict[str, Any]] = []
+    while True:
+        page = client.call("list", limit=limit - len(blocks), **query)
+        blocks += page["blocks"]
+        query["cursor"] = page["cursor"]
+        if not page["cursor"] or len(blocks) >= limit:
+            return {"blocks": blocks, "cursor": page["cursor"]}
 
 
 def _print_page(medium: str, page: dict[str, Any], names: dict[bytes, str]) -> None:

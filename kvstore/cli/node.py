@@ -51,7 +51,7 @@ def _print(document: dict[str, Any]) -> None:
         f"{state} for {ago(document['uptime_seconds'])}"
     )
     print_table(
-        ("tier", ">blocks", ">used", ">capacity", ">full", ">evicted", ">refused", ">quarantined"),
+        ("tier", ">blocks", ">used", ">capacity", ">full", ">queued", ">evicted", ">refused", ">quarantined"),
         [
             (
                 tier["medium"],
@@ -59,6 +59,7 @@ def _print(document: dict[str, Any]) -> None:
                 human_bytes(tier["used_bytes"]),
                 human_bytes(tier["capacity_bytes"]) if tier["capacity_bytes"] else "no limit",
                 f"{tier['used_bytes'] / tier['capacity_bytes']:.0%}" if tier["capacity_bytes"] else "",
+                human_bytes(document["queued_bytes"].get(tier["medium"], 0)),
                 number(tier["evicted"]),
                 number(tier["refused"]),
                 number(tier["quarantined"]),
@@ -85,11 +86,8 @@ def _print(document: dict[str, Any]) -> None:
         )
     if document["clients"]:
         print_table(
-            ("client", ">pid", ">connected", ">leases", ">reservations"),
-            [
-                (c["name"], str(c["pid"]), ago(c["connected_seconds"]), number(c["leases"]), number(c["reservations"]))
-                for c in document["clients"]
-            ],
+            ("client", ">pid", ">connected", ">leases"),
+            [(c["name"], str(c["pid"]), ago(c["connected_seconds"]), number(c["leases"])) for c in document["clients"]],
             title="Clients",
         )
     counted = [(name, number(value)) for name, value in sorted(document["counters"].items()) if value]
