@@ -163,7 +163,7 @@ def _walk(
     dims: tuple[Dim, ...], want: dict[Axis, Interval], layout: BlockLayout, offset: int, nbytes: int
 ) -> Iterator[Run]:
     """Descend through the dimensions; stop as soon as everything below is wanted."""
-    spans = {axis: 1 for axis in Axis}
+    spans = dict.fromkeys(Axis, 1)
     for dim in dims:
         spans[dim.axis] *= dim.size
     if all(want[axis] == (0, spans[axis]) for axis in Axis):

@@ -4,31 +4,26 @@
     acquire   bring blocks to the arena and lease them; a block wanted twice is fetched once
     reserve → commit   a slot to write to, then checksum, publish, write down to the slower tiers
 
-All state is owned by one event loop; only bytes move in threads. Every method that takes a session must get one that
-``session`` made; what it leased and reserved falls with ``end``.
+All state is owned by one event loop; only bytes move in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 
-from kvstore.envelope import HEADER_BYTES, Header, crc32c, envelope_bytes, payload
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError
+from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.identity import BlockKey
 from kvstore.node.api import Lookup, Miss, NewBlock
+from kvstore.promotion import FETCHES_PER_ACQUIRE, Promoter
+from kvstore.reservations import Reservations
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import Medium, Tier
 from kvstore.tiers.host import HostTier
 from kvstore.writeback import Writeback
-
-FETCHES_PER_ACQUIRE = 32
-"""Blocks that one acquire fetches at a time: enough to keep a tier busy, in order, so that a prefix arrives first."""
 
 PROBED_AFTER_MISS = 4
 """Blocks asked of the bucket after a miss: a few, since a chain that is there at all continues."""
@@ -36,25 +31,12 @@ PROBED_AFTER_MISS = 4
 Probe = Callable[[Sequence[BlockKey]], Awaitable[None]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
-    """One client's leases and reservations."""
+    """What one client holds; all of it falls with ``Store.end``."""
 
-    leases: Counter[tuple[BlockKey, int]] = field(default_factory=Counter)
-    reserved: set[BlockKey] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _Reservation:
-    """A slot being written, by one or several clients."""
-
-    header: Header
-    offset: int
-    missing: set[int]
-    """Parts that have not been committed."""
-    holders: list[Session]
-    aborted: bool = False
-    """A part will never come: the slot is freed when the last holder lets go."""
+    leases: dict[BlockKey, list[int]] = field(default_factory=dict)
+    """Slot offset of each lease, by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +49,7 @@ class Delivery:
 
 
 class Store:
-    """Tiers joined into one cache. ``lower`` are the slower tiers, fastest first."""
+    """Tiers joined into one cache."""
 
     def __init__(
         self,
@@ -78,86 +60,80 @@ class Store:
         writers: int = 8,
         probe: Probe | None = None,
     ) -> None:
-        """``queue_bytes`` bounds what may wait to be written to each slower tier."""
+        """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them.
+
+        ``probe`` is told of keys that no tier listed, to look for them off the caller's path.
+        """
         self.host = host
-        self.lower = tuple(lower)
+        self.tiers: tuple[Tier, ...] = (host, *lower)
         self.metrics = metrics
+        self._reservations = Reservations(host)
+        self._promoter = Promoter(host, lower)
         self._queues = [Writeback(host, tier, metrics, queue_bytes, writers) for tier in lower]
         self._probe = probe
-        self._background: set[asyncio.Task[None]] = set()
-        self._fetching: dict[BlockKey, asyncio.Task[Medium | Miss]] = {}
-        self._reservations: dict[BlockKey, _Reservation] = {}
-        self._speeds = {tier.medium: _Speed() for tier in lower}
-
-    @property
-    def tiers(self) -> tuple[Tier, ...]:
-        return (self.host, *self.lower)
+        self._probes: set[asyncio.Future[None]] = set()
 
     # --- loading
 
     def lookup(self, keys: Sequence[BlockKey], start: int = 0) -> Lookup:
         """Longest prefix of ``keys[start:]`` that some tier holds. Counts the chain as used."""
-        held = [(tier.medium, tier.keys()) for tier in self.tiers]
-        runs: list[tuple[Medium, int]] = []
-        blocks = 0
-        for key in islice(keys, start, None):
-            medium = next((medium for medium, present in held if key in present), None)
-            if medium is None:
-                break
-            blocks += 1
-            if runs and runs[-1][0] is medium:
-                runs[-1] = (medium, runs[-1][1] + 1)
-            else:
-                runs.append((medium, 1))
-        self.metrics.looked_up.inc(len(keys) - start)
+        runs = [(medium, sum(1 for _ in same)) for medium, same in groupby(self._locate(islice(keys, start, None)))]
+        blocks = sum(count for _, count in runs)
         for medium, count in runs:
             self.metrics.found.labels(medium.value).inc(count)
+        self.metrics.looked_up.inc(len(keys) - start)
         end = start + blocks
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._touch, keys[:end])
-        if self._probe is not None and end < len(keys):
-            self._spawn(self._probe(keys[end : end + PROBED_AFTER_MISS]))
-        return Lookup(blocks, tuple(runs), self._estimate(keys, start, runs))
+        asyncio.get_running_loop().call_soon(self._touch, keys[:end])
+        if end < len(keys):
+            self._look_further(keys[end : end + PROBED_AFTER_MISS])
+        return Lookup(blocks, tuple(runs), self._promoter.estimate(keys[start:end], runs))
 
     async def acquire(self, session: Session, keys: Sequence[BlockKey], timeout: float) -> Delivery:
         """Lease a prefix of ``keys``, fetching what is not in the arena; at the deadline, what has arrived.
 
         Fetches that are under way at the deadline go on: they serve whoever asks next.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
         window = asyncio.Semaphore(FETCHES_PER_ACQUIRE)
-        tasks = [asyncio.create_task(self._lease(session, key, window)) for key in keys]
-        miss: Miss | None = None
+        tasks = [asyncio.create_task(self._pin(key, window)) for key in keys]
         media: list[Medium] = []
         offsets: list[int] = []
+        miss: Miss | None = None
         try:
-            async with asyncio.timeout_at(deadline):
-                for task in tasks:
-                    outcome = await task
+            async with asyncio.timeout(timeout):
+                for key, task in zip(keys, tasks, strict=True):
+                    outcome = await asyncio.shield(task)
                     if isinstance(outcome, Miss):
                         miss = outcome
                         break
-                    media.append(outcome[0])
-                    offsets.append(outcome[1] + HEADER_BYTES)
+                    medium, offset = outcome
+                    session.leases.setdefault(key, []).append(offset)
+                    media.append(medium)
+                    offsets.append(offset + HEADER_BYTES)
         except TimeoutError:
             miss = Miss.DEADLINE
         finally:
-            await self._let_go(session, keys, tasks, kept=len(offsets))
+            kept = len(offsets)
+            for task in tasks[kept:]:
+                task.cancel()
+            for key, task in zip(keys[kept:], tasks[kept:], strict=True):
+                task.add_done_callback(partial(self._unpin_unused, key))
         for medium in media:
             self.metrics.delivered.labels(medium.value).inc()
         if miss is not None:
-            self.metrics.missed.labels(miss.value).inc(len(keys) - len(offsets))
-        for key in keys[: len(offsets)]:
-            self._write_down(key)
+            self.metrics.missed.labels(miss.value).inc(len(keys) - kept)
+        for key in keys[:kept]:
+            self._write_down_if_lacking(key)
         return Delivery(offsets, media, miss)
 
     def release(self, session: Session, keys: Sequence[BlockKey]) -> None:
-        """Return one lease of each key. Unknown leases are ignored: the client may have lost track, never the node."""
-        by_key = dict(session.leases)
+        """Return one lease of each key. Unknown leases are ignored."""
         for key in keys:
-            offset = by_key.get(key)
-            if offset is not None and session.leases[key, offset]:
-                self._unlease(session, key, offset)
+            offsets = session.leases.get(key)
+            if not offsets:
+                continue
+            self.host.unpin(key, offsets.pop())
+            if not offsets:
+                del session.leases[key]
 
     # --- saving
 
@@ -168,68 +144,68 @@ class Store:
         length: int,
         tokens: int,
         blocks: Sequence[NewBlock],
-        part: int,
-        parts: int,
+        part: int = 0,
+        parts: int = 1,
     ) -> list[int | Miss]:
         """For each block the arena offset to write its payload to, or why not to (PRESENT, NO_ROOM)."""
-        answers: list[int | Miss] = []
         held = [tier.keys() for tier in self.tiers]
+        answers: list[int | Miss] = []
         for block in blocks:
-            reservation = self._reservations.get(block.key)
-            if reservation is not None:
-                answers.append(self._join(session, reservation, part))
-            elif any(block.key in present for present in held):
+            if any(block.key in present for present in held):
                 answers.append(Miss.PRESENT)
-            else:
-                answers.append(self._reserve_one(session, namespace, length, tokens, block, part, parts))
+                continue
+            header = Header(
+                key=block.key,
+                namespace=namespace,
+                parent=block.parent,
+                index=block.index,
+                tokens=tokens,
+                length=length,
+                crc=0,
+            )
+            answers.append(self._reservations.open(session, header, part, parts))
         for answer in answers:
             self.metrics.reserved.labels(answer.value if isinstance(answer, Miss) else "granted").inc()
         return answers
 
     async def commit(
-        self, session: Session, keys: Sequence[BlockKey], part: int, durable: Medium, timeout: float
+        self,
+        session: Session,
+        keys: Sequence[BlockKey],
+        part: int = 0,
+        durable: Medium = Medium.HOST,
+        timeout: float = 10.0,
     ) -> list[BlockKey]:
-        """Publish what all parts have written; returns the keys that reached ``durable`` before the timeout."""
-        complete = [r for key in keys if (r := self._commit_part(session, key, part)) is not None]
-        published = [h for h in await asyncio.gather(*(self._seal(r) for r in complete)) if h is not None]
-        reached = {header.key: self._write_down(header.key, header) for header in published}
+        """Publish what all parts have written; the keys that reached ``durable`` before the timeout."""
+        complete = [r for key in keys if (r := self._reservations.commit(session, key, part)) is not None]
+        sealed = await asyncio.gather(*(self._reservations.seal(reservation) for reservation in complete))
+        published = [header for header in sealed if header is not None]
         self.metrics.published.inc(len(published))
+        writes = {header.key: self._write_down(header) for header in published}
         if durable is Medium.HOST:
             return [header.key for header in published]
-        waits = {key: future for key, futures in reached.items() if (future := futures.get(durable)) is not None}
+        waits = {key: futures[durable] for key, futures in writes.items() if durable in futures}
         if waits:
             await asyncio.wait(waits.values(), timeout=timeout)
         return [key for key, future in waits.items() if future.done() and future.result()]
 
     def abort(self, session: Session, keys: Sequence[BlockKey]) -> None:
         """Give reservations up."""
-        for key in keys:
-            if key in session.reserved:
-                self._withdraw(session, key)
+        self.metrics.aborted.inc(sum(self._reservations.abort(session, key) for key in keys))
 
-    # --- sessions and life cycle
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[Session]:
-        """A client's session; its leases and reservations fall at the end."""
-        session = Session()
-        try:
-            yield session
-        finally:
-            self.end(session)
+    # --- life cycle
 
     def end(self, session: Session) -> None:
         """Take back everything a client held."""
-        for (key, offset), count in list(session.leases.items()):
-            for _ in range(count):
-                self._unlease(session, key, offset)
-        for key in list(session.reserved):
-            self._withdraw(session, key)
+        for key, offsets in session.leases.items():
+            for offset in offsets:
+                self.host.unpin(key, offset)
+        session.leases.clear()
+        self.abort(session, list(self._reservations.held_by(session)))
 
-    async def delete(self, keys: Sequence[BlockKey]) -> int:
-        """Delete blocks from every tier, slowest first, so that no promotion brings one back."""
-        deleted = [await tier.delete(keys) for tier in reversed(self.tiers)]
-        return max(deleted)
+    async def delete(self, keys: Sequence[BlockKey]) -> dict[Medium, int]:
+        """Delete blocks, from the slowest tier first so that no promotion brings one back; how many went, by tier."""
+        return {tier.medium: await tier.delete(keys) for tier in reversed(self.tiers)}
 
     async def drain(self, timeout: float) -> bool:
         """Wait until what was saved has been written down. False when the timeout came first."""
@@ -241,9 +217,10 @@ class Store:
         return True
 
     async def close(self) -> None:
-        for task in [*self._fetching.values(), *self._background]:
-            task.cancel()
-        await asyncio.gather(*self._fetching.values(), *self._background, return_exceptions=True)
+        """Drop what is queued and close every tier."""
+        for probe in self._probes:
+            probe.cancel()
+        await self._promoter.close()
         for queue in self._queues:
             await queue.close()
         for tier in reversed(self.tiers):
@@ -254,231 +231,54 @@ class Store:
         """Bytes waiting to be written, by tier."""
         return {queue.tier.medium: queue.queued_bytes for queue in self._queues}
 
-    # --- leases
+    # --- inside
 
-    async def _lease(self, session: Session, key: BlockKey, window: asyncio.Semaphore) -> tuple[Medium, int] | Miss:
-        medium = Medium.HOST
-        if (offset := self.host.pin(key)) is None:
-            async with window:
-                while (offset := self.host.pin(key)) is None:  # evicted again before we woke: rare, so fetch again
-                    outcome = await asyncio.shield(self._fetch(key))
-                    if isinstance(outcome, Miss):
-                        return outcome
-                    medium = outcome
-        session.leases[key, offset] += 1
-        return medium, offset
-
-    async def _let_go(
-        self,
-        session: Session,
-        keys: Sequence[BlockKey],
-        tasks: Sequence[asyncio.Task[tuple[Medium, int] | Miss]],
-        kept: int,
-    ) -> None:
-        """End the lease tasks that are not part of the delivered prefix, and return what they leased."""
-        for task in tasks[kept:]:
-            task.cancel()
-        for key, outcome in zip(keys[kept:], await asyncio.gather(*tasks[kept:], return_exceptions=True), strict=True):
-            if isinstance(outcome, tuple):
-                self._unlease(session, key, outcome[1])
-
-    def _unlease(self, session: Session, key: BlockKey, offset: int) -> None:
-        session.leases[key, offset] -= 1
-        if not session.leases[key, offset]:
-            del session.leases[key, offset]
-        self.host.unpin(key, offset)
-
-    # --- fetching
-
-    def _fetch(self, key: BlockKey) -> asyncio.Task[Medium | Miss]:
-        task = self._fetching.get(key)
-        if task is None:
-            task = self._fetching[key] = asyncio.create_task(self._promote(key))
-            task.add_done_callback(lambda _: self._fetching.pop(key, None))
-        return task
-
-    async def _promote(self, key: BlockKey) -> Medium | Miss:
-        """Copy a block from the fastest tier that delivers it into the arena."""
-        miss = Miss.NOT_STORED
-        for tier in self.lower:
-            stat = tier.stat(key) if key in tier.keys() else None
-            if stat is None:
-                continue
-            try:
-                offset = self.host.allocate(envelope_bytes(stat.length))
-            except BlockTooLarge:
-                return Miss.NO_ROOM
-            if offset is None:
-                return Miss.NO_ROOM
-            started = time.monotonic()
-            try:
-                header = await tier.get(key, self.host.slot(offset))
-            except BlockNotFound:
-                self.host.discard(offset)
-                continue
-            except TierError as error:
-                self.host.discard(offset)
-                miss = Miss.CORRUPT if isinstance(error, (BlockCorrupt, BlockTooLarge)) else Miss.UNAVAILABLE
-                continue
-            except BaseException:
-                self.host.discard(offset)
-                raise
-            self._speeds[tier.medium].record(header.envelope_bytes, time.monotonic() - started)
-            if key in self.host.keys():  # saved anew meanwhile
-                self.host.discard(offset)
+    def _locate(self, keys: Iterable[BlockKey]) -> Iterator[Medium]:
+        """Fastest tier of each key, up to the first that no tier lists."""
+        held = [(tier.medium, tier.keys()) for tier in self.tiers]
+        for key in keys:
+            for medium, present in held:
+                if key in present:
+                    yield medium
+                    break
             else:
-                self.host.publish(header, offset)
-            return tier.medium
-        return miss
+                return
 
-    def _estimate(self, keys: Sequence[BlockKey], start: int, runs: Sequence[tuple[Medium, int]]) -> float:
-        """Seconds until the runs are in the arena, from what fetches took lately."""
-        seconds = 0.0
-        position = start
-        for medium, count in runs:
-            if medium is not Medium.HOST:
-                tier = next(tier for tier in self.lower if tier.medium is medium)
-                stat = tier.stat(keys[position])
-                seconds += self._speeds[medium].estimate(count, stat.length if stat else 0)
-            position += count
-        return seconds
+    async def _pin(self, key: BlockKey, window: asyncio.Semaphore) -> tuple[Medium, int] | Miss:
+        if (offset := self.host.pin(key)) is not None:
+            return Medium.HOST, offset
+        async with window:
+            while True:
+                outcome = await self._promoter.fetch(key)
+                if isinstance(outcome, Miss):
+                    return outcome
+                if (offset := self.host.pin(key)) is not None:  # else evicted before we woke: fetch again
+                    return outcome, offset
 
-    # --- saving
+    def _unpin_unused(self, key: BlockKey, task: asyncio.Task[tuple[Medium, int] | Miss]) -> None:
+        if not task.cancelled() and not task.exception() and not isinstance(outcome := task.result(), Miss):
+            self.host.unpin(key, outcome[1])
 
-    def _reserve_one(
-        self,
-        session: Session,
-        namespace: bytes,
-        length: int,
-        tokens: int,
-        block: NewBlock,
-        part: int,
-        parts: int,
-    ) -> int | Miss:
-        offset = self.host.allocate(envelope_bytes(length))
-        if offset is None:
-            return Miss.NO_ROOM
-        header = Header(
-            key=block.key,
-            namespace=namespace,
-            parent=block.parent,
-            index=block.index,
-            tokens=tokens,
-            length=length,
-            crc=0,
-        )
-        reservation = _Reservation(header, offset, set(range(parts)), [])
-        self._reservations[block.key] = reservation
-        return self._join(session, reservation, part)
+    def _write_down(self, header: Header) -> dict[Medium, asyncio.Future[bool]]:
+        """Offer a block of the host tier to every slower tier that lacks it."""
+        return {
+            queue.tier.medium: future
+            for queue in self._queues
+            if header.key not in queue.tier.keys() and (future := queue.offer(header)) is not None
+        }
 
-    def _join(self, session: Session, reservation: _Reservation, part: int) -> int | Miss:
-        if part not in reservation.missing or session in reservation.holders or reservation.aborted:
-            return Miss.PRESENT
-        reservation.holders.append(session)
-        session.reserved.add(reservation.header.key)
-        return reservation.offset + HEADER_BYTES
-
-    def _commit_part(self, session: Session, key: BlockKey, part: int) -> _Reservation | None:
-        """Note a part as written; the reservation when it was the last one."""
-        reservation = self._reservations.get(key)
-        if reservation is None or session not in reservation.holders:
-            return None
-        reservation.missing.discard(part)
-        self._unhold(session, reservation)
-        if reservation.missing or reservation.aborted:
-            self._free_if_abandoned(reservation)
-            return None
-        return reservation
-
-    async def _seal(self, reservation: _Reservation) -> Header | None:
-        """Checksum the payload, write the header, publish."""
-        partial, offset = reservation.header, reservation.offset
-        slot = self.host.slot(offset)
-        crc = await asyncio.to_thread(crc32c, payload(slot, partial.length))
-        now = time.time()
-        header = Header(
-            key=partial.key,
-            namespace=partial.namespace,
-            parent=partial.parent,
-            index=partial.index,
-            tokens=partial.tokens,
-            length=partial.length,
-            crc=crc,
-            generation=time.time_ns(),
-            created=now,
-        )
-        del self._reservations[header.key]
-        if header.key in self.host.keys():
-            self.host.discard(offset)
-            return None
-        header.pack_into(slot)
-        self.host.publish(header, offset)
-        return header
-
-    def _withdraw(self, session: Session, key: BlockKey) -> None:
-        reservation = self._reservations[key]
-        reservation.aborted = True
-        self._unhold(session, reservation)
-        self._free_if_abandoned(reservation)
-
-    def _unhold(self, session: Session, reservation: _Reservation) -> None:
-        reservation.holders.remove(session)
-        session.reserved.discard(reservation.header.key)
-
-    def _free_if_abandoned(self, reservation: _Reservation) -> None:
-        if reservation.aborted and not reservation.holders:
-            del self._reservations[reservation.header.key]
-            self.host.discard(reservation.offset)
-            self.metrics.aborted.inc()
-
-    def _write_down(self, key: BlockKey, header: Header | None = None) -> dict[Medium, asyncio.Future[bool]]:
-        """Offer a block of the host tier to every slower tier that lacks it.
-
-        Also done for blocks that are read: what a full queue or an outage kept from a tier gets there when it is used
-        again, and what came from the bucket gets to the disk.
-        """
-        lacking = [queue for queue in self._queues if key not in queue.tier.keys()]
-        if not lacking:
-            return {}
-        if header is None:
-            offset = self.host.pin(key)
-            if offset is None:
-                return {}
-            header = Header.unpack(self.host.slot(offset))
+    def _write_down_if_lacking(self, key: BlockKey) -> None:
+        """A block that is used gets to the tiers that a full queue, an outage or its origin kept it from."""
+        if any(key not in queue.tier.keys() for queue in self._queues) and (offset := self.host.pin(key)) is not None:
+            self._write_down(Header.unpack(self.host.slot(offset)))
             self.host.unpin(key, offset)
-        return {queue.tier.medium: future for queue in lacking if (future := queue.offer(header)) is not None}
-
-    # --- background
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:
         for tier in self.tiers:
             tier.touch(keys)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Moving average of what fetching a block takes, and of its bytes."""
-
-    seconds: float = 0.0
-    nbytes: float = 0.0
-
-    def record(self, nbytes: int, seconds: float, weight: float = 0.1) -> None:
-        if not self.nbytes:
-            weight = 1.0
-        self.seconds += weight * (seconds - self.seconds)
-        self.nbytes += weight * (nbytes - self.nbytes)
-
-    def estimate(self, blocks: int, length: int) -> float:
-        """Seconds for ``blocks`` of ``length`` bytes; 0 before the first measurement. Fetches overlap by the window."""
-        if not self.nbytes:
-            return 0.0
-        rounds = -(-blocks // FETCHES_PER_ACQUIRE)
-        return rounds * self.seconds * length / self.nbytes
+    def _look_further(self, keys: Sequence[BlockKey]) -> None:
+        if self._probe is not None:
+            probe = asyncio.ensure_future(self._probe(keys))
+            self._probes.add(probe)
+            probe.add_done_callback(self._probes.discard)

@@ -34,7 +34,9 @@ class Arena:
         """
         free = os.statvfs(directory)
         available = free.f_bavail * free.f_frsize
-        remedy = f"Lower host.bytes, or enlarge {directory} (mount -o remount,size=..., or --shm-size of the container)."
+        remedy = (
+            f"Lower host.bytes, or enlarge {directory} (mount -o remount,size=..., or --shm-size of the container)."
+        )
         if nbytes > available:
             raise ConfigError("host.bytes", nbytes, f"{directory} has only {available} bytes free", remedy)
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -46,6 +46,11 @@ class HostTier(Tier):
         """Pins left on slots whose block was deleted, by offset."""
         self._evicted = self._refused = 0
 
+    @property
+    def largest_block(self) -> int:
+        """Bytes of the largest envelope that a slot can hold."""
+        return self._slabs.extent_bytes
+
     def keys(self) -> AbstractSet[BlockKey]:
         return self.index.keys()
 

@@ -1,0 +1,384 @@
+"""Clients of a node: ``Client`` for threads, ``AsyncClient`` for event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import kvstore.errors
+from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable, ProtocolError
+from kvstore.identity import BlockKey, Keyring, Namespace
+from kvstore.node.api import PROTOCOL_VERSION, Acquired, Lookup, Miss, NewBlock, Reserved
+from kvstore.node.arena import Arena
+from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
+from kvstore.tiers.base import Medium
+
+GRACE_SECONDS = 0.25
+"""Added to a deadline that the node keeps itself, before the client stops waiting for the answer."""
+
+RECONNECT_SECONDS = 1.0
+"""A node that is gone is asked again at most this often, so that an engine does not pay for it on every request."""
+
+
+class Client:
+    """A thread-safe client; see ``kvstore.node.api.NodeClient`` for what each call promises.
+
+    Connects on first use and again after the node went away.
+    """
+
+    def __init__(
+        self,
+        socket_path: str | Path,
+        name: str = "client",
+        connect_timeout: float = 5.0,
+        autostart: Callable[[], None] | None = None,
+    ) -> None:
+        """``autostart`` is called once when no node answers, and must start one (``kvstore.node.launch``)."""
+        self._path = str(socket_path)
+        self._name = name
+        self._connect_timeout = connect_timeout
+        self._autostart = autostart
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._retry_at = 0.0
+        self._namespaces: dict[Namespace, tuple[int, bytes, Keyring]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def epoch(self) -> int:
+        connection = self._connection
+        return connection.arena.epoch if connection else 0
+
+    @property
+    def arena(self) -> Arena:
+        """The arena of the node's present run; connects if need be."""
+        return self._connected().arena
+
+    def open_namespace(self, namespace: Namespace, block_bytes: int) -> Keyring:
+        self._namespaces[namespace] = self._open(self._connected(), namespace, block_bytes)
+        return self._namespaces[namespace][2]
+
+    def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
+        blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start)
+        return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds)
+
+    def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
+        connection = self._connected()
+        offsets, media, miss = connection.call(
+            "acquire", {"keys": join_keys(keys), "timeout": timeout}, timeout + GRACE_SECONDS, undo="release"
+        )
+        return Acquired(connection.arena, tuple(offsets), tuple(map(Medium, media)), Miss(miss) if miss else None)
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        self._notify("release", keys)
+
+    def reserve(
+        self, namespace: Namespace, blocks: Sequence[NewBlock], part: int = 0, parts: int = 1, timeout: float = 1.0
+    ) -> Reserved:
+        connection = self._connected()
+        arguments = {
+            "namespace": self._namespaces[namespace][1],
+            "keys": join_keys([block.key for block in blocks]),
+            "parents": join_keys([block.parent for block in blocks]),
+            "indices": [block.index for block in blocks],
+            "part": part,
+            "parts": parts,
+        }
+        answers = connection.call("reserve", arguments, timeout, undo="abort")
+        misses = {i: Miss(answer) for i, answer in enumerate(answers) if isinstance(answer, str)}
+        return Reserved(connection.arena, tuple(None if isinstance(a, str) else a for a in answers), misses)
+
+    def commit(
+        self, keys: Sequence[BlockKey], part: int = 0, durable: Medium = Medium.HOST, timeout: float = 10.0
+    ) -> tuple[BlockKey, ...]:
+        reached = self.call(
+            "commit",
+            timeout + GRACE_SECONDS,
+            keys=join_keys(keys),
+            part=part,
+            durable=durable.value,
+            timeout=timeout,
+        )
+        return tuple(split_keys(reached))
+
+    def abort(self, keys: Sequence[BlockKey]) -> None:
+        self._notify("abort", keys)
+
+    def call(self, verb: str, timeout: float = 5.0, /, **arguments: Any) -> Any:
+        """Any verb of the node, by name (``kvstore/node/verbs.py``); the answer as plain msgpack types."""
+        return self._connected().call(verb, arguments, timeout)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _notify(self, verb: str, keys: Sequence[BlockKey]) -> None:
+        """Tell the node something that it need not answer. A lost connection has the same effect."""
+        connection = self._connection
+        if connection is not None and not connection.lost:
+            connection.notify(verb, {"keys": join_keys(keys)})
+
+    def _connected(self) -> _Connection:
+        with self._lock:
+            if self._connection is not None and not self._connection.lost:
+                return self._connection
+            if time.monotonic() < self._retry_at:
+                raise NodeUnavailable(
+                    f"no node at {self._path}; the next try is less than {RECONNECT_SECONDS:g} s away"
+                )
+            try:
+                self._connection = self._connect()
+                for namespace, (block_bytes, _, _) in self._namespaces.items():
+                    self._namespaces[namespace] = self._open(self._connection, namespace, block_bytes)
+            except KVStoreError:
+                self._retry_at = time.monotonic() + RECONNECT_SECONDS
+                raise
+            return self._connection
+
+    def _connect(self) -> _Connection:
+        try:
+            return _Connection(self._path, self._name, self._connect_timeout)
+        except NodeUnavailable:
+            if self._autostart is None:
+                raise
+        self._autostart()
+        deadline = time.monotonic() + self._connect_timeout
+        while True:
+            try:
+                return _Connection(self._path, self._name, self._connect_timeout)
+            except NodeUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def _open(self, connection: _Connection, namespace: Namespace, block_bytes: int) -> tuple[int, bytes, Keyring]:
+        arguments = {"fields": namespace.to_dict(), "block_bytes": block_bytes}
+        digest, secret = connection.call("open_namespace", arguments, self._connect_timeout)
+        return block_bytes, digest, Keyring(secret)
+
+
+class AsyncClient:
+    """The same calls for an event loop; each waits in a worker thread."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._client.close)
+
+    async def open_namespace(self, namespace: Namespace, block_bytes: int) -> Keyring:
+        return await asyncio.to_thread(self._client.open_namespace, namespace, block_bytes)
+
+    async def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
+        return await asyncio.to_thread(self._client.lookup, keys, start, timeout)
+
+    async def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
+        return await asyncio.to_thread(self._client.acquire, keys, timeout)
+
+    async def release(self, keys: Sequence[BlockKey]) -> None:
+        await asyncio.to_thread(self._client.release, keys)
+
+    async def reserve(
+        self, namespace: Namespace, blocks: Sequence[NewBlock], part: int = 0, parts: int = 1, timeout: float = 1.0
+    ) -> Reserved:
+        return await asyncio.to_thread(self._client.reserve, namespace, blocks, part, parts, timeout)
+
+    async def commit(
+        self, keys: Sequence[BlockKey], part: int = 0, durable: Medium = Medium.HOST, timeout: float = 10.0
+    ) -> tuple[BlockKey, ...]:
+        return await asyncio.to_thread(self._client.commit, keys, part, durable, timeout)
+
+    async def abort(self, keys: Sequence[BlockKey]) -> None:
+        await asyncio.to_thread(self._client.abort, keys)
+
+    async def call(self, verb: str, timeout: float = 5.0, /, **arguments: Any) -> Any:
+        return await asyncio.to_thread(lambda: self._client.call(verb, timeout, **arguments))
+
+
+class _Waiter:
+    """One request on its way."""
+
+    __slots__ = ("answer", "done", "undo")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.answer: list[Any] = []
+        self.undo: tuple[str, bytes] | None = None
+        """What to tell the node if the answer comes after the caller has gone."""
+
+
+class _Connection:
+    """One socket shared by threads. Whoever waits first reads for everybody, so no thread is kept for reading."""
+
+    def __init__(self, path: str, name: str, timeout: float) -> None:
+        self.lost = False
+        self._send_lock = threading.Lock()
+        self._turn = threading.Condition()
+        self._reading = False
+        self._waiting: dict[int, _Waiter] = {}
+        self._ids = 0
+        self._decoder = FrameDecoder()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(path)
+            self.arena = self._handshake(name)
+        except (OSError, struct.error) as error:
+            self._socket.close()
+            raise NodeUnavailable(f"no node answers at {path}: {error}") from error
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def call(self, verb: str, arguments: dict[str, Any], timeout: float, undo: str | None = None) -> Any:
+        """Ask and wait. ``undo`` is the verb that takes back what an answer nobody waits for any more has given."""
+        waiter = _Waiter()
+        deadline = time.monotonic() + timeout
+        with self._turn:
+            self._ids += 1
+            request = self._ids
+            self._waiting[request] = waiter
+        try:
+            self._send(encode([request, verb, arguments]), deadline)
+            self._await(waiter, deadline)
+        except BaseException:
+            if undo is None:
+                self._waiting.pop(request, None)
+            else:
+                self._undo(waiter, undo, arguments["keys"])
+            raise
+        error, result = waiter.answer
+        if error is not None:
+            raise _error(error, result)
+        return result
+
+    def notify(self, verb: str, arguments: dict[str, Any]) -> None:
+        try:
+            self._send(encode([0, verb, arguments]), time.monotonic() + GRACE_SECONDS)
+        except (NodeUnavailable, DeadlineExceeded):
+            self.close()  # what it held falls with the connection
+
+    def close(self) -> None:
+        with self._turn:
+            self.lost = True
+            self._turn.notify_all()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _handshake(self, name: str) -> Arena:
+        self._socket.sendall(encode({"protocol": PROTOCOL_VERSION, "name": name, "pid": os.getpid()}))
+        data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+        try:
+            welcome = next(self._decoder.feed(data), None)
+            if not isinstance(welcome, dict) or welcome.get("protocol") != PROTOCOL_VERSION:
+                spoken = welcome.get("protocol") if isinstance(welcome, dict) else None
+                raise ProtocolError(
+                    f"the node speaks protocol {spoken}, this client {PROTOCOL_VERSION}: install the same version on both"
+                )
+            if len(fds) != 1:
+                raise ProtocolError("the node sent no arena")
+            return Arena(fds.pop(), welcome["arena_bytes"], welcome["epoch"])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _send(self, frame: bytes, deadline: float) -> None:
+        with self._send_lock:
+            if self.lost:
+                raise NodeUnavailable("the connection to the node was lost")
+            try:
+                self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+                self._socket.sendall(frame)
+            except OSError as error:  # also a time-out: half a frame may be on its way
+                self.close()
+                raise NodeUnavailable(f"the connection to the node was lost: {error}") from error
+
+    def _await(self, waiter: _Waiter, deadline: float) -> None:
+        while True:
+            with self._turn:
+                while self._reading and not waiter.done and not self.lost:
+                    if not self._turn.wait(deadline - time.monotonic()):
+                        raise DeadlineExceeded("the node did not answer in time")
+                if waiter.done:
+                    return
+                if self.lost:
+                    raise NodeUnavailable("the connection to the node was lost")
+                self._reading = True
+            try:
+                self._read(deadline)
+            finally:
+                with self._turn:
+                    self._reading = False
+                    self._turn.notify_all()
+
+    def _read(self, deadline: float) -> None:
+        """Read once and hand out what it completes."""
+        if not _readable(self._socket, max(deadline - time.monotonic(), 0)):
+            raise DeadlineExceeded("the node did not answer in time")
+        try:
+            data = self._socket.recv(1 << 18)
+            messages = list(self._decoder.feed(data))
+        except (OSError, ProtocolError) as error:
+            self.close()
+            raise NodeUnavailable(f"the connection to the node was lost: {error}") from error
+        if not data:
+            self.close()
+            raise NodeUnavailable("the node closed the connection")
+        for answer in messages:
+            self._hand_out(*answer)
+
+    def _hand_out(self, request: int, error: Any, result: Any) -> None:
+        with self._turn:
+            waiter = self._waiting.pop(request, None)
+            if waiter is None:
+                return
+            waiter.answer = [error, result]
+            waiter.done = True
+            late = waiter.undo
+        if late is not None and error is None:
+            self.notify(late[0], {"keys": late[1]})
+
+    def _undo(self, waiter: _Waiter, verb: str, keys: bytes) -> None:
+        """Take back what the answer gave, now or when it comes."""
+        with self._turn:
+            waiter.undo = (verb, keys)
+            answered = waiter.done and waiter.answer[0] is None
+        if answered:
+            self.notify(verb, {"keys": keys})
+
+
+def _readable(sock: socket.socket, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(timeout * 1e3))
+
+
+def _error(name: object, message: object) -> KVStoreError:
+    """The exception that the node named."""
+    kind = getattr(kvstore.errors, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, KVStoreError)):
+        kind = ProtocolError
+    failure = kind.__new__(kind)
+    Exception.__init__(failure, message)
+    return failure

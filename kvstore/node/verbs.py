@@ -1,0 +1,277 @@
+"""What a node does for each verb.
+
+Arguments come from outside: each is checked for type and bound before it is used, and a bad one is answered with
+ProtocolError. Keys and digests are raw bytes; media are the values of ``Medium``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import kvstore
+from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
+from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
+from kvstore.identity import KEY_BYTES, BlockKey, Namespace
+from kvstore.namespaces import NamespaceBook
+from kvstore.node.api import Miss, NewBlock
+from kvstore.node.protocol import join_keys, split_keys
+from kvstore.store import Session, Store
+from kvstore.tiers.base import Medium, Tier
+
+MAX_TIMEOUT_SECONDS = 3600.0
+MAX_PARTS = 1024
+MAX_PAGE = 1000
+"""Blocks a listing or a scrub takes per request."""
+
+Arguments = Mapping[str, Any]
+Verb = Callable[["Caller", Arguments], Any | Awaitable[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """A connected client."""
+
+    name: str
+    pid: int
+    session: Session
+    since: float
+
+
+class Verbs:
+    """The verbs by name, over one store. Called in the node's event loop."""
+
+    def __init__(self, store: Store, namespaces: NamespaceBook, tenant: str, tenant_secret: bytes, epoch: int) -> None:
+        self.callers: set[Caller] = set()
+        self.draining = False
+        self._store = store
+        self._namespaces = namespaces
+        self._tenant = tenant
+        self._secret = tenant_secret
+        self._epoch = epoch
+        self._started = time.monotonic()
+        self.table: dict[str, Verb] = {
+            "lookup": self.lookup,
+            "acquire": self.acquire,
+            "release": self.release,
+            "reserve": self.reserve,
+            "commit": self.commit,
+            "abort": self.abort,
+            "open_namespace": self.open_namespace,
+            "status": self.status,
+            "list": self.list,
+            "inspect": self.inspect,
+            "verify": self.verify,
+            "delete": self.delete,
+            "drain": self.drain,
+        }
+
+    # --- engines
+
+    def lookup(self, caller: Caller, args: Arguments) -> Any:
+        found = self._store.lookup(split_keys(args.get("keys")), _integer(args, "start", 0, 1 << 31))
+        return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
+
+    async def acquire(self, caller: Caller, args: Arguments) -> Any:
+        delivery = await self._store.acquire(caller.session, split_keys(args.get("keys")), _seconds(args, "timeout"))
+        miss = delivery.miss.value if delivery.miss else None
+        return [delivery.offsets, [medium.value for medium in delivery.media], miss]
+
+    def release(self, caller: Caller, args: Arguments) -> None:
+        self._store.release(caller.session, split_keys(args.get("keys")))
+
+    def reserve(self, caller: Caller, args: Arguments) -> Any:
+        keys, parents, indices = split_keys(args.get("keys")), split_keys(args.get("parents")), args.get("indices")
+        if not isinstance(indices, list) or not len(keys) == len(parents) == len(indices):
+            raise ProtocolError("keys, parents and indices must be of one length")
+        if not all(type(index) is int and 0 <= index < 1 << 32 for index in indices):
+            raise ProtocolError("indices must be unsigned 32-bit integers")
+        parts = _integer(args, "parts", 1, MAX_PARTS)
+        namespace = self._namespaces.get(_digest(args, "namespace"))
+        if namespace is None or namespace.block_bytes is None:
+            raise ProtocolError("open the namespace first")
+        if self.draining:
+            return [Miss.UNAVAILABLE.value] * len(keys)
+        blocks = [NewBlock(*block) for block in zip(keys, parents, indices, strict=True)]
+        answers = self._store.reserve(
+            caller.session,
+            namespace.digest,
+            namespace.block_bytes,
+            namespace.fields.block_tokens,
+            blocks,
+            part=_integer(args, "part", 0, parts - 1),
+            parts=parts,
+        )
+        return [answer.value if isinstance(answer, Miss) else answer for answer in answers]
+
+    async def commit(self, caller: Caller, args: Arguments) -> Any:
+        return join_keys(
+            await self._store.commit(
+                caller.session,
+                split_keys(args.get("keys")),
+                part=_integer(args, "part", 0, MAX_PARTS),
+                durable=_medium(args, "durable"),
+                timeout=_seconds(args, "timeout"),
+            )
+        )
+
+    def abort(self, caller: Caller, args: Arguments) -> None:
+        self._store.abort(caller.session, split_keys(args.get("keys")))
+
+    def open_namespace(self, caller: Caller, args: Arguments) -> Any:
+        # The node says whose blocks these are: a client cannot choose its tenant.
+        namespace = replace(Namespace.from_dict(args.get("fields")), tenant=self._tenant)
+        block_bytes = _integer(args, "block_bytes", 1, MAX_PAYLOAD_BYTES)
+        largest = self._store.host.largest_block
+        if envelope_bytes(block_bytes) > largest:
+            raise ConfigError(
+                "host.extent_bytes",
+                largest,
+                f"a block of {namespace.model} needs {envelope_bytes(block_bytes)} bytes with its header",
+                "Raise host.extent_bytes, or lower the connector's block_tokens.",
+            )
+        self._namespaces.open(namespace, block_bytes)
+        return [namespace.digest, namespace.keyring(self._secret).secret]
+
+    # --- operators
+
+    def status(self, caller: Caller, args: Arguments) -> Any:
+        now = time.monotonic()
+        return {
+            "version": kvstore.__version__,
+            "pid": os.getpid(),
+            "epoch": self._epoch,
+            "uptime_seconds": now - self._started,
+            "draining": self.draining,
+            "tiers": [{**asdict(stats), "medium": stats.medium.value} for stats in self._stats()],
+            "queued_bytes": {medium.value: size for medium, size in self._store.queued_bytes.items()},
+            "counters": self._store.metrics.snapshot(),
+            "clients": [
+                {
+                    "name": client.name,
+                    "pid": client.pid,
+                    "connected_seconds": now - client.since,
+                    "leases": sum(map(len, client.session.leases.values())),
+                }
+                for client in self.callers
+            ],
+            "namespaces": [
+                {"digest": known.digest, "block_bytes": known.block_bytes, "fields": known.fields.to_dict()}
+                for known in self._namespaces
+            ],
+        }
+
+    def list(self, caller: Caller, args: Arguments) -> Any:
+        tier = self._tier(args)
+        namespace = args.get("namespace")
+        prefix = _bytes(args, "prefix", KEY_BYTES)
+        page, cursor = _page(tier, args)
+        stats = [stat for key in page if key.startswith(prefix) and (stat := tier.stat(key)) is not None]
+        blocks = [asdict(stat) for stat in stats if namespace is None or stat.namespace == namespace]
+        return {"blocks": blocks, "cursor": cursor}
+
+    def inspect(self, caller: Caller, args: Arguments) -> Any:
+        key = BlockKey(_digest(args, "key"))
+        holding = [(tier.medium.value, stat) for tier in self._store.tiers if (stat := tier.stat(key)) is not None]
+        if not holding:
+            return {"media": []}
+        return {"media": [medium for medium, _ in holding], **asdict(holding[0][1])}
+
+    async def verify(self, caller: Caller, args: Arguments) -> Any:
+        """Read a page of blocks with the tier's own ``get``, which drops and quarantines the bad ones."""
+        tier = self._tier(args)
+        page, cursor = _page(tier, args)
+        checked = nbytes = 0
+        bad = []
+        for key in page:
+            if (stat := tier.stat(key)) is None:
+                continue
+            offset = self._store.host.allocate(envelope_bytes(stat.length))
+            if offset is None:
+                raise ProtocolError("the arena has no slot free to read into: try again when it is less busy")
+            try:
+                await tier.get(key, self._store.host.slot(offset))
+            except BlockNotFound:
+                continue
+            except BlockCorrupt as error:
+                bad.append({"key": key, "reason": str(error)})
+            finally:
+                self._store.host.discard(offset)
+            checked += 1
+            nbytes += stat.length + HEADER_BYTES
+        return {"checked": checked, "bytes": nbytes, "bad": bad, "cursor": cursor}
+
+    async def delete(self, caller: Caller, args: Arguments) -> Any:
+        namespace = args.get("namespace")
+        if namespace is None:
+            keys = split_keys(args.get("keys"))
+        else:
+            every = {key for tier in self._store.tiers for key in tier.keys()}
+            keys = [key for key in every if self._namespace_of(key) == namespace]
+        deleted = await self._store.delete(keys)
+        return {"deleted": {medium.value: count for medium, count in deleted.items()}}
+
+    async def drain(self, caller: Caller, args: Arguments) -> Any:
+        drained = await self._store.drain(_seconds(args, "timeout"))
+        return {"drained": drained, "queued_bytes": sum(self._store.queued_bytes.values())}
+
+    def _stats(self) -> Any:
+        return [tier.stats() for tier in self._store.tiers]
+
+    def _tier(self, args: Arguments) -> Tier:
+        medium = _medium(args, "medium")
+        for tier in self._store.tiers:
+            if tier.medium is medium:
+                return tier
+        raise ProtocolError(f"this node has no {medium.value} tier")
+
+    def _namespace_of(self, key: BlockKey) -> bytes | None:
+        return next((stat.namespace for tier in self._store.tiers if (stat := tier.stat(key)) is not None), None)
+
+
+def _page(tier: Tier, args: Arguments) -> tuple[list[BlockKey], bytes]:
+    """Up to ``limit`` keys after ``cursor`` in ascending order, and the cursor of the next page (empty at the end)."""
+    limit = _integer(args, "limit", 1, MAX_PAGE)
+    keys = sorted(tier.keys())
+    start = bisect_right(keys, BlockKey(_bytes(args, "cursor", KEY_BYTES)))
+    page = keys[start : start + limit]
+    return page, page[-1] if start + limit < len(keys) else b""
+
+
+def _integer(args: Arguments, name: str, low: int, high: int) -> int:
+    value = args.get(name, low)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"{name} must be an integer from {low} to {high}")
+    return value
+
+
+def _seconds(args: Arguments, name: str) -> float:
+    value = args.get(name)
+    if not isinstance(value, int | float) or not 0 <= value <= MAX_TIMEOUT_SECONDS:
+        raise ProtocolError(f"{name} must be seconds from 0 to {MAX_TIMEOUT_SECONDS:g}")
+    return float(value)
+
+
+def _bytes(args: Arguments, name: str, longest: int) -> bytes:
+    value = args.get(name, b"")
+    if not isinstance(value, bytes) or len(value) > longest:
+        raise ProtocolError(f"{name} must be at most {longest} bytes")
+    return value
+
+
+def _digest(args: Arguments, name: str) -> bytes:
+    value = args.get(name)
+    if not isinstance(value, bytes) or len(value) != KEY_BYTES:
+        raise ProtocolError(f"{name} must be {KEY_BYTES} bytes")
+    return value
+
+
+def _medium(args: Arguments, name: str) -> Medium:
+    try:
+        return Medium(args.get(name))
+    except ValueError:
+        raise ProtocolError(f"{name} must be one of {', '.join(medium.value for medium in Medium)}") from None
