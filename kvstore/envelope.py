@@ -90,7 +90,7 @@ class Header:
             self.generation,
             self.crc,
             0,
-            int(self.created * 1e6),
+            round(self.created * 1e6),
             0,
             bytes(self.codecs),
         )

@@ -9,16 +9,16 @@ Pure bookkeeping: no I/O, no clock, not thread-safe (the owner's event loop is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.errors import BlockTooLarge
 
 
 @dataclass(slots=True)
 class _Extent:
-    base: int
     slot_bytes: int
-    free: list[int] = field(default_factory=list)
+    free: dict[int, None]
+    """Offsets of the free slots, as an ordered set: the one freed last is handed out first."""
     used: int = 0
 
 
@@ -28,23 +28,32 @@ class SlabAllocator:
     def __init__(self, extents: int, extent_bytes: int) -> None:
         self.extent_bytes = extent_bytes
         self.capacity = extents * extent_bytes
-        self._free_extents = list(range(extents - 1, -1, -1))
+        self._free_extents = dict.fromkeys(range(extents - 1, -1, -1))
         self._extents: dict[int, _Extent] = {}
         self._partial: dict[int, dict[int, None]] = {}
         """Per size class, the extents that have a free slot (a dict as an ordered set)."""
 
+    def grow(self, number: int) -> None:
+        """Add extent ``number``, which was not part of the space so far, to the pool."""
+        if number in self._free_extents or number in self._extents:
+            raise ValueError(f"extent {number} is already part of the space")
+        self._free_extents[number] = None
+        self.capacity += self.extent_bytes
+
     def allocate(self, slot_bytes: int) -> int | None:
         """Offset of a free slot, or None when neither the class nor the pool has room. Raises BlockTooLarge."""
         if not 0 < slot_bytes <= self.extent_bytes:
-            raise BlockTooLarge(f"a slot of {slot_bytes} bytes does not fit in an extent of {self.extent_bytes}")
+            raise BlockTooLarge(
+                f"a slot of {slot_bytes} bytes does not fit in an extent of {self.extent_bytes}"
+            )
         partial = self._partial.setdefault(slot_bytes, {})
         if not partial:
             if not self._free_extents:
                 return None
-            self._open(self._free_extents.pop(), slot_bytes)
+            self._open(self._free_extents.popitem()[0], slot_bytes)
         number = next(iter(partial))
         extent = self._extents[number]
-        offset = extent.free.pop()
+        offset = extent.free.popitem()[0]
         extent.used += 1
         if not extent.free:
             del partial[number]
@@ -53,15 +62,17 @@ class SlabAllocator:
     def claim(self, offset: int, slot_bytes: int) -> bool:
         """Mark the slot at ``offset`` as used, as found by a recovery. False if it cannot be such a slot or is taken."""
         number, within = divmod(offset, self.extent_bytes)
-        if within % slot_bytes or within + slot_bytes > self.extent_bytes or not 0 <= offset < self.capacity:
+        if slot_bytes <= 0 or within % slot_bytes or within + slot_bytes > self.extent_bytes:
             return False
         extent = self._extents.get(number)
         if extent is None:
-            self._free_extents.remove(number)
+            if number not in self._free_extents:
+                return False
+            del self._free_extents[number]
             extent = self._open(number, slot_bytes)
         if extent.slot_bytes != slot_bytes or offset not in extent.free:
             return False
-        extent.free.remove(offset)
+        del extent.free[offset]
         extent.used += 1
         if not extent.free:
             del self._partial[slot_bytes][number]
@@ -71,7 +82,9 @@ class SlabAllocator:
         """Give a slot back; an extent without used slots returns to the pool."""
         number = offset // self.extent_bytes
         extent = self._extents[number]
-        extent.free.append(offset)
+        if offset in extent.free:
+            raise ValueError(f"the slot at {offset} is not in use")
+        extent.free[offset] = None
         extent.used -= 1
         partial = self._partial[extent.slot_bytes]
         if extent.used:
@@ -79,7 +92,7 @@ class SlabAllocator:
         else:
             partial.pop(number, None)
             del self._extents[number]
-            self._free_extents.append(number)
+            self._free_extents[number] = None
 
     def slot_bytes(self, offset: int) -> int:
         """Size class of the used slot at ``offset``."""
@@ -100,7 +113,7 @@ class SlabAllocator:
     def _open(self, number: int, slot_bytes: int) -> _Extent:
         base = number * self.extent_bytes
         slots = range(base, base + self.extent_bytes - slot_bytes + 1, slot_bytes)
-        extent = _Extent(base, slot_bytes, list(reversed(slots)))
+        extent = _Extent(slot_bytes, dict.fromkeys(reversed(slots)))
         self._extents[number] = extent
         self._partial.setdefault(slot_bytes, {})[number] = None
         return extent
