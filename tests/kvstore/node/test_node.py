@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ConfigError, NodeUnavailable, ProtocolError
+from kvstore.errors import ConfigError, KVStoreError, NodeUnavailable
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.client import Client
@@ -219,7 +219,7 @@ def test_a_bad_greeting_does_no_harm(node: RunningNode, client: Client, frame: b
     ],
 )
 def test_bad_arguments_are_refused(client: Client, verb: str, arguments: dict[str, object]) -> None:
-    with pytest.raises(Exception) as refused:
+    with pytest.raises(KVStoreError) as refused:
         client.call(verb, 1.0, **arguments)
     assert not isinstance(refused.value, NodeUnavailable)
     assert client.lookup([BlockKey(b"x" * 16)]).blocks == 0
