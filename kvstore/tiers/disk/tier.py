@@ -150,7 +150,8 @@ class DiskTier(Tier):
         return self._index.keys()
 
     def stat(self, key: BlockKey) -> BlockStat | None:
-        return self._index.stat(key)
+        row = self._index.row(key)
+        return None if row is None else self._index.stat(row)
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         present = [key for key in keys if key in self._index]
