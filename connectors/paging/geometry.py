@@ -15,8 +15,8 @@ from connectors.paging.base import BlockCopy
 from kvstore.errors import IdentityError
 from kvstore.layout import Axis, BlockLayout, Run
 
-Plane = torch.Tensor
-"""``[page, token, head, dim]``, a view."""
+ABSENT = -1
+"""In the place of a page that a partial load leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class PagedKV:
     ``planes[kv][layer]``: K then V, or one latent for MLA. All planes have the same shape, dtype, device and strides.
     """
 
-    planes: tuple[tuple[Plane, ...], ...]
+    planes: tuple[tuple[torch.Tensor, ...], ...]
     subpages: int = 1
     """Consecutive pages of the views that make one page of the engine: an engine may keep its cache in smaller
     units than it counts in (vLLM's kernel blocks)."""
@@ -42,7 +42,7 @@ class PagedKV:
             raise IdentityError("K and V have different numbers of layers")
 
     @property
-    def sample(self) -> Plane:
+    def sample(self) -> torch.Tensor:
         """Any one plane: its shape, dtype, strides and device are those of all."""
         return self.planes[0][0]
 
@@ -57,25 +57,29 @@ class PagedKV:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token of one head of one layer: the longest run every layout keeps together."""
-        return int(self.sample.shape[3]) * self.sample.element_size()
+        return int(self.sample.shape[3] * self.sample.element_size())
 
     @property
     def page_tokens(self) -> int:
         """Tokens of one page of the views."""
         return int(self.sample.shape[1])
 
-    def view_pages(self, copies: Sequence[BlockCopy], tokens: int) -> list[list[int]]:
-        """Per block of ``tokens`` tokens, the pages of the views that hold it. IdentityError where they cannot."""
+    def view_pages(self, copies: Sequence[BlockCopy], tokens: int, whole: bool = False) -> list[list[int]]:
+        """Per block of ``tokens`` tokens, the page of the views that holds each of its pages, ABSENT where the copy takes
+        none. ``whole``: every page must be there. Raises IdentityError for pages that are not in the cache or the block.
+        """
         pages = int(self.sample.shape[0])
-        count = -(-tokens // (self.page_tokens * self.subpages))
+        count = tokens // (self.page_tokens * self.subpages)
         rows = []
         for copy in copies:
-            if len(copy.pages) != count:
-                raise IdentityError(f"a block of {tokens} tokens is {count} engine pages, not {len(copy.pages)}")
+            last = copy.first_page + len(copy.pages)
+            if not 0 <= copy.first_page < last <= count or (whole and len(copy.pages) != count):
+                raise IdentityError(f"pages {copy.first_page}:{last} given of a block of {count} pages")
             row = [page * self.subpages + part for page in copy.pages for part in range(self.subpages)]
             if min(row) < 0 or max(row) >= pages:
                 raise IdentityError(f"pages {copy.pages} are not all inside a cache of {pages // self.subpages} pages")
-            rows.append(row)
+            before, behind = copy.first_page * self.subpages, (count - last) * self.subpages
+            rows.append([ABSENT] * before + row + [ABSENT] * behind)
         return rows
 
 
@@ -158,7 +162,7 @@ def sglang_pages(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | 
     ``keys`` and ``values`` are the pool's ``k_buffer`` and ``v_buffer``; an MLA pool's ``kv_buffer`` goes alone.
     """
 
-    def plane(buffer: torch.Tensor) -> Plane:
+    def plane(buffer: torch.Tensor) -> torch.Tensor:
         pages = buffer.shape[0] // page_tokens
         return buffer[: pages * page_tokens].unflatten(0, (pages, page_tokens))
 
@@ -166,7 +170,7 @@ def sglang_pages(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | 
     return PagedKV(tuple(tuple(plane(buffer) for buffer in half) for half in halves))
 
 
-def _split(cache: torch.Tensor, block: BlockLayout) -> tuple[Plane, ...]:
+def _split(cache: torch.Tensor, block: BlockLayout) -> tuple[torch.Tensor, ...]:
     """The K and V (or latent) planes of one of vLLM's per-layer caches."""
     dim = block.head_dim
     if cache.ndim == 3 and block.kv == 1 and cache.shape[2] == dim:
@@ -184,7 +188,7 @@ def _split(cache: torch.Tensor, block: BlockLayout) -> tuple[Plane, ...]:
     )
 
 
-def _form(plane: Plane) -> tuple[object, ...]:
+def _form(plane: torch.Tensor) -> tuple[object, ...]:
     return plane.shape, plane.stride(), plane.dtype, plane.device
 
 

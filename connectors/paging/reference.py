@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from connectors.paging.base import BlockCopy, Pager
-from connectors.paging.geometry import PagedKV, Share, strides
+from connectors.paging.geometry import ABSENT, PagedKV, Share, strides
 from kvstore.errors import KVStoreError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
@@ -34,7 +34,7 @@ class ReferencePager(Pager):
     def _each(self, arena: Arena, copies: Sequence[BlockCopy], to_arena: bool) -> Finished:
         block = self._share.block
         try:
-            rows = self._pages.view_pages(copies, block.tokens)
+            rows = self._pages.view_pages(copies, block.tokens, whole=to_arena)
             for copy, pages in zip(copies, rows, strict=True):
                 slot = torch.frombuffer(arena.slot(copy.offset, block.nbytes), dtype=torch.uint8)
                 self._move(slot, pages, to_arena)
@@ -51,6 +51,8 @@ class ReferencePager(Pager):
             for layer, plane in enumerate(planes):
                 rows = plane.view(torch.uint8)
                 for index, page in enumerate(pages):
+                    if page == ABSENT:
+                        continue
                     origin = kv * step.kv + first * step.head + index * tokens_of_page * step.token + layer * step.layer
                     stored = slot.as_strided(
                         (tokens_of_page, stop - first, self._pages.row_bytes), (step.token, step.head, 1), origin

@@ -85,6 +85,15 @@ class Case:
             for i in range(count)
         ]
 
+    def partial(self, choice: random.Random, copies: Sequence[BlockCopy]) -> list[BlockCopy]:
+        """A random part of the pages of each copy, from the same slots."""
+        out = []
+        for copy in copies:
+            first = choice.randrange(len(copy.pages))
+            stop = choice.randrange(first, len(copy.pages)) + 1
+            out.append(BlockCopy(copy.pages[first:stop], copy.offset, first))
+        return out
+
     def one_copy(self) -> BlockCopy:
         """The first pages, in order."""
         return BlockCopy(tuple(range(self.block.tokens // self.page_tokens)), SLOT_ALIGNMENT)

@@ -1,0 +1,145 @@
+"""The CUDA source that moves rows between engine pages and canonical payloads, and its arguments for one geometry.
+
+A payload is reached through an address and four strides, so the same kernel fills a compact staging buffer in device memory
+or a rank's part of a slot in registered host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from connectors.paging.geometry import PagedKV, Share, Strides
+
+THREADS = 512
+UNROLL = 4
+"""Independent loads in flight per thread: with fewer, one kernel of few thread blocks cannot keep the bus busy."""
+MAX_BLOCKS = 64
+MAX_PAGES = 768
+"""With these bounds a batch is 3.6 KB, within the 4 KB that every CUDA version passes to a kernel by value: no table to
+upload, keep alive or free."""
+
+BATCH = np.dtype([("step", np.int64, 4), ("payload", np.int64, MAX_BLOCKS), ("page", np.int32, MAX_PAGES)], align=True)
+
+SOURCE = r"""
+struct Batch {
+    long long step[4];               // bytes per kv, head, token, layer index of a payload
+    long long payload[MAX_BLOCKS];   // address of each block's payload, at this rank's first head
+    int page[MAX_PAGES];             // pages of each block, in token order; negative where a load leaves one out
+};
+
+// Vector i of the batch, counted in the order of the payload so that neighbouring threads touch neighbouring bytes of it.
+// False if its page is left out.
+__device__ __forceinline__ bool locate(
+    unsigned i, const long long* planes, const Batch& batch, Vector*& engine, Vector*& stored)
+{
+    const unsigned vector = i % ROW; i /= ROW;
+    const unsigned layer = i % LAYERS; i /= LAYERS;
+    const unsigned token = i % TOKENS; i /= TOKENS;
+    const unsigned head = i % HEADS; i /= HEADS;
+    const unsigned kv = i % KV, block = i / KV;
+    const long long page = batch.page[block * (TOKENS / PAGE_TOKENS) + token / PAGE_TOKENS];
+    engine = (Vector*)(planes[kv * LAYERS + layer] + page * PAGE_STEP + (token % PAGE_TOKENS) * TOKEN_STEP
+                       + head * HEAD_STEP) + vector;
+    stored = (Vector*)(batch.payload[block] + kv * batch.step[0] + head * batch.step[1] + token * batch.step[2]
+                       + layer * batch.step[3]) + vector;
+    return page >= 0;
+}
+
+// All loads are issued before the first store, or one load's latency would be paid per vector. The bytes read are not read
+// again: they stream past the cache that the engine's own kernels live on.
+template <bool GATHER>
+__device__ __forceinline__ void move(const long long* planes, unsigned vectors, const Batch& batch)
+{
+    const unsigned stride = gridDim.x * blockDim.x;
+    for (unsigned first = blockIdx.x * blockDim.x + threadIdx.x; first < vectors; first += stride * UNROLL) {
+        Vector value[UNROLL];
+        Vector* target[UNROLL];
+        #pragma unroll
+        for (unsigned u = 0; u < UNROLL; ++u) {
+            const unsigned i = first + u * stride;
+            Vector *engine, *stored;
+            target[u] = 0;
+            if (i < vectors && locate(i, planes, batch, engine, stored)) {
+                value[u] = __ldcs(GATHER ? engine : stored);
+                target[u] = GATHER ? stored : engine;
+            }
+        }
+        #pragma unroll
+        for (unsigned u = 0; u < UNROLL; ++u)
+            if (target[u])
+                *target[u] = value[u];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+gather(const long long* planes, unsigned vectors, const __grid_constant__ Batch batch)
+{
+    move<true>(planes, vectors, batch);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+scatter(const long long* planes, unsigned vectors, const __grid_constant__ Batch batch)
+{
+    move<false>(planes, vectors, batch);
+}
+"""
+
+_VECTOR_TYPES = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
+
+
+def defines(pages: PagedKV, share: Share) -> dict[str, str]:
+    """The constants that SOURCE is compiled with: divisions by them become multiplications."""
+    vector = vector_bytes(pages)
+    item = pages.sample.element_size()
+    page_step, token_step, head_step, _ = (stride * item for stride in pages.sample.stride())
+    return {
+        "Vector": _VECTOR_TYPES[vector],
+        "ROW": f"{pages.row_bytes // vector}u",
+        "LAYERS": f"{pages.layers}u",
+        "TOKENS": f"{share.block.tokens}u",
+        "PAGE_TOKENS": f"{pages.page_tokens}u",
+        "HEADS": f"{pages.heads}u",
+        "KV": f"{len(pages.planes)}u",
+        "PAGE_STEP": f"{page_step}LL",
+        "TOKEN_STEP": f"{token_step}LL",
+        "HEAD_STEP": f"{head_step}LL",
+        "THREADS": str(THREADS),
+        "UNROLL": f"{UNROLL}u",
+        "MAX_BLOCKS": str(MAX_BLOCKS),
+        "MAX_PAGES": str(MAX_PAGES),
+    }
+
+
+def vector_bytes(pages: PagedKV) -> int:
+    """The widest access, up to 16 bytes, that every row of every plane is aligned to."""
+    item = pages.sample.element_size()
+    steps = [
+        stride * item
+        for stride, size in zip(pages.sample.stride()[:3], pages.sample.shape[:3], strict=True)
+        if size > 1
+    ]
+    return math.gcd(16, pages.row_bytes, *steps, *addresses(pages))
+
+
+def addresses(pages: PagedKV) -> list[int]:
+    """Address of each plane, K before V, layers ascending."""
+    return [plane.data_ptr() for half in pages.planes for plane in half]
+
+
+def batch(strides: Strides, payloads: Sequence[int], rows: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """The kernel argument for blocks at ``payloads`` whose pages are ``rows``; at most ``max_blocks`` of them."""
+    out = np.zeros((), BATCH)
+    out["step"] = (strides.kv, strides.head, strides.token, strides.layer)
+    out["payload"][: len(payloads)] = payloads
+    flat = [page for row in rows for page in row]
+    out["page"][: len(flat)] = flat
+    return out
+
+
+def max_blocks(pages: PagedKV, share: Share) -> int:
+    """Blocks that fit in one batch; 0 when even one has too many pages."""
+    return min(MAX_BLOCKS, MAX_PAGES // (share.block.tokens // pages.page_tokens))

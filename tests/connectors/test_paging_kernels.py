@@ -1,0 +1,164 @@
+"""The kernels' source, compiled as plain C++ and run thread by thread on the CPU, against the torch reference."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from paging_cases import Case, cases, engine_bytes, random_fill
+
+from connectors.paging import kernels
+from connectors.paging.base import BlockCopy
+from connectors.paging.geometry import PagedKV, Share, strides
+from connectors.paging.reference import ReferencePager
+from kvstore.layout import BlockLayout
+from kvstore.node.arena import Arena
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+PRELUDE = r"""
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct Dim { unsigned x; };
+static Dim gridDim, blockDim, blockIdx, threadIdx;
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+template <class T> T __ldcs(const T* address) { return *address; }
+"""
+LAUNCH = r"""
+extern "C" void launch(int forward, unsigned grid, unsigned threads, const long long* planes, unsigned vectors,
+                       const Batch* batch)
+{
+    gridDim.x = grid, blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+            (forward ? gather : scatter)(planes, vectors, *batch);
+}
+"""
+
+
+def compiled(pages: PagedKV, share: Share, folder: Path) -> Callable[..., None]:
+    constants = "".join(f"#define {name} {value}\n" for name, value in kernels.defines(pages, share).items())
+    text = PRELUDE + constants + kernels.SOURCE + LAUNCH
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]  # a library that is loaded must not be written again
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(text)
+    command = [
+        "g++",
+        "-x",
+        "c++",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-o",
+        str(library),
+        str(source),
+    ]
+    if not library.exists():
+        subprocess.run(command, check=True, capture_output=True)
+    function: Callable[..., None] = ctypes.CDLL(str(library)).launch
+    return function
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena.create(1 << 20, epoch=1)
+    yield arena
+    arena.close()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(), seed=st.integers(0, 2**32), grid=st.integers(1, 3))
+def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, seed: int, grid: int) -> None:
+    pages = random_fill(case.build("cpu"), seed)
+    share = Share.of(pages, case.block, case.heads)
+    copies = case.copies(random.Random(seed))
+    address = np.frombuffer(arena.buffer[:], np.uint8).ctypes.data
+    first = address + case.heads[0] * strides(case.block).head
+    payloads = [first + copy.offset for copy in copies]
+    planes = torch.tensor(kernels.addresses(pages))
+    vectors = len(copies) * share.nbytes // kernels.vector_bytes(pages)
+    launch = compiled(pages, share, tmp_path)
+
+    def run(forward: int, copies: list[BlockCopy]) -> None:
+        batch = kernels.batch(strides(case.block), payloads, pages.view_pages(copies, case.block.tokens))
+        launch(
+            forward,
+            grid,
+            64,
+            ctypes.c_void_p(planes.data_ptr()),
+            ctypes.c_uint(vectors),
+            ctypes.c_void_p(batch.ctypes.data),
+        )
+
+    reference = ReferencePager(pages, case.block, case.heads)
+    arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+    reference.save(arena, copies).wait()
+    expected = bytes(arena.buffer)
+    arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+    run(1, copies)
+    assert bytes(arena.buffer) == expected
+
+    random_fill(pages, seed + 1)
+    before = engine_bytes(pages)
+    wanted = case.partial(random.Random(seed), copies)
+    reference.load(arena, wanted).wait()
+    loaded = engine_bytes(pages)
+    random_fill(pages, seed + 1)
+    assert torch.equal(engine_bytes(pages), before)
+    run(0, wanted)
+    assert torch.equal(engine_bytes(pages), loaded)
+
+
+def test_a_compact_share_is_the_runs_of_the_slot(arena: Arena, tmp_path: Path) -> None:
+    """What a staging buffer holds is what the copies of the share's runs put together."""
+    case = next(c for c in _some_cases() if c.block.kv == 2 and c.block.kv_heads > c.heads[1] - c.heads[0])
+    pages = random_fill(case.build("cpu"), 1)
+    share = Share.of(pages, case.block, case.heads)
+    copy = case.one_copy()
+    ReferencePager(pages, case.block, case.heads).save(arena, [copy]).wait()
+    slot = bytes(arena.slot(copy.offset, case.block.nbytes))
+
+    staging = np.zeros(share.nbytes, np.uint8)
+    rows = pages.view_pages([copy], case.block.tokens)
+    batch = kernels.batch(strides(share.compact), [staging.ctypes.data], rows)
+    planes = torch.tensor(kernels.addresses(pages))
+    compiled(pages, share, tmp_path)(
+        1, 2, 64, ctypes.c_void_p(planes.data_ptr()), ctypes.c_uint(share.nbytes // kernels.vector_bytes(pages)),
+        ctypes.c_void_p(batch.ctypes.data),
+    )  # fmt: skip
+    assert staging.tobytes() == b"".join(slot[run.offset : run.offset + run.length] for run in share.runs)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "width"), [(128, torch.bfloat16, 16), (20, torch.float16, 8), (3, torch.float8_e4m3fn, 1)]
+)
+def test_accesses_are_as_wide_as_alignment_allows(dim: int, dtype: torch.dtype, width: int) -> None:
+    case = next(iter(_some_cases()))
+    case = replace(case, dtype=dtype, block=replace(case.block, head_dim=dim, itemsize=dtype.itemsize))
+    assert kernels.vector_bytes(case.build("cpu")) == width
+
+
+def test_a_batch_fits_the_argument_space_of_a_kernel() -> None:
+    assert kernels.BATCH.itemsize + 16 <= 4096
+
+
+def _some_cases() -> list[Case]:
+    block = BlockLayout(tokens=4, layers=3, kv_heads=4, head_dim=8, itemsize=2)
+    return [Case(block, (1, 3), torch.bfloat16, layout, 2, 6) for layout in ("LBNHC", "BLHNC", "sglang")]
