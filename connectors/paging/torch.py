@@ -78,7 +78,9 @@ class OpaquePager(Pager):
 def page_rows(name: str, tensor: torch.Tensor, pages: int) -> Rows:
     """View of a layer's cache as ``[page, byte]``. Raises ConfigError when a page is not one run of memory."""
     if pages < 1 or tensor.dim() < 1 or tensor.shape[0] % pages:
-        raise ConfigError("kv_caches", tuple(tensor.shape), f"layer {name} does not hold {pages} pages", "This is a bug.")
+        raise ConfigError(
+            "kv_caches", tuple(tensor.shape), f"layer {name} does not hold {pages} pages", "This is a bug."
+        )
     parts = tensor.shape[0] // pages
     page = tensor[:parts]
     itemsize = tensor.element_size()
@@ -86,7 +88,10 @@ def page_rows(name: str, tensor: torch.Tensor, pages: int) -> Rows:
     for size, stride in sorted(zip(page.shape, page.stride(), strict=True), key=lambda axis: axis[1]):
         if size != 1 and stride != expected:
             raise ConfigError(
-                "kv_cache_layout", tensor.stride(), f"a page of layer {name} is not contiguous", "Use layout LBHNC or LBNHC."
+                "kv_cache_layout",
+                tensor.stride(),
+                f"a page of layer {name} is not contiguous",
+                "Use layout LBHNC or LBNHC.",
             )
         expected *= size
     raw = torch.empty(0, dtype=torch.uint8).set_(

@@ -6,9 +6,11 @@ wide (``init_range``) so that greedy output depends on the whole context: wrong 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _CHAT = "{% for m in messages %}{{m['role']}}: {{m['content']}}\n{% endfor %}assistant:"
 
@@ -38,7 +40,8 @@ def make_model(folder: Path, text: Iterable[str], size: ModelSize = SMALL, seed:
     """Write config, float32 safetensors and tokenizer to ``folder`` and return it. Needs torch and transformers."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    transformers: Any = importlib.import_module("transformers")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,13 +53,13 @@ def make_model(folder: Path, text: Iterable[str], size: ModelSize = SMALL, seed:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text, trainer)
-    PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=_CHAT
     ).save_pretrained(folder)
 
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -71,6 +74,6 @@ def make_model(folder: Path, text: Iterable[str], size: ModelSize = SMALL, seed:
         tie_word_embeddings=False,
         initializer_range=size.init_range,
     )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder, safe_serialization=True)
+    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder, safe_serialization=True)
     torch.random.set_rng_state(generator_state)
     return folder

@@ -1,0 +1,184 @@
+"""The class vLLM loads: one instance in the scheduler, one in each worker. Everything it does is delegated."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from kvstore.node.launch import launch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from connectors.vllm.keys import Geometry, geometry
+from connectors.vllm.link import Link
+from connectors.vllm.metrics import PromMetrics, Recorder, Stats
+from connectors.vllm.options import Options
+from connectors.vllm.pagers import make_pager
+from connectors.vllm.plan import StepPlan
+from connectors.vllm.scheduler import Planner
+from connectors.vllm.worker import Mover
+from kvstore.config import default_socket
+from kvstore.node.client import Client
+from kvstore.tiers.base import Medium
+
+try:  # vLLM 0.32 and later label hits by where they came from
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:
+    _SOURCES: dict[Medium, Any] = {}
+else:
+    _SOURCES = {Medium.HOST: CacheHitSource.HOST, Medium.DISK: CacheHitSource.DISK}
+
+logger = logging.getLogger("vllm.kvstore")
+
+CONNECT_TIMEOUT = 0.5
+"""Seconds. An engine thread pays for it at most once, when it finds the connection lost before the link does."""
+
+
+def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
+    """A link to the node of this machine."""
+    socket = options.socket or default_socket()
+    start = partial(launch, socket) if start_node and options.autostart else None
+    return Link(Client(socket, "vLLM", CONNECT_TIMEOUT), geometry.namespace, geometry.block_bytes, start)
+
+
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """Loads and saves prefix KV through the node of this machine. For vLLM 0.26 to 0.33.
+
+    Options go into ``kv_connector_extra_config``; see ``Options``. Set ``kv_load_failure_policy`` to ``recompute``: vLLM's
+    default fails a request whose load fails.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._options = Options.parse(transfer.kv_connector_extra_config)
+        self._geometry = geometry(vllm_config, kv_cache_config, self._options)
+        self._recorder = Recorder()
+        scheduler = role == KVConnectorRole.SCHEDULER
+        self._link = connect(self._options, self._geometry, start_node=scheduler)
+        self._planner: Planner | None = None
+        self._mover: Mover | None = None
+        if scheduler:
+            self._planner = Planner(self._link, self._geometry, self._recorder, self._options.async_load)
+            if transfer.kv_load_failure_policy != "recompute":
+                logger.warning('kv_load_failure_policy is "%s"; set it to "recompute"', transfer.kv_load_failure_policy)
+            logger.info("KV store: blocks of %d tokens, %s", self._geometry.block_tokens, self._geometry.namespace)
+
+    # Scheduler side
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nobody waits for what we save."""
+        return False
+
+    @property
+    def planner(self) -> Planner:
+        assert self._planner is not None, "called in a worker"
+        return self._planner
+
+    def on_new_request(self, request: Any) -> None:
+        self.planner.add(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.planner.offer(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self.planner.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        media = self.planner.media(request.request_id)
+        if sum(media.values()) != num_external_tokens:
+            return {self._cache_hit_source: num_external_tokens} if num_external_tokens else {}
+        sources: dict[Any, int] = {}
+        for medium, tokens in media.items():
+            source = _SOURCES.get(medium, self._cache_hit_source)
+            sources[source] = sources.get(source, 0) + tokens
+        return sources
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        state = getattr(scheduler_output, "kv_connector_block_state", None)  # vLLM 0.32 and later
+        return self.planner.step(scheduler_output, (lambda name: state.get_block_ids(name)[0]) if state else None)
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self.planner.remove(request.request_id)
+        return False, None
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    # Worker side
+
+    @property
+    def mover(self) -> Mover:
+        assert self._mover is not None, "called in the scheduler, or before register_kv_caches"
+        return self._mover
+
+    @property
+    def _plan(self) -> StepPlan:
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        return plan
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        rank = get_tensor_model_parallel_rank()
+        pager = make_pager(kv_caches, self._kv_cache_config.num_blocks, self._geometry, rank)
+        self._mover = Mover(self._link, pager, self._geometry, rank, self._recorder, self._options.load_timeout_s)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepPlan)
+        self.mover.protect(kv_connector_metadata.overwritten)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.mover.begin_saves(self._plan.saves)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        loads = [self.mover.load(load) for load in self._plan.loads]
+        if not self._options.async_load:
+            for load in loads:
+                load.result()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads end before the forward pass, or before the request is scheduled."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Saves are made of whole blocks, after the forward pass."""
+
+    def wait_for_save(self) -> None:
+        self.mover.finish_saves()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        received = self.mover.take_received()
+        return None, received if self._options.async_load else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.mover.take_bad_pages()
+
+    # Both
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        return self._recorder.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        if self._mover is not None:
+            self._mover.close()
+        else:
+            self._link.close()

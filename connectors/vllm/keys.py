@@ -1,0 +1,197 @@
+"""From vLLM's configuration and requests to our namespaces and chains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+
+from connectors.vllm.options import Options
+from connectors.weights import weights_digest
+from kvstore.errors import ConfigError
+from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
+from kvstore.node.api import NewBlock
+
+DEFAULT_BLOCK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How the engine's pages become our blocks."""
+
+    namespace: Namespace
+    page_tokens: int
+    ranks: int
+    """Tensor-parallel ranks; each holds its share of every page."""
+    rank_page_bytes: int
+    """Bytes of one page of one rank, all layers."""
+
+    @property
+    def block_tokens(self) -> int:
+        return self.namespace.block_tokens
+
+    @property
+    def pages_per_block(self) -> int:
+        return self.block_tokens // self.page_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        return self.pages_per_block * self.rank_page_bytes * self.ranks
+
+
+def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geometry:
+    """Read everything that shapes a block's bytes. Raises ConfigError for what this connector cannot serve."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    spec = _only_spec(kv_cache_config)
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ConfigError(
+                name, getattr(parallel, name), "KV that is split this way is not supported", "Set it to 1."
+            )
+    ranks = parallel.tensor_parallel_size
+    page_tokens = spec.block_size
+    block_tokens = options.block_tokens or -(-DEFAULT_BLOCK_TOKENS // page_tokens) * page_tokens
+    if block_tokens < 1 or block_tokens % page_tokens:
+        raise ConfigError(
+            "block_tokens", block_tokens, f"vLLM's block size is {page_tokens}", f"Use a multiple of {page_tokens}."
+        )
+    (group,) = kv_cache_config.kv_cache_groups
+    text = model.hf_text_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    dtype = str(model.dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
+    namespace = Namespace(
+        model=options.model or _model_name(model.model),
+        weights=options.weights or _weights(model),
+        dtype=dtype,
+        layers=len(group.layer_names),
+        kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.get_head_size(),
+        attention=_attention(spec),
+        rope=_rope(text),
+        block_tokens=block_tokens,
+        layout=_opaque_layout(spec, kv_cache_config, ranks, group.layer_names),
+        tenant=options.tenant,
+    )
+    return Geometry(namespace, page_tokens, ranks, spec.page_size_bytes * len(group.layer_names))
+
+
+def request_seed(request: Any) -> bytes | None:
+    """First parent of a request's chain, or None when what the request computes cannot be named by its tokens."""
+    if request.prompt_embeds is not None or getattr(request, "resumable", False):
+        return None
+    lora = None
+    if request.lora_request is not None and (lora := weights_digest(request.lora_request.lora_path)) is None:
+        return None
+    return chain_seed(cache_salt=request.cache_salt, lora=lora)
+
+
+def multimodal_extra(request: Any, block_tokens: int) -> dict[int, bytes]:
+    """Per block index, what the block's placeholder tokens stand for: content hash and position of each input in it."""
+    parts: dict[int, list[str]] = {}
+    for feature in request.mm_features or ():
+        start, length = feature.mm_position.offset, feature.mm_position.length
+        for index in range(start // block_tokens, (start + max(length, 1) - 1) // block_tokens + 1):
+            parts.setdefault(index, []).append(f"{feature.identifier}@{start - index * block_tokens}")
+    return {index: hashlib.sha256(json.dumps(names).encode()).digest() for index, names in parts.items()}
+
+
+class Chain:
+    """The blocks of one request, growing with its tokens."""
+
+    def __init__(self, block_tokens: int, seed: bytes, extra: dict[int, bytes]) -> None:
+        self._block_tokens = block_tokens
+        self._parent = seed
+        self._extra = extra
+        self._digests: list[bytes] = []
+        self.keys: list[BlockKey] = []
+        """Key of every full block so far, as far as ``extend`` went."""
+
+    def extend(self, tokens: Sequence[int], count: int, keyring: Keyring) -> None:
+        """Make sure that the first ``count`` blocks of ``tokens`` (all tokens of the request) have keys."""
+        known = len(self._digests)
+        if count <= known:
+            return
+        size = self._block_tokens
+        extra = {index - known: value for index, value in self._extra.items() if index >= known}
+        fresh = chain_digests(tokens[known * size : count * size], size, self._parent, extra)
+        self._digests += fresh
+        self._parent = self._digests[-1]
+        self.keys += keyring.block_keys(fresh)
+
+    def block(self, index: int) -> NewBlock:
+        return NewBlock(self.keys[index], self.keys[index - 1] if index else NO_PARENT, index)
+
+
+def _only_spec(kv_cache_config: Any) -> Any:
+    """The spec of the only KV cache group, which keeps every token's KV."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        names = [type(group.kv_cache_spec).__name__ for group in groups]
+        raise ConfigError(
+            "kv_cache_groups", names, "hybrid KV caches are not supported", "Start vLLM without the KV store connector."
+        )
+    spec = groups[0].kv_cache_spec
+    if not any(base.__name__ == "FullAttentionSpec" for base in type(spec).__mro__):
+        raise ConfigError(
+            "kv_cache_spec",
+            type(spec).__name__,
+            "only full attention is supported",
+            "Start vLLM without the connector.",
+        )
+    return spec
+
+
+def _model_name(model: str) -> str:
+    """A local folder's name, or the hub's name of the model: where it lies on this machine does not matter."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _weights(model: Any) -> str:
+    """Commit on the hub, or a digest of local files; and what vLLM does to the weights while it loads them."""
+    found = getattr(model.hf_config, "_commit_hash", None) or model.revision
+    found = weights_digest(model.model) if Path(model.model).is_dir() else found
+    if not found:
+        raise ConfigError(
+            "weights", model.model, "the revision of the weights is unknown", "Set kv_connector_extra_config.weights."
+        )
+    return ":".join(str(part) for part in (found, str(model.dtype).removeprefix("torch."), model.quantization) if part)
+
+
+def _attention(spec: Any) -> str:
+    if any(base.__name__ == "MLAAttentionSpec" for base in type(spec).__mro__):
+        return "mla"
+    window = getattr(spec, "sliding_window", None)
+    chunk = getattr(spec, "attention_chunk_size", None)
+    return f"sliding_window:{window}" if window else f"chunked:{chunk}" if chunk else "gqa"
+
+
+def _rope(config: Any) -> str:
+    """Canonical text of all that a model's configuration says about rotary embeddings."""
+    values = config.to_dict()
+    chosen = {name: value for name, value in values.items() if "rope" in name or "rotary" in name}
+    return json.dumps(chosen, sort_keys=True, default=str, separators=(",", ":")) if any(chosen.values()) else ""
+
+
+def _opaque_layout(spec: Any, kv_cache_config: Any, ranks: int, layer_names: Sequence[str]) -> str:
+    """Name of vLLM's own bytes on this kind of CPU: kernels pack a page by instruction set, and that may change by version."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    layers = hashlib.sha256("\n".join(layer_names).encode()).hexdigest()[:8]
+    return ":".join(
+        (
+            "opaque:vllm-cpu",
+            vllm.__version__.partition("+")[0],
+            f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{'-amx' if amx else ''}",
+            str(getattr(kv_cache_config, "kv_cache_layout", None)),
+            type(spec).__name__,
+            f"page{spec.block_size}x{spec.page_size_bytes}",
+            f"tp{ranks}",
+            f"layers-{layers}",
+        )
+    )

@@ -1,0 +1,76 @@
+"""Keeps a client connected, so that no engine thread ever waits for a connection or for a node to start."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from kvstore.errors import KVStoreError, NodeUnavailable
+from kvstore.identity import Keyring, Namespace
+from kvstore.node.api import NodeClient
+
+logger = logging.getLogger("vllm.kvstore")
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class Link:
+    """Opens the namespace as soon as a node answers, and again after one went away. Any thread may ask."""
+
+    def __init__(
+        self, client: NodeClient, namespace: Namespace, block_bytes: int, start_node: Callable[[], None] | None = None
+    ) -> None:
+        """``start_node`` is called when no node answers; it need not wait for the node to be ready."""
+        self.client = client
+        self._namespace = namespace
+        self._block_bytes = block_bytes
+        self._start_node = start_node
+        self._keyring: Keyring | None = None
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kvstore-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def keyring(self) -> Keyring | None:
+        """Makes the namespace's block keys; None while no node is known to answer."""
+        return self._keyring
+
+    def lost(self) -> None:
+        """A call found the node gone."""
+        self._keyring = None
+        self._wake.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+        self.client.close()
+
+    def _run(self) -> None:
+        silent = False
+        while not self._closed:
+            try:
+                self._keyring = self.client.open_namespace(self._namespace, self._block_bytes)
+                silent = False
+            except KVStoreError as error:
+                self._keyring = None
+                if not silent:
+                    logger.warning("KV store: %s; requests are computed until a node answers", error)
+                    silent = True
+                if isinstance(error, NodeUnavailable):
+                    self._start()
+            except Exception:
+                logger.exception("KV store: connecting failed")
+            self._wake.wait(HEARTBEAT_SECONDS)
+            self._wake.clear()
+
+    def _start(self) -> None:
+        if self._start_node is None:
+            return
+        try:
+            self._start_node()
+        except Exception as error:
+            logger.warning("KV store: starting a node failed: %s", error)
+            self._start_node = None

@@ -1,0 +1,45 @@
+"""What ``kv_connector_extra_config`` may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings of the connector. The node has its own configuration."""
+
+    socket: str = ""
+    """Where the node listens; empty for the default."""
+    autostart: bool = True
+    """Start a node when none answers."""
+    async_load: bool = True
+    """Load while other requests compute. Off: load before the forward pass, which every request then waits for."""
+    load_timeout_s: float = 10.0
+    """A load that takes longer ends, and what it has not brought is computed."""
+    block_tokens: int = 0
+    """Tokens of a stored block, a multiple of vLLM's block size; 0 for 64, or vLLM's block size when that is larger."""
+    model: str = ""
+    """Name of the model; empty for vLLM's, without the folder."""
+    weights: str = ""
+    """Revision of the weights; empty for the hub's commit or a digest of the local files."""
+    tenant: str = "default"
+
+    @classmethod
+    def parse(cls, extra: dict[str, Any]) -> Options:
+        """Check settings that came from outside. Raises ConfigError naming the setting."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        for name, value in extra.items():
+            if name not in kinds:
+                raise ConfigError(
+                    f"kv_connector_extra_config.{name}", value, "no such setting", f"Known: {', '.join(kinds)}."
+                )
+            kind = kinds[name]
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ConfigError(
+                    f"kv_connector_extra_config.{name}", value, f"not a {kind.__name__}", "Correct the type."
+                )
+        return cls(**extra)

@@ -1,0 +1,49 @@
+"""What the scheduler's side tells the workers in one engine step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from kvstore.identity import BlockKey
+from kvstore.node.api import NewBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Consecutive blocks to bring into a request's pages."""
+
+    request_id: str
+    keys: tuple[BlockKey, ...]
+    pages: tuple[int, ...]
+    """Engine pages to fill, in token order; all of ``keys`` but for a part of the first and of the last."""
+    first_page: int
+    """Page of the first block at which ``pages`` starts."""
+
+    def parts(self, pages_per_block: int) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
+        """Per block: its key, the engine pages to fill, and the page of the block at which they start."""
+        taken, first = 0, self.first_page
+        for key in self.keys:
+            count = pages_per_block - first
+            yield key, self.pages[taken : taken + count], first
+            taken, first = taken + count, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A block that this step completes."""
+
+    block: NewBlock
+    pages: tuple[int, ...]
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
+    """Connector metadata of one step. Pickled to the workers by vLLM, so it holds plain values only."""
+
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    overwritten: frozenset[int] = frozenset()
+    """Engine pages that this step hands to requests: copies out of them must be over first."""

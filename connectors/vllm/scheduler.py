@@ -1,0 +1,229 @@
+"""The scheduler's side: which blocks to load and to save. Decides only; it moves no bytes.
+
+All calls come from vLLM's scheduler thread. Nothing here raises because of the node: no answer is a miss.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
+from connectors.vllm.link import Link
+from connectors.vllm.metrics import Recorder
+from connectors.vllm.plan import Load, Save, StepPlan
+from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.identity import BlockKey
+from kvstore.node.api import Lookup, Miss
+from kvstore.tiers.base import Medium
+
+LOOKUP_TIMEOUT = 0.05
+"""Seconds. The scheduler waits for the answer, and with it every request."""
+
+_REMEMBERED = 1 << 17
+"""Keys believed to be stored: 8 million tokens at the default block size, about 20 MB."""
+
+
+@dataclass(slots=True)
+class _Offer:
+    """What a request was last told it could load."""
+
+    start: int
+    """Tokens that it had then."""
+    tokens: int
+    media: dict[Medium, int]
+    """The offered tokens by where they are."""
+    wanted: int
+    """Blocks asked for."""
+    found: int
+    miss: Miss
+
+
+@dataclass(slots=True)
+class _State:
+    """What we know of a request."""
+
+    request: Any
+    chain: Chain
+    offer: _Offer | None = None
+    media: dict[Medium, int] = field(default_factory=dict)
+    loaded_in: int = -1
+    """How often the request had been preempted when it was last given something to load."""
+    planned: int = 0
+    """Blocks whose saving has been decided."""
+    pages: list[int] = field(default_factory=list)
+
+
+class Planner:
+    """Plans loads and saves for one engine."""
+
+    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder, async_load: bool) -> None:
+        self._link = link
+        self._geometry = geometry
+        self._recorder = recorder
+        self._async = async_load
+        self._epoch = 0
+        self._states: dict[str, _State] = {}
+        self._loads: list[Load] = []
+        self._stored: OrderedDict[BlockKey, None] = OrderedDict()
+        """Blocks that we saved or saw in the store lately: not worth offering again."""
+
+    def add(self, request: Any) -> None:
+        """A new request; one whose KV its tokens do not name is left alone."""
+        seed = request_seed(request)
+        if seed is not None:
+            tokens = self._geometry.block_tokens
+            self._states[request.request_id] = _State(request, Chain(tokens, seed, multimodal_extra(request, tokens)))
+
+    def remove(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+
+    def offer(self, request: Any, computed: int) -> tuple[int, bool]:
+        """How many tokens beyond ``computed`` (a page boundary) the store can give, and whether asynchronously.
+
+        May be asked any number of times before the request is admitted, so it only remembers the last answer. A request is
+        given something to load once, and again after each preemption: a load that failed is not tried in a loop.
+        """
+        state = self._states.get(request.request_id)
+        if state is None or getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
+        state.offer = None
+        size = self._geometry.block_tokens
+        # A synchronous load leaves a token to compute; after an asynchronous one vLLM itself computes the last one again.
+        limit = (request.num_tokens - (0 if self._async else 1)) // size
+        first = computed // size
+        if limit * size <= computed or state.loaded_in == request.num_preemptions:
+            return 0, False
+        found, miss = self._lookup(state, first, limit)
+        tokens = max((first + found.blocks) * size - computed, 0) if found.blocks else 0
+        media: dict[Medium, int] = {}
+        for medium, blocks in found.runs:
+            media[medium] = media.get(medium, 0) + blocks * size
+        if found.runs and tokens:
+            media[found.runs[0][0]] -= computed - first * size
+        state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss)
+        return tokens, self._async and tokens > 0
+
+    def admit(self, request: Any, page_ids: Sequence[int], tokens: int) -> None:
+        """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""
+        state = self._states.get(request.request_id)
+        if state is None or state.offer is None:
+            return
+        offer, state.offer = state.offer, None
+        self._recorder.count("tokens_offered", offer.tokens)
+        self._recorder.count("blocks_missed", offer.wanted - offer.found, offer.miss.value)
+        state.media = offer.media
+        if tokens <= 0:
+            return
+        geometry = self._geometry
+        stop = offer.start + min(tokens, offer.tokens)
+        blocks = range(offer.start // geometry.block_tokens, -(-stop // geometry.block_tokens))
+        pages = range(offer.start // geometry.page_tokens, -(-stop // geometry.page_tokens))
+        keys = tuple(state.chain.keys[index] for index in blocks)
+        state.loaded_in = request.num_preemptions
+        self._loads.append(
+            Load(
+                request.request_id,
+                keys,
+                tuple(page_ids[page] for page in pages),
+                pages.start - blocks.start * geometry.pages_per_block,
+            )
+        )
+        self._remember(keys)
+        state.planned = max(state.planned, blocks.stop)
+
+    def media(self, request_id: str) -> dict[Medium, int]:
+        """Where the tokens that the request loads come from."""
+        state = self._states.get(request_id)
+        return state.media if state else {}
+
+    def step(self, output: Any, page_table: Callable[[str], Sequence[int]] | None) -> StepPlan:
+        """The plan of an engine step. ``page_table`` gives a scheduled request's pages; None: take them from ``output``."""
+        loads, self._loads = self._loads, []
+        if (epoch := self._link.client.epoch) != self._epoch:  # another run of the node: who knows what it holds
+            self._epoch = epoch
+            self._stored.clear()
+        plan = StepPlan(loads)
+        overwritten = {page for load in loads for page in load.pages}
+        for request_id, computed, fresh, replace in _scheduled(output):
+            overwritten.update(fresh)
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            if page_table is None:
+                state.pages = [*fresh] if replace else [*state.pages, *fresh]
+            scheduled = computed + output.num_scheduled_tokens.get(request_id, 0)
+            plan.saves += self._saves(state, computed, scheduled, page_table)
+        plan.overwritten = frozenset(overwritten)
+        return plan
+
+    def _saves(
+        self, state: _State, computed: int, scheduled: int, page_table: Callable[[str], Sequence[int]] | None
+    ) -> list[Save]:
+        """Blocks that are full once ``scheduled`` tokens are computed, and that the store may not have.
+
+        Tokens that are only drafts do not count: they are not part of ``all_token_ids``.
+        """
+        geometry = self._geometry
+        full = min(scheduled, state.request.num_tokens) // geometry.block_tokens
+        if computed // geometry.block_tokens < state.planned:  # computed again: preempted, or its load failed
+            state.planned = computed // geometry.block_tokens
+            self._forget(state.chain.keys[state.planned :])
+        if full <= state.planned or not self._extend(state, full):
+            return []
+        wanted = [index for index in range(state.planned, full) if state.chain.keys[index] not in self._stored]
+        state.planned = full
+        if not wanted:
+            return []
+        pages = page_table(state.request.request_id) if page_table else state.pages
+        per_block = geometry.pages_per_block
+        self._remember(state.chain.keys[index] for index in wanted)
+        return [
+            Save(state.chain.block(index), tuple(pages[index * per_block : (index + 1) * per_block]))
+            for index in wanted
+        ]
+
+    def _lookup(self, state: _State, first: int, limit: int) -> tuple[Lookup, Miss]:
+        if not self._extend(state, limit):
+            return Lookup(0), Miss.UNAVAILABLE
+        try:
+            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT)
+            self._forget(state.chain.keys[first + found.blocks : limit])
+            return found, Miss.NOT_STORED
+        except DeadlineExceeded:
+            return Lookup(0), Miss.DEADLINE
+        except KVStoreError:
+            self._link.lost()
+            return Lookup(0), Miss.UNAVAILABLE
+
+    def _extend(self, state: _State, count: int) -> bool:
+        """Make keys for the first ``count`` blocks; False while no node answers."""
+        keyring = self._link.keyring
+        if keyring is None:
+            return False
+        state.chain.extend(state.request.all_token_ids, count, keyring)
+        return True
+
+    def _remember(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            self._stored[key] = None
+            self._stored.move_to_end(key)
+        while len(self._stored) > _REMEMBERED:
+            self._stored.popitem(last=False)
+
+    def _forget(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            self._stored.pop(key, None)
+
+
+def _scheduled(output: Any) -> Iterable[tuple[str, int, Sequence[int], bool]]:
+    """Per scheduled request: id, tokens computed so far, pages new in this step, whether these replace all earlier ones."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens, new.block_ids[0], True
+    cached = output.scheduled_cached_reqs
+    for request_id, computed, block_ids in zip(
+        cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+    ):
+        yield request_id, computed, block_ids[0] if block_ids else (), request_id in cached.resumed_req_ids

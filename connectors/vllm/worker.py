@@ -1,0 +1,281 @@
+"""The worker's side: moves the bytes of one rank, following the scheduler's plan.
+
+Threads: the engine's thread makes all calls. Loads run in threads of their own, one acquiring ahead while another copies;
+reserving and publishing saves have one thread each. The pager is used under a lock.
+
+What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it; one that is late
+is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+
+from connectors.paging.base import BlockCopy, Pager, Transfer
+from connectors.vllm.keys import Geometry
+from connectors.vllm.link import Link
+from connectors.vllm.metrics import Recorder
+from connectors.vllm.plan import Load, Save
+from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.identity import BlockKey
+from kvstore.node.api import Acquired, Miss, Reserved
+
+logger = logging.getLogger("vllm.kvstore")
+
+LoadPart = tuple[BlockKey, tuple[int, ...], int]
+"""A block's key, the pages to fill, and the page of the block at which they start."""
+
+LOAD_CHUNK = 16
+"""Blocks acquired at a time: enough to hide the round trip, few enough to leave the arena to others."""
+
+CONCURRENT_LOADS = 2
+
+RESERVE_TIMEOUT = 1.0
+RESERVATION_WAIT = 0.05
+"""Seconds that the engine waits after a step for a reservation that was asked for before it."""
+
+MAX_UNPUBLISHED = 1024
+"""Blocks saved but not published yet, beyond which saves are dropped."""
+
+PUBLISH_TIMEOUT = 10.0
+
+
+class Mover:
+    """Loads and saves for one rank."""
+
+    def __init__(
+        self, link: Link, pager: Pager, geometry: Geometry, rank: int, recorder: Recorder, load_timeout: float
+    ) -> None:
+        self._link = link
+        self._client = link.client
+        self._pager = pager
+        self._geometry = geometry
+        self._rank = rank
+        self._recorder = recorder
+        self._load_timeout = load_timeout
+        self._pager_lock = threading.Lock()
+        self._loads = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-load")
+        self._acquires = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-acquire")
+        self._reserves = ThreadPoolExecutor(1, "kvstore-reserve")
+        self._publishes = ThreadPoolExecutor(1, "kvstore-publish")
+        self._reserving: tuple[Future[Reserved | None], Sequence[Save]] | None = None
+        self._copying: list[tuple[frozenset[int], Transfer]] = []
+        self._lock = threading.Lock()
+        self._unpublished = 0
+        self._received: set[str] = set()
+        self._bad_pages: set[int] = set()
+
+    # Saves
+
+    def protect(self, pages: frozenset[int]) -> None:
+        """Before ``pages`` are overwritten: wait for copies out of them."""
+        pending = []
+        for source, transfer in self._copying:
+            if not source.isdisjoint(pages):
+                _settle(transfer)
+            elif not transfer.done():
+                pending.append((source, transfer))
+        self._copying = pending
+
+    def begin_saves(self, saves: Sequence[Save]) -> None:
+        """Ask for slots, while the engine computes what goes there."""
+        if not saves:
+            return
+        if self._reserving is not None or self._unpublished + len(saves) > MAX_UNPUBLISHED:
+            self._drop(saves, "busy")
+            return
+        self._reserving = self._reserves.submit(self._reserve, saves), saves
+
+    def finish_saves(self) -> None:
+        """After the forward pass: copy what ``begin_saves`` got slots for, and leave publishing to its thread."""
+        if self._reserving is None:
+            return
+        started = time.perf_counter()
+        answer, saves = self._reserving
+        try:
+            reserved = answer.result(RESERVATION_WAIT)
+        except FutureTimeout:
+            self._drop(saves, "late")
+            answer.add_done_callback(lambda late: self._give_up(late.result(), saves))
+            reserved = None
+        self._reserving = None
+        if reserved is not None:
+            self._copy_out(reserved, saves)
+        self._recorder.count("save_seconds", time.perf_counter() - started)
+
+    # Loads
+
+    def load(self, load: Load) -> Future[None]:
+        """Start a load. Its end, good or bad, is reported by ``take_received`` and ``take_bad_pages``."""
+        return self._loads.submit(self._load, load, time.monotonic() + self._load_timeout)
+
+    def take_received(self) -> set[str]:
+        """Requests whose loads ended since the last call."""
+        with self._lock:
+            received, self._received = self._received, set()
+        return received
+
+    def take_bad_pages(self) -> set[int]:
+        """Pages that were to be loaded and hold nothing good, since the last call."""
+        with self._lock:
+            bad, self._bad_pages = self._bad_pages, set()
+        return bad
+
+    def close(self) -> None:
+        """Finish what was started, within its deadlines, and let the node go."""
+        for executor in (self._loads, self._acquires, self._reserves, self._publishes):
+            executor.shutdown(wait=True)
+        self._pager.close()
+        self._link.close()
+
+    def _load(self, load: Load, deadline: float) -> None:
+        """Copy block after block until one is missing. Never raises."""
+        started = time.perf_counter()
+        parts = list(load.parts(self._geometry.pages_per_block))
+        good, miss = 0, None
+        try:
+            for chunk, acquired in self._acquired(parts, deadline):
+                self._copy_in(acquired, chunk)
+                good += len(acquired.offsets)
+                miss = acquired.miss
+        except DeadlineExceeded:
+            miss = Miss.DEADLINE
+        except KVStoreError as error:
+            miss = Miss.UNAVAILABLE
+            logger.warning("Request %s loads %d of %d blocks: %s", load.request_id, good, len(parts), error)
+        except Exception:
+            miss = Miss.UNAVAILABLE
+            logger.exception("Loading KV of request %s failed after %d of %d blocks", load.request_id, good, len(parts))
+        if good < len(parts):
+            self._recorder.count("blocks_missed", len(parts) - good, (miss or Miss.NOT_STORED).value)
+        self._recorder.count("load_seconds", time.perf_counter() - started)
+        with self._lock:
+            self._bad_pages.update(page for _, pages, _ in parts[good:] for page in pages)
+            self._received.add(load.request_id)
+
+    def _acquired(self, parts: Sequence[LoadPart], deadline: float) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
+        """Chunks with their slots, acquired one chunk ahead and released when the next is asked for. Ends after a miss."""
+        chunks = [parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)]
+        ahead: Future[Acquired] | None = self._acquires.submit(self._acquire, chunks[0], deadline)
+        try:
+            for number, chunk in enumerate(chunks):
+                assert ahead is not None
+                acquired = ahead.result()
+                ahead = None
+                if len(acquired.offsets) == len(chunk) and number + 1 < len(chunks):
+                    ahead = self._acquires.submit(self._acquire, chunks[number + 1], deadline)
+                try:
+                    yield chunk, acquired
+                finally:
+                    self._release(chunk, acquired)
+                if ahead is None:
+                    return
+        finally:
+            if ahead is not None:
+                self._release(chunks[number + 1], ahead.result())
+
+    def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"KV load took longer than {self._load_timeout} s")
+        return self._client.acquire([key for key, _, _ in chunk], left)
+
+    def _release(self, chunk: Sequence[LoadPart], acquired: Acquired) -> None:
+        with suppress(KVStoreError):  # a node that is gone holds no leases
+            self._client.release([key for key, _, _ in chunk[: len(acquired.offsets)]])
+
+    def _copy_in(self, acquired: Acquired, chunk: Sequence[LoadPart]) -> None:
+        copies = [
+            BlockCopy(pages, offset, first) for (_, pages, first), offset in zip(chunk, acquired.offsets, strict=False)
+        ]
+        with self._pager_lock:
+            transfer = self._pager.load(acquired.arena, copies)
+        transfer.wait()
+        share = self._geometry.rank_page_bytes
+        self._recorder.count("bytes_loaded", sum(len(copy.pages) for copy in copies) * share)
+        if self._rank == 0:
+            for copy, medium in zip(copies, acquired.media, strict=True):
+                self._recorder.count("tokens_loaded", len(copy.pages) * self._geometry.page_tokens, medium.value)
+
+    def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
+        """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
+        geometry = self._geometry
+        if self._link.keyring is None:
+            self._drop(saves, "unavailable")
+            return None
+        try:
+            return self._client.reserve(
+                geometry.namespace, [save.block for save in saves], self._rank, geometry.ranks, RESERVE_TIMEOUT
+            )
+        except DeadlineExceeded:
+            self._drop(saves, "deadline")
+        except KVStoreError:
+            self._link.lost()
+            self._drop(saves, "unavailable")
+        except Exception:
+            logger.exception("Reserving slots failed")
+            self._drop(saves, "unavailable")
+        return None
+
+    def _give_up(self, reserved: Reserved | None, saves: Sequence[Save]) -> None:
+        if reserved is not None:
+            self._abort([save.block.key for save, at in zip(saves, reserved.offsets, strict=True) if at is not None])
+
+    def _copy_out(self, reserved: Reserved, saves: Sequence[Save]) -> None:
+        for miss in reserved.misses.values():
+            self._recorder.count("blocks_not_saved", label=miss.value)
+        wanted = [(save, at) for save, at in zip(saves, reserved.offsets, strict=True) if at is not None]
+        if not wanted:
+            return
+        copies = [BlockCopy(save.pages, at) for save, at in wanted]
+        keys = [save.block.key for save, _ in wanted]
+        try:
+            with self._pager_lock:
+                transfer = self._pager.save(reserved.arena, copies)
+        except Exception:
+            logger.exception("Saving %d blocks failed", len(wanted))
+            self._publishes.submit(self._abort, keys)
+            return
+        if not transfer.done():
+            self._copying.append((frozenset(page for copy in copies for page in copy.pages), transfer))
+        with self._lock:
+            self._unpublished += len(keys)
+        self._publishes.submit(self._publish, keys, transfer)
+
+    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer) -> None:
+        """Runs in the publishing thread."""
+        published: Sequence[BlockKey] = ()
+        try:
+            transfer.wait()
+            published = self._client.commit(keys, self._rank, timeout=PUBLISH_TIMEOUT)
+        except KVStoreError:
+            pass  # counted below
+        except Exception:
+            logger.exception("Saving %d blocks failed", len(keys))
+            self._abort(keys)
+        geometry = self._geometry
+        with self._lock:
+            self._unpublished -= len(keys)
+        self._recorder.count("blocks_not_saved", len(keys) - len(published), "unpublished")
+        self._recorder.count("bytes_saved", len(published) * geometry.pages_per_block * geometry.rank_page_bytes)
+        if self._rank == 0:
+            self._recorder.count("tokens_saved", len(published) * geometry.block_tokens)
+
+    def _abort(self, keys: Sequence[BlockKey]) -> None:
+        with suppress(KVStoreError):  # a node that is gone holds no reservations
+            self._client.abort(keys)
+
+    def _drop(self, saves: Sequence[Save], reason: str) -> None:
+        self._recorder.count("blocks_not_saved", len(saves), reason)
+
+
+def _settle(transfer: Transfer) -> None:
+    """Wait for a transfer whose failure its own thread reports."""
+    with suppress(Exception):
+        transfer.wait()
