@@ -1,0 +1,66 @@
+"""Real S3 servers, one of each for the whole run, and a bucket for each test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+
+from kvstore.testing.servers import S3Server, ServerUnavailable, ministack, radosgw
+from kvstore.tiers.object import Bucket, ObjectSettings
+
+
+def _serve(server: AbstractContextManager[S3Server]) -> Iterator[S3Server]:
+    try:
+        running = server.__enter__()
+    except ServerUnavailable as error:
+        pytest.skip(str(error))
+    try:
+        yield running
+    finally:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def ministack_server() -> Iterator[S3Server]:
+    yield from _serve(ministack())
+
+
+@pytest.fixture(scope="session")
+def radosgw_server() -> Iterator[S3Server]:
+    yield from _serve(radosgw())
+
+
+@pytest.fixture(params=["ministack", "radosgw"])
+def s3_server(request: pytest.FixtureRequest) -> S3Server:
+    """Each server in turn."""
+    server: S3Server = request.getfixturevalue(f"{request.param}_server")
+    return server
+
+
+@pytest.fixture
+def s3_settings(s3_server: S3Server) -> ObjectSettings:
+    """An empty bucket on each server in turn."""
+    return fresh_bucket(s3_server)
+
+
+@pytest.fixture
+def ministack_settings(ministack_server: S3Server) -> ObjectSettings:
+    """An empty bucket on ministack, which keeps it over a restart."""
+    return fresh_bucket(ministack_server)
+
+
+def fresh_bucket(server: S3Server) -> ObjectSettings:
+    settings = ObjectSettings(
+        url=f"s3://test-{uuid.uuid4().hex[:12]}/some/prefix",
+        endpoint=server.endpoint,
+        region=server.region,
+        access_key_id=server.access_key,
+        secret_access_key=server.secret_key,
+        ca_file=server.ca_file,
+        request_timeout=3.0,
+    )
+    Bucket(settings).create()
+    return settings
