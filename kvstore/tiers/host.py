@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 
 from kvstore.envelope import Header, verify
-from kvstore.errors import BlockNotFound, BlockTooLarge, ConfigError
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex, Rows
 from kvstore.node.arena import Arena
@@ -44,7 +44,7 @@ class HostTier(Tier):
         self._used_bytes = 0
         self._unlisted: dict[int, int] = {}
         """Pins left on slots whose block was deleted, by offset."""
-        self._evicted = self._refused = 0
+        self._evicted = self._refused = self._quarantined = 0
 
     @property
     def largest_block(self) -> int:
@@ -69,6 +69,7 @@ class HostTier(Tier):
             blocks=len(self.index),
             used_bytes=self._used_bytes,
             capacity_bytes=self._slabs.capacity,
+            quarantined=self._quarantined,
             evicted=self._evicted,
             refused=self._refused,
         )
@@ -88,7 +89,12 @@ class HostTier(Tier):
         if row is None:
             raise BlockNotFound(key.hex())
         slot = self.slot(int(self.index.location[row]))
-        header = verify(slot, key)
+        try:
+            header = verify(slot, key)
+        except BlockCorrupt:
+            self._drop(key)
+            self._quarantined += 1
+            raise
         if len(into) < header.envelope_bytes:
             raise BlockTooLarge(f"block {key.hex()} has {header.envelope_bytes} bytes, the buffer {len(into)}")
         into[: header.envelope_bytes] = slot[: header.envelope_bytes]
