@@ -30,6 +30,8 @@ COUNTERS = {
 class Stats(KVConnectorStats):  # type: ignore[misc]
     """What was counted since the last report."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         self.data = {}
 
