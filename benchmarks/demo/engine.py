@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 LOADED = "vllm:kvstore_tokens_loaded"
 
 
