@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from kvstore.config import Config
+from kvstore.errors import TierError
+from kvstore.identity import Namespace
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.arena import Arena
-from kvstore.store import Store
+from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 
 if TYPE_CHECKING:
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier
 
+log = structlog.get_logger(__name__)
+
 
 async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook) -> Store:
     """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again."""
     metrics = StoreMetrics()
+    measured = TierMetrics(metrics.registry)
     host = HostTier(arena, config.host.extent_bytes)
     lower: list[Tier] = []
+    probe: Probe | None = None
     try:
         if config.disk.enabled:
-            lower.append(await open_disk(config))
-        return Store(host, lower, metrics, config.queue_bytes)
+            lower.append(Metered(await open_disk(config), measured))
+        if config.object.url:
+            bucket = await open_object(config)
+            lower.append(Metered(Breaker(bucket), measured))
+            probe = bucket.probe
+            _share_namespaces(namespaces, bucket)
+        return Store(host, lower, metrics, config.queue_bytes, probe=probe)
     except BaseException:
         for tier in reversed([host, *lower]):
             await tier.close()
         raise
+
+
+def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:
+    """Name ours in the bucket, and learn the names of those that others put there. In the background."""
+    background: set[asyncio.Task[None]] = set()
+
+    def spawn(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        background.add(task)
+        task.add_done_callback(background.discard)
+
+    async def announce(namespace: Namespace) -> None:
+        try:
+            await bucket.put_namespace(namespace)
+        except TierError as error:
+            log.warning("namespace not written to the bucket", model=namespace.model, error=str(error))
+
+    async def learn() -> None:
+        try:
+            for namespace in (await bucket.namespaces()).values():
+                namespaces.learn(namespace)
+        except TierError as error:
+            log.warning("namespaces not read from the bucket", error=str(error))
+
+    namespaces.announce = lambda namespace: spawn(announce(namespace))
+    for known in namespaces:
+        spawn(announce(known.fields))
+    spawn(learn())
 
 
 async def open_disk(config: Config) -> DiskTier:

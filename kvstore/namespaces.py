@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class NamespaceBook:
 
     def __init__(self, directory: Path) -> None:
         """Read what earlier runs knew. Files that cannot be read are left alone and logged."""
+        self.announce: Callable[[Namespace], None] | None = None
+        """Called when a client opens a namespace, to tell others who share the store."""
         self._directory = directory
         self._known: dict[bytes, KnownNamespace] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -61,6 +63,8 @@ class NamespaceBook:
                 "the namespace lacks something that shapes the bytes"
             )
         self._known[namespace.digest] = KnownNamespace(namespace, namespace.digest, block_bytes)
+        if self.announce is not None:
+            self.announce(namespace)
         if known is None:
             self._write(namespace)
 

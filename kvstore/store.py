@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from kvstore.envelope import HEADER_BYTES, Header
+from kvstore.errors import TierError
 from kvstore.identity import BlockKey
 from kvstore.node.api import Lookup, Miss, NewBlock
 from kvstore.promotion import FETCHES_PER_ACQUIRE, Promoter
@@ -30,7 +32,10 @@ from kvstore.writeback import Writeback
 PROBED_AFTER_MISS = 4
 """Blocks asked of the bucket after a miss: a few, since a chain that is there at all continues."""
 
-Probe = Callable[[Sequence[BlockKey]], Awaitable[None]]
+PROBES_AT_ONCE = 16
+"""Bound for when the bucket is slow or away; a miss beyond it stays a miss."""
+
+Probe = Callable[[Sequence[BlockKey]], Awaitable[object]]
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +78,7 @@ class Store:
         self._promoter = Promoter(host, lower)
         self._queues = [Writeback(host, tier, metrics, queue_bytes, writers) for tier in lower]
         self._probe = probe
-        self._probes: set[asyncio.Future[None]] = set()
+        self._probes: set[asyncio.Task[None]] = set()
 
     # --- loading
 
@@ -269,10 +274,16 @@ class Store:
             tier.touch(keys)
 
     def _look_further(self, keys: Sequence[BlockKey]) -> None:
-        if self._probe is not None:
-            probe = asyncio.ensure_future(self._probe(keys))
-            self._probes.add(probe)
-            probe.add_done_callback(self._probes.discard)
+        if self._probe is not None and len(self._probes) < PROBES_AT_ONCE:
+            task = asyncio.create_task(_quietly(self._probe(keys)))
+            self._probes.add(task)
+            task.add_done_callback(self._probes.discard)
+
+
+async def _quietly(work: Awaitable[object]) -> None:
+    """A tier that fails here fails its own calls too, where it is counted."""
+    with suppress(TierError):
+        await work
 
 
 def runs_of(held: Sequence[tuple[Medium, AbstractSet[BlockKey]]], keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -68,7 +68,7 @@ def test_runs_are_the_bytes_of_the_selection(layout: BlockLayout, data: st.DataO
     assert len(covered) == len(set(covered))
     axes = {"heads": "head", "layers": "layer", "tokens": "token", "kv": "kv"}
     assert set(covered) == owned_bytes(layout, {axes[name]: range(*value) for name, value in chosen.items()})
-    assert all(a.offset + a.length < b.offset for a, b in zip(runs, runs[1:], strict=False)), (
+    assert all(a.offset + a.length < b.offset for a, b in pairwise(runs)), (
         "not ascending or not maximal"
     )
 

@@ -17,6 +17,7 @@ from kvstore.node.api import Miss, NewBlock
 from kvstore.node.client import Client
 from kvstore.node.protocol import encode
 from kvstore.testing.node import RunningNode
+from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 10_000
 NAMESPACE = Namespace(
@@ -277,3 +278,35 @@ def _reconnected(client: Client, key: BlockKey) -> bool:
     except NodeUnavailable:
         return False
     return True
+
+
+def test_blocks_outlive_the_node_on_disk_and_in_the_bucket(tmp_path: Path) -> None:
+    bucket = f"object.url=file://{tmp_path / 'bucket'}"
+    with RunningNode(tmp_path / "a", bucket) as node, Client(node.socket) as client:
+        blocks = chain(client, 5)
+        keys = [block.key for block in blocks]
+        save(client, blocks)
+        assert client.call("drain", 10.0, timeout=9.0)["drained"]
+    with RunningNode(tmp_path / "a", bucket) as node, Client(node.socket) as client:
+        assert [medium for medium, _ in client.lookup(keys).runs] == [Medium.DISK]
+        assert loaded(client, keys) == [payload_of(key) for key in keys]
+    # Another node, that knows nothing but the bucket.
+    with RunningNode(tmp_path / "b", bucket) as node, Client(node.socket) as client:
+        wait_for(lambda: client.lookup(keys).blocks == 5)
+        assert [medium for medium, _ in client.lookup(keys).runs] == [Medium.OBJECT]
+        assert loaded(client, keys) == [payload_of(key) for key in keys]
+        wait_for(lambda: any(space["fields"]["model"] == "toy" for space in client.call("status")["namespaces"]))
+
+
+def test_a_running_node_finds_what_another_one_put_in_the_bucket(tmp_path: Path) -> None:
+    bucket = f"object.url=file://{tmp_path / 'bucket'}"
+    with RunningNode(tmp_path / "a", bucket) as a, RunningNode(tmp_path / "b", bucket) as b:
+        with Client(a.socket) as writer, Client(b.socket) as reader:
+            blocks = chain(reader, 3)
+            keys = [block.key for block in blocks]
+            assert reader.lookup(keys[:1]).blocks == 0
+            chain(writer, 3)
+            save(writer, blocks)
+            assert writer.call("drain", 10.0, timeout=9.0)["drained"]
+            wait_for(lambda: reader.lookup(keys).blocks == 3, seconds=30)
+            assert loaded(reader, keys) == [payload_of(key) for key in keys]
