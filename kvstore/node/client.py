@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,13 +39,11 @@ class Client:
         socket_path: str | Path,
         name: str = "client",
         connect_timeout: float = 5.0,
-        autostart: Callable[[], None] | None = None,
     ) -> None:
-        """``autostart`` is called once when no node answers, and must start one (``kvstore.node.launch``)."""
+        """``connect_timeout`` is in seconds and covers the greeting."""
         self._path = str(socket_path)
         self._name = name
         self._connect_timeout = connect_timeout
-        self._autostart = autostart
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._retry_at = 0.0
@@ -142,29 +140,13 @@ class Client:
                     f"no node at {self._path}; the next try is less than {RECONNECT_SECONDS:g} s away"
                 )
             try:
-                self._connection = self._connect()
+                self._connection = _Connection(self._path, self._name, self._connect_timeout)
                 for namespace, (block_bytes, _, _) in self._namespaces.items():
                     self._namespaces[namespace] = self._open(self._connection, namespace, block_bytes)
             except KVStoreError:
                 self._retry_at = time.monotonic() + RECONNECT_SECONDS
                 raise
             return self._connection
-
-    def _connect(self) -> _Connection:
-        try:
-            return _Connection(self._path, self._name, self._connect_timeout)
-        except NodeUnavailable:
-            if self._autostart is None:
-                raise
-        self._autostart()
-        deadline = time.monotonic() + self._connect_timeout
-        while True:
-            try:
-                return _Connection(self._path, self._name, self._connect_timeout)
-            except NodeUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
 
     def _open(self, connection: _Connection, namespace: Namespace, block_bytes: int) -> tuple[int, bytes, Keyring]:
         arguments = {"fields": namespace.to_dict(), "block_bytes": block_bytes}

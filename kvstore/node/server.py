@@ -25,6 +25,7 @@ from kvstore.errors import ConfigError, KVStoreError, ProtocolError
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
+from kvstore.node.launch import lock_path
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.store import Session, Store
@@ -210,7 +211,7 @@ async def serve(config: Config) -> None:
 def _exclusive(path: Path) -> Any:
     """Hold the lock that makes this the only node at ``path``. Raises ConfigError when another one holds it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(path.with_name(path.name + ".lock"), "a") as lock:
+    with open(lock_path(path), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
