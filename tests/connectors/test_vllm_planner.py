@@ -54,15 +54,15 @@ class Inline(Executor):
 
 
 class Flaky:
-    """A client whose next calls fail as often as asked."""
+    """A client whose next call of a name fails if asked."""
 
     def __init__(self, node: InProcessNode) -> None:
         self.node = node
-        self.failures: list[Exception] = []
+        self.failures: dict[str, Exception] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("lookup", "acquire", "reserve", "commit") and self.failures:
-            raise self.failures.pop()
+        if name in self.failures:
+            raise self.failures.pop(name)
         return getattr(self.node, name)
 
 
@@ -148,7 +148,7 @@ class Engine:
         local = []
         while len(local) < (request.num_tokens - 1) // PAGE and self.name(request, len(local)) in self.cached:
             local.append(self.cached[self.name(request, len(local))])
-        calm = not self.client.failures
+        calm = "lookup" not in self.client.failures
         external, asynchronous = offer = self.planner.offer(request, len(local) * PAGE)
         assert not calm or offer == self.planner.offer(request, len(local) * PAGE), "asking must change nothing"
         assert len(local) * PAGE + external <= request.num_tokens - (0 if self.async_load else 1)
@@ -253,9 +253,10 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self, async_load: bool) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(worker, "ThreadPoolExecutor", Inline)
+        self.patch.setattr(worker, "LOAD_CHUNK", 2)
         self.client = Flaky(InProcessNode(1 << 20))
         self.async_load = async_load
-        self.engine = Engine(self.client, async_load)
+        self.engines = [Engine(self.client, async_load) for _ in range(2)]
         self.count = 0
         self.seen: list[Request] = []
 
@@ -269,16 +270,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen.append(request)
         self.engine.add(request)
 
-    @rule(index=st.integers(0, 100), extra=st.lists(ALPHABET, max_size=20))
+    @rule(index=st.integers(0, 100), cut=st.integers(0, 40), extra=st.lists(ALPHABET, max_size=20))
     @precondition(lambda self: self.seen)
-    def repeat(self, index: int, extra: list[int]) -> None:
-        """A prompt seen before, with more behind it."""
+    def repeat(self, index: int, cut: int, extra: list[int]) -> None:
+        """The beginning of a prompt seen before, perhaps with something else behind it."""
         earlier = self.seen[index % len(self.seen)]
-        self.submit((earlier.all_token_ids + extra)[:120], earlier.cache_salt)
+        kept = earlier.all_token_ids[: max(len(earlier.all_token_ids) - cut, 1)]
+        self.submit((kept + extra)[:120], earlier.cache_salt)
 
     @rule(chunk=st.integers(1, 40))
     def step(self, chunk: int) -> None:
         self.engine.step(chunk)
+
+    @rule()
+    def finish(self) -> None:
+        """Let the engine work until it is done, or until what is left does not fit."""
+        for _ in range(12):
+            self.engine.step(40)
 
     @rule(index=st.integers(0, 100))
     @precondition(lambda self: self.engine.running)
@@ -295,18 +303,29 @@ class EngineMachine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.engine.cached.clear()
 
+    @property
+    def engine(self) -> Engine:
+        return self.engines[0]
+
     @rule()
-    def another_engine(self) -> None:
-        """A fresh process on the same node."""
-        self.engine = Engine(self.client, self.async_load)
+    def other_engine(self) -> None:
+        """Go on with the other engine of the machine."""
+        self.engines.reverse()
+
+    @rule()
+    def restart_engine(self) -> None:
+        self.engines[0] = Engine(self.client, self.async_load)
 
     @rule()
     def restart_node(self) -> None:
         self.client.node = InProcessNode(1 << 20, self.client.node.epoch + 1)
 
-    @rule(kinds=st.lists(st.sampled_from([NodeUnavailable, DeadlineExceeded]), min_size=1, max_size=3))
-    def fail(self, kinds: list[type[Exception]]) -> None:
-        self.client.failures = [kind("injected") for kind in kinds]
+    @rule(
+        name=st.sampled_from(["lookup", "acquire", "reserve", "commit"]),
+        kind=st.sampled_from([NodeUnavailable, DeadlineExceeded]),
+    )
+    def fail(self, name: str, kind: type[Exception]) -> None:
+        self.client.failures[name] = kind("injected")
 
     @invariant()
     def stored_blocks_are_right(self) -> None:
@@ -364,6 +383,7 @@ def test_a_prefix_hit_inside_a_block_loads_the_rest_of_it(engine: Engine) -> Non
     assert second.planner.offer(second.requests[0], PAGE) == (12, True)
     second.step(100)
     assert second.mover._recorder.take().data["tokens_loaded:host"] == 12
+    second.step(100)  # checks what was loaded
 
 
 def test_a_failed_load_is_not_offered_again_until_the_request_is_preempted(engine: Engine) -> None:
@@ -373,13 +393,12 @@ def test_a_failed_load_is_not_offered_again_until_the_request_is_preempted(engin
     client = engine.client
     second = Engine(client, True)
     second.add(request := Request("second", [*tokens]))
-    client.failures = [NodeUnavailable("injected")]
+    client.failures = {"lookup": NodeUnavailable("injected"), "acquire": NodeUnavailable("injected")}
     second.admit(request)
     assert request.computed == 0, "the lookup failed"
     second.give_back(request)
-    second.admit(request)
-    assert request.loading
-    second.give_back(request)
+    second.step(100)
+    assert request.computed == 0, "the load failed"
     assert second.planner.offer(request, 0) == (0, False)
     request.num_preemptions += 1
     assert second.planner.offer(request, 0) == (40, True)
