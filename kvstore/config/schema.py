@@ -133,9 +133,11 @@ class ObjectSection(_Section):
     session_token: SecretStr = Field(SecretStr(""), description="Token of temporary credentials.")
     path_style: bool = Field(True, description="Address the bucket as host/bucket, as most servers but AWS want it.")
     ca_file: Path | None = Field(None, description="PEM file of the authority that signed the server's certificate.")
-    bytes: Bytes | None = Field(None, ge=_MIB, description="Hard cap of this store's objects; empty: no limit.")
+    bytes: Bytes | None = Field(
+        None, ge=_MIB, description="Hard cap of the blocks in it, exact while one node writes there; empty: no limit."
+    )
     bytes_in_flight: Bytes = Field(
-        256 * _MIB, ge=_MIB, description="Bytes that may be on the wire at a time, each way."
+        256 * _MIB, ge=_MIB, description="Bytes that may be on the wire at a time, both ways together."
     )
     create_bucket: bool = Field(False, description="Whether to create the bucket when it does not exist.")
 
@@ -215,7 +217,7 @@ class WriteSection(_Section):
     queue_bytes: Bytes | None = Field(
         None,
         ge=_MIB,
-        description="Bytes that may wait for each slower tier, more is dropped; empty: an eighth of host.bytes.",
+        description="Bytes that may wait for each slower tier, more is dropped; empty: a quarter of host.bytes.",
     )
 
 
@@ -237,7 +239,7 @@ class Config(_Section):
     @property
     def queue_bytes(self) -> int:
         """Bytes that may wait to be written to each slower tier."""
-        return self.write.queue_bytes or self.host.bytes // 8
+        return self.write.queue_bytes or self.host.bytes // 4
 
     @model_validator(mode="after")
     def _check(self) -> Config:
