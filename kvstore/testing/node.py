@@ -24,13 +24,13 @@ class RunningNode:
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._started = threading.Event()
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
         self._thread = threading.Thread(target=self._run, name="node")
         self._thread.start()
         self._started.wait()
-        if self._failure is not None:
+        if self._failures:
             self._thread.join()
-            raise self._failure
+            raise self._failures[0]
 
     def __enter__(self) -> Self:
         return self
@@ -43,8 +43,8 @@ class RunningNode:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:
+            raise self._failures[0]
 
     def _run(self) -> None:
         async def main() -> None:
@@ -55,7 +55,7 @@ class RunningNode:
         try:
             self._loop.run_until_complete(main())
         except BaseException as error:
-            self._failure = error
+            self._failures.append(error)
         finally:
             self._started.set()
             self._loop.close()
