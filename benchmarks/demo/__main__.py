@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON line in place of the table")
     args = parser.parse_args()
-    progress = Console(stderr=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars
+    progress = Console(stderr=True, soft_wrap=True)
     with progress.status("working: about three minutes on two cores"):
         answers = tell(lambda text: progress.print(f"[dim]·[/] {text}", highlight=False))
     summary = figures(answers)
@@ -37,16 +39,16 @@ def main() -> int:
 
 def show(answers: Sequence[Answer]) -> None:
     table = Table(
-        "asked of", "question", "prompt comes from", box=box.SIMPLE_HEAD, pad_edge=False,
-        title="Time to first token (TTFT); engine A's first answer fills the store", title_justify="left",
+        "asked of", "", "prompt from", box=box.SIMPLE_HEAD, pad_edge=False,
+        title="Time to first token (TTFT)", title_justify="left",
     )  # fmt: skip
-    for column in ("prompt tokens", "loaded", "TTFT without", "TTFT", "faster", "same tokens"):
-        table.add_column(column, justify="right")
+    for column in ("tokens", "loaded", "TTFT without store", "TTFT", "faster", "same answer"):
+        table.add_column(column, justify="right", no_wrap=True)
     for before, answer in zip([None, *answers], answers, strict=False):
         new = before is None or before.run != answer.run
         table.add_row(
             answer.run if new else "",
-            str(answer.question),
+            f"question {answer.question}",
             TIERS.get(answer.source, answer.source),
             f"{answer.prompt_tokens:,}",
             f"{answer.loaded_tokens:,}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from kvstore.node.client import Client
 from kvstore.testing.servers import S3Server
 
 BUCKET = "kvstore-demo"
+CLIENT_NAME = "demo"
 START_SECONDS = 30.0
+DRAIN_SECONDS = 60.0
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -89,28 +92,48 @@ class Node(_Process):
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                self.call("status")
+                self.status()
                 return
             except NodeUnavailable:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise self._fail("the node did not start") from None
                 time.sleep(0.1)
 
-    def call(self, verb: str, timeout: float = 60.0, **arguments: Any) -> Any:
-        with Client(self.socket, name="demo") as client:
-            return client.call(verb, timeout, **arguments)
+    def status(self) -> dict[str, Any]:
+        with Client(self.socket, name=CLIENT_NAME) as client:
+            status: dict[str, Any] = client.call("status")
+        return status
 
     def blocks(self) -> dict[str, int]:
         """How many blocks each tier holds."""
-        return {tier["medium"]: tier["blocks"] for tier in self.call("status")["tiers"]}
+        return {tier["medium"]: tier["blocks"] for tier in self.status()["tiers"]}
 
-    def wait_for(self, medium: str, blocks: int) -> None:
-        """Until a tier holds so many."""
+    def drain(self) -> None:
+        """Until everything saved is on disk and in the bucket."""
+        with Client(self.socket, name=CLIENT_NAME) as client:
+            if not client.call("drain", DRAIN_SECONDS + 1, timeout=DRAIN_SECONDS)["drained"]:
+                raise self._fail(f"blocks are still waiting to be written after {DRAIN_SECONDS:g} s")
+
+    def restart(self, lose_disk: bool = False) -> None:
+        """Stop and start again; return when it knows its bucket and every client has come back."""
+        before = self.status()
+        self.stop()
+        if lose_disk:
+            shutil.rmtree(self.directory)
+        self.start()
         deadline = time.monotonic() + START_SECONDS
-        while self.blocks()[medium] < blocks:
+        while _engines(status := self.status()) < _engines(before) or _stored(status) < _stored(before):
             if time.monotonic() > deadline:
-                raise self._fail(f"the {medium} tier holds {self.blocks()[medium]} blocks, not {blocks}")
+                raise self._fail("the node did not come back to what it was")
             time.sleep(0.1)
+
+
+def _engines(status: dict[str, Any]) -> int:
+    return sum(client["name"] != CLIENT_NAME for client in status["clients"])
+
+
+def _stored(status: dict[str, Any]) -> int:
+    return sum(tier["blocks"] for tier in status["tiers"] if tier["medium"] == "object")
 
 
 class Engine(_Process):

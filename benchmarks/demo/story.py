@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 import time
@@ -60,23 +59,19 @@ def tell(say: Say = lambda _: None) -> list[Answer]:
         answers: list[Answer] = []
         with Node(folder, s3) as node:
             with step("engine A computed the document and saved it"), Engine(folder, "a", model, node) as engine:
-                answers += _answers("engine A, first contact", engine.ask(asked), reference)
-                node.call("drain", timeout=60.0)
+                answers += _answers("engine A", engine.ask(asked), reference)
+                node.drain()
             saved = node.blocks()
             say(f"blocks saved: {', '.join(f'{count} in {tier}' for tier, count in saved.items())}; engine A is gone")
             with Engine(folder, "b", model, node) as engine:
                 with step("engine B, a new process, asked the same"):
-                    answers += _answers("engine B, fresh process", engine.ask(asked), reference)
-                node.stop()
-                node.start()
+                    answers += _answers("engine B", engine.ask(asked), reference)
+                node.restart()
                 with step("the node was restarted: host memory is empty"):
-                    answers += _answers("node restarted", engine.ask(asked), reference)
-                node.stop()
-                shutil.rmtree(node.directory)
-                node.start()
-                node.wait_for("object", saved["object"])
+                    answers += _answers("after a node restart", engine.ask(asked), reference)
+                node.restart(lose_disk=True)
                 with step("the node was restarted without its disk: only the bucket is left"):
-                    answers += _answers("node and disk lost", engine.ask(asked), reference)
+                    answers += _answers("after losing the disk", engine.ask(asked), reference)
         return answers
 
 

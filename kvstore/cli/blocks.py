@@ -21,7 +21,10 @@ SCRUB_SECONDS = 60.0
 
 _PAGE = 64
 
-TierOption = Annotated[options.TierName | None, typer.Option("--tier", help="One tier; else all that the node has.")]
+TierOption = Annotated[
+    options.TierName | None,
+    typer.Option("--tier", metavar="TIER", help="host, disk or object; else all that the node has."),
+]
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", "-n", metavar="NAME", help="Model name, or start of a namespace digest.")
 ]
@@ -32,7 +35,7 @@ def ls(
     namespace: NamespaceOption = None,
     prefix: Annotated[str, typer.Option(metavar="HEX", help="Only keys that start so.")] = "",
     after: Annotated[str, typer.Option(metavar="KEY", help="Continue behind this key.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Blocks to show of each tier.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Blocks to show of each tier.")] = 50,
     config: options.ConfigFile = None,
     overrides: options.Overrides = None,
     socket: options.Socket = None,
@@ -93,7 +96,9 @@ def _print_page(medium: str, page: dict[str, Any], names: dict[bytes, str]) -> N
 def get(
     key: Annotated[str, typer.Argument(metavar="KEY", help="32 hexadecimal digits, as ls prints them.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the payload.")],
-    timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds to wait for the bytes.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="How long to wait for it.")
+    ] = 30.0,
     config: options.ConfigFile = None,
     overrides: options.Overrides = None,
     socket: options.Socket = None,
