@@ -59,6 +59,11 @@ class SlabAllocator:
             del partial[number]
         return offset
 
+    def room(self, slot_bytes: int) -> int:
+        """How many slots ``allocate`` would find."""
+        partial = sum(len(self._extents[number].free) for number in self._partial.get(slot_bytes, ()))
+        return partial + len(self._free_extents) * (self.extent_bytes // slot_bytes)
+
     def claim(self, offset: int, slot_bytes: int) -> bool:
         """Mark the slot at ``offset`` as used, as found by a recovery. False if it cannot be such a slot or is taken."""
         number, within = divmod(offset, self.extent_bytes)

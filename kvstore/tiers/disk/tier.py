@@ -31,6 +31,7 @@ from kvstore.tiers.disk.journal import EXTEND_BYTES, Journal
 from kvstore.tiers.disk.records import (
     ADDRESSABLE_BYTES,
     RECORD_BYTES,
+    Blocks,
     Delete,
     Entry,
     Put,
@@ -117,6 +118,8 @@ class DiskTier(Tier):
         self._max_blocks = opened.journal_bytes // (4 * RECORD_BYTES)
         self._lock_fd = opened.lock_fd
         self._pool = opened.pool
+        self._log_pool = ThreadPoolExecutor(1, "disk-tier-log")
+        """Syncs, journal and erasures: they must not queue behind the slots that they are to publish."""
         self._segments = opened.segments
         self._journal = opened.journal
         self._slots = opened.slots
@@ -278,7 +281,6 @@ class DiskTier(Tier):
                 batch = [self._uncommitted.popleft() for _ in range(min(MAX_BATCH, len(self._uncommitted)))]
                 blocks = [block for block, _ in batch]
                 try:
-                    await run(self._pool, self._segments.sync, [block.offset for block in blocks])
                     await self._record([*blocks, *self._touches()], sync=bool(blocks))
                 except OSError as error:
                     for _, committed in batch:
@@ -297,13 +299,25 @@ class DiskTier(Tier):
         return [Touch(key, int(index.hits[row]), float(index.accessed[row])) for key, row in rows]
 
     async def _record(self, entries: Sequence[Entry], sync: bool) -> None:
-        """Append to the journal, or write it anew when it is long. Holds for whoever has ``_logging``."""
+        """Sync the slots of new blocks, journal all entries, erase the slots of dropped blocks; in this order.
+
+        Holds ``_logging``. The journal is written anew when it has become long.
+        """
         longest = self._journal.nbytes + 2 * RECORD_BYTES * len(entries) + EXTEND_BYTES
         wanted = 2 * RECORD_BYTES * len(self._index) + _JOURNAL_SLACK_BYTES
-        if longest > min(self._journal_bytes // 2, wanted):
-            await run(self._pool, self._journal.rewrite, snapshot(self._index), entries)
+        blocks = snapshot(self._index) if longest > min(self._journal_bytes // 2, wanted) else None
+        await run(self._log_pool, self._write_record, entries, sync, blocks)
+
+    def _write_record(self, entries: Sequence[Entry], sync: bool, blocks: Blocks | None) -> None:
+        self._segments.sync(entry.offset for entry in entries if isinstance(entry, Put))
+        if blocks is None:
+            self._journal.append(entries, sync)
         else:
-            await run(self._pool, self._journal.append, entries, sync)
+            self._journal.rewrite(blocks, entries)
+        dropped = [entry.offset for entry in entries if isinstance(entry, Delete)]
+        self._segments.erase(dropped)
+        if sync:
+            self._segments.sync(dropped)
 
     # Listing
 
@@ -325,9 +339,6 @@ class DiskTier(Tier):
         try:
             async with self._logging:
                 await self._record(unlisted, sync)
-            await run(self._pool, self._segments.erase, where)
-            if sync:
-                await run(self._pool, self._segments.sync, where)
         except OSError as error:
             # What may come back is verified when it is read, so the slots can be used all the same.
             _log.warning("could not record dropped blocks", blocks=len(where), error=str(error))
@@ -366,7 +377,21 @@ class DiskTier(Tier):
                     if not (await self._grow() or await self._evict(slot_bytes)):
                         return None
         self._grow_ahead()
+        if self._is_short(slot_bytes) and not self._making_room.locked():
+            self._spawn(self._evict_ahead(slot_bytes))
         return offset
+
+    def _is_short(self, slot_bytes: int) -> bool:
+        return self._next_segment() is None and 2 * self._slots.room(slot_bytes) < self._eviction_batch()
+
+    def _eviction_batch(self) -> int:
+        """How many blocks to give up at a time: enough for the puts under way, but a small share of a small tier."""
+        return max(1, min(MAX_BATCH, len(self._index) // 8))
+
+    async def _evict_ahead(self, slot_bytes: int) -> None:
+        async with self._making_room:
+            if self._is_short(slot_bytes):
+                await self._evict(slot_bytes)
 
     def _take(self, slot_bytes: int) -> int | None:
         if len(self._index) + len(self._writing) > self._max_blocks:
@@ -386,7 +411,7 @@ class DiskTier(Tier):
     def _rank(self, slot_bytes: int) -> None:
         """Ranking costs a pass over the whole index, so it serves a share of the index at a time."""
         now = time.time()
-        limit = max(1, len(self._index) // 64)
+        limit = max(self._eviction_batch(), len(self._index) // 64)
         rows = victims(self._index, self._policy, slot_bytes, self._segments.segment_bytes, now, limit)
         self._candidates[slot_bytes] = deque((self._index.key(row), row) for row in rows.tolist())
         self._ranked_at[slot_bytes] = now
@@ -396,7 +421,8 @@ class DiskTier(Tier):
         index = self._index
         candidates = self._candidates.get(slot_bytes, deque())
         unlisted: list[Delete] = []
-        while candidates and len(unlisted) < MAX_BATCH:
+        batch = self._eviction_batch()
+        while candidates and len(unlisted) < batch:
             key, row = candidates.popleft()
             unused = index.row(key) == row and index.accessed[row] <= self._ranked_at[slot_bytes]
             if unused and not index.pins[row] and not index.children[row]:
@@ -446,7 +472,8 @@ class DiskTier(Tier):
             await asyncio.wait(self._tasks)
         if self._touched:
             await self._commit_all()
-        await asyncio.to_thread(self._pool.shutdown)
+        for pool in (self._pool, self._log_pool):
+            await asyncio.to_thread(pool.shutdown)
         self._segments.close()
         self._journal.close()
         os.close(self._lock_fd)
@@ -481,7 +508,7 @@ class _Opened:
             for number in self.segments.numbers():
                 self.slots.grow(number)
             self.journal = Journal(directory / "journal", files)
-            self.pool = ThreadPoolExecutor(threads + 1, "disk-tier")  # one more for journal and new segments
+            self.pool = ThreadPoolExecutor(threads, "disk-tier")
             blocks = recover(self.journal, self.journal_bytes, self.segments, self.slots, self.pool)
         except BaseException:
             os.close(self.lock_fd)

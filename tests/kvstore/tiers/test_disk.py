@@ -6,9 +6,13 @@ import os
 import random
 from pathlib import Path
 
+from disk_files import find_slot, flip, overwrite
+from hypothesis import settings
+
 from kvstore.identity import BlockKey
 from kvstore.testing.blocks import random_block
 from kvstore.testing.conformance import Damage, TierConformance
+from kvstore.testing.stateful import TierMachine
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
 
@@ -25,38 +29,29 @@ class TestDiskTier(TierConformance):
         return await DiskTier.open(self.directory, self.capacity, segment_bytes=SEGMENT_BYTES)
 
     async def damage(self, tier: Tier, key: BlockKey, how: Damage) -> bool:
-        slot = find_slot(self.directory, key)
+        path, start = find_slot(self.directory, key)
         match how:
             case Damage.PAYLOAD_BIT:
-                flip(*slot, 4096 + 17)
+                flip(path, start + 4096 + 17)
             case Damage.HEADER_BIT:
-                flip(*slot, 40)
+                flip(path, start + 40)
             case Damage.TRUNCATED:
-                os.truncate(slot[0], slot[1] + 5000)
+                os.truncate(path, start + 5000)
             case Damage.SWAPPED:
-                overwrite(*slot, bytes(random_block(random.Random(9), 100_000).envelope))
+                overwrite(path, start, bytes(random_block(random.Random(9), 100_000).envelope))
             case Damage.OVERSIZE:
                 return False  # a slot has no length of its own
         return True
 
 
-def find_slot(directory: Path, key: BlockKey) -> tuple[Path, int]:
-    """File and position of a block's envelope."""
-    for path in sorted(directory.glob("segment-*")):
-        data = path.read_bytes()
-        for start in range(4096, len(data), 4096):
-            if data[start : start + 8] == b"KVBLOCK\x00" and data[start + 32 : start + 48] == key:
-                return path, start
-    raise LookupError(key.hex())
+class DiskMachine(TierMachine):
+    async def open(self, directory: Path) -> Tier:
+        return await DiskTier.open(directory, self.CAPACITY_BYTES, segment_bytes=320 << 10)
+
+    async def reopen(self, tier: Tier) -> Tier:
+        await tier.close()
+        return await self.open(self.directory)
 
 
-def flip(path: Path, start: int, byte: int) -> None:
-    overwrite(path, start + byte, bytes([path.read_bytes()[start + byte] ^ 4]))
-
-
-def overwrite(path: Path, start: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+TestDiskMachine = DiskMachine.TestCase
+TestDiskMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
