@@ -17,6 +17,7 @@ from connectors.vllm.options import Options
 from connectors.weights import weights_digest
 from kvstore.errors import ConfigError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
+from kvstore.layout import BlockLayout
 from kvstore.node.api import NewBlock
 
 DEFAULT_BLOCK_TOKENS = 64
@@ -30,8 +31,9 @@ class Geometry:
     page_tokens: int
     ranks: int
     """Tensor-parallel ranks; each holds its share of every page."""
-    rank_page_bytes: int
-    """Bytes of one page of one rank, all layers."""
+    block_bytes: int
+    layout: BlockLayout | None = None
+    """Canonical layout of a block; None: a block is the pages of all ranks as they are."""
 
     @property
     def block_tokens(self) -> int:
@@ -42,8 +44,14 @@ class Geometry:
         return self.block_tokens // self.page_tokens
 
     @property
-    def block_bytes(self) -> int:
-        return self.pages_per_block * self.rank_page_bytes * self.ranks
+    def parts(self) -> int:
+        """How many ranks write a block. With more ranks than KV heads, neighbours hold the same."""
+        return min(self.ranks, self.layout.kv_heads) if self.layout else self.ranks
+
+    def part(self, rank: int) -> int | None:
+        """Which part of a block a rank writes; None: another rank writes the same."""
+        replicas = self.ranks // self.parts
+        return None if rank % replicas else rank // replicas
 
 
 def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geometry:
@@ -63,23 +71,34 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
             "block_tokens", block_tokens, f"vLLM's block size is {page_tokens}", f"Use a multiple of {page_tokens}."
         )
     (group,) = kv_cache_config.kv_cache_groups
-    text = model.hf_text_config
     cache_dtype = vllm_config.cache_config.cache_dtype
-    dtype = str(model.dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch.")
+    layers, mla = len(group.layer_names), _is_a(spec, "MLAAttentionSpec")
+    layout = None
+    block_bytes = spec.page_size_bytes * layers * (block_tokens // page_tokens) * ranks
+    if vllm_config.device_config.device_type == "cuda":
+        layout = BlockLayout(
+            tokens=block_tokens,
+            layers=layers,
+            kv_heads=1 if mla else model.get_total_num_kv_heads(),
+            head_dim=spec.head_size,
+            itemsize=spec.dtype.itemsize,
+            kv=1 if mla else 2,
+            order="token_layer" if mla else "kv_head_token_layer",
+        )
+        block_bytes = layout.nbytes
     namespace = Namespace(
         model=options.model or _model_name(model.model),
         weights=options.weights or _weights(model),
-        dtype=dtype,
-        layers=len(group.layer_names),
-        kv_heads=model.get_total_num_kv_heads(),
-        head_dim=model.get_head_size(),
+        dtype=str(model.dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch."),
+        layers=layers,
+        kv_heads=1 if mla else model.get_total_num_kv_heads(),
+        head_dim=spec.head_size,
         attention=_attention(spec),
-        rope=_rope(text),
+        rope=_rope(model.hf_text_config),
         block_tokens=block_tokens,
-        layout=_opaque_layout(spec, kv_cache_config, ranks, group.layer_names),
-        tenant=options.tenant,
+        layout=layout.name if layout else _opaque_layout(spec, kv_cache_config, ranks, group.layer_names),
     )
-    return Geometry(namespace, page_tokens, ranks, spec.page_size_bytes * len(group.layer_names))
+    return Geometry(namespace, page_tokens, ranks, block_bytes, layout)
 
 
 def request_seed(request: Any) -> bytes | None:
@@ -138,7 +157,7 @@ def _only_spec(kv_cache_config: Any) -> Any:
             "kv_cache_groups", names, "hybrid KV caches are not supported", "Start vLLM without the KV store connector."
         )
     spec = groups[0].kv_cache_spec
-    if not any(base.__name__ == "FullAttentionSpec" for base in type(spec).__mro__):
+    if not _is_a(spec, "FullAttentionSpec"):
         raise ConfigError(
             "kv_cache_spec",
             type(spec).__name__,
@@ -146,6 +165,11 @@ def _only_spec(kv_cache_config: Any) -> Any:
             "Start vLLM without the connector.",
         )
     return spec
+
+
+def _is_a(spec: Any, name: str) -> bool:
+    """Whether a KV cache spec is of a class of vLLM's, by name: the classes move between versions."""
+    return any(base.__name__ == name for base in type(spec).__mro__)
 
 
 def _model_name(model: str) -> str:
@@ -165,7 +189,7 @@ def _weights(model: Any) -> str:
 
 
 def _attention(spec: Any) -> str:
-    if any(base.__name__ == "MLAAttentionSpec" for base in type(spec).__mro__):
+    if _is_a(spec, "MLAAttentionSpec"):
         return "mla"
     window = getattr(spec, "sliding_window", None)
     chunk = getattr(spec, "attention_chunk_size", None)

@@ -26,7 +26,6 @@ class Options:
     """Name of the model; empty for vLLM's, without the folder."""
     weights: str = ""
     """Revision of the weights; empty for the hub's commit or a digest of the local files."""
-    tenant: str = "default"
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:

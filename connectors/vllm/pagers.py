@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from connectors.paging.base import Pager
+from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from kvstore.errors import ConfigError
+from kvstore.node.arena import Arena
 
 
 def make_pager(kv_caches: Mapping[str, torch.Tensor], pages: int, geometry: Geometry, rank: int) -> Pager:
-    """Pager for ``pages`` engine pages in ``kv_caches``. Raises ConfigError when they are not what the geometry says."""
-    device = next(iter(kv_caches.values())).device.type
-    if device != "cpu":
-        raise ConfigError("device", device, "no pager for this device", "Run vLLM on a CPU.")
-    from connectors.paging.torch import OpaquePager
+    """Pager for ``pages`` engine pages in ``kv_caches``. Call it in the engine's thread.
 
-    pager = OpaquePager(kv_caches, pages, geometry.pages_per_block, rank, geometry.ranks)
+    Raises ConfigError or IdentityError when the caches are not what the geometry says.
+    """
+    device = next(iter(kv_caches.values())).device
+    pager: Pager
+    if geometry.layout is not None:
+        from connectors.paging.cuda import CudaPager
+        from connectors.paging.geometry import vllm_pages
+
+        views = vllm_pages(kv_caches.values(), geometry.layout, geometry.page_tokens)
+        pager = CudaPager(views, geometry.layout, geometry.layout.rank_heads(rank, geometry.ranks))
+        pager = EngineStreamPager(pager, torch.cuda.current_stream(device))
+    elif device.type == "cpu":
+        from connectors.paging.torch import OpaquePager
+
+        pager = OpaquePager(kv_caches, pages, geometry.pages_per_block, rank, geometry.ranks)
+    else:
+        raise ConfigError("device", device.type, "there is no pager for it", "Run vLLM on CUDA or on a CPU.")
     if pager.block_bytes != geometry.block_bytes:
-        raise ConfigError("kv_caches", pager.block_bytes, f"blocks have {geometry.block_bytes} bytes", "This is a bug.")
+        raise ConfigError("kv_caches", pager.block_bytes, f"a block has {geometry.block_bytes} bytes", "Report this.")
     return pager
+
+
+class EngineStreamPager(Pager):
+    """Makes a CUDA pager order its copies after the engine's stream, whichever thread asks: a thread has its own."""
+
+    def __init__(self, pager: Pager, stream: torch.cuda.Stream) -> None:
+        self._pager = pager
+        self._stream = stream
+        self.block_bytes = pager.block_bytes
+
+    def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        with torch.cuda.stream(self._stream):
+            return self._pager.save(arena, copies)
+
+    def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        with torch.cuda.stream(self._stream):
+            return self._pager.load(arena, copies)
+
+    def close(self) -> None:
+        self._pager.close()

@@ -57,6 +57,8 @@ class Mover:
         self._pager = pager
         self._geometry = geometry
         self._rank = rank
+        self._part = geometry.part(rank)
+        self._page_bytes = geometry.block_bytes // geometry.pages_per_block // geometry.parts
         self._recorder = recorder
         self._load_timeout = load_timeout
         self._pager_lock = threading.Lock()
@@ -85,7 +87,7 @@ class Mover:
 
     def begin_saves(self, saves: Sequence[Save]) -> None:
         """Ask for slots, while the engine computes what goes there."""
-        if not saves:
+        if not saves or self._part is None:
             return
         if self._reserving is not None or self._unpublished + len(saves) > MAX_UNPUBLISHED:
             self._drop(saves, "busy")
@@ -197,8 +199,7 @@ class Mover:
         with self._pager_lock:
             transfer = self._pager.load(acquired.arena, copies)
         transfer.wait()
-        share = self._geometry.rank_page_bytes
-        self._recorder.count("bytes_loaded", sum(len(copy.pages) for copy in copies) * share)
+        self._recorder.count("bytes_loaded", sum(len(copy.pages) for copy in copies) * self._page_bytes)
         if self._rank == 0:
             for copy, medium in zip(copies, acquired.media, strict=True):
                 self._recorder.count("tokens_loaded", len(copy.pages) * self._geometry.page_tokens, medium.value)
@@ -211,7 +212,7 @@ class Mover:
             return None
         try:
             return self._client.reserve(
-                geometry.namespace, [save.block for save in saves], self._rank, geometry.ranks, RESERVE_TIMEOUT
+                geometry.namespace, [save.block for save in saves], self._part or 0, geometry.parts, RESERVE_TIMEOUT
             )
         except DeadlineExceeded:
             self._drop(saves, "deadline")
@@ -253,19 +254,18 @@ class Mover:
         published: Sequence[BlockKey] = ()
         try:
             transfer.wait()
-            published = self._client.commit(keys, self._rank, timeout=PUBLISH_TIMEOUT)
+            published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
+            self._recorder.count("bytes_saved", len(keys) * self._geometry.pages_per_block * self._page_bytes)
         except KVStoreError:
-            pass  # counted below
+            self._recorder.count("blocks_not_saved", len(keys), "unpublished")
         except Exception:
             logger.exception("Saving %d blocks failed", len(keys))
+            self._recorder.count("blocks_not_saved", len(keys), "unpublished")
             self._abort(keys)
-        geometry = self._geometry
         with self._lock:
             self._unpublished -= len(keys)
-        self._recorder.count("blocks_not_saved", len(keys) - len(published), "unpublished")
-        self._recorder.count("bytes_saved", len(published) * geometry.pages_per_block * geometry.rank_page_bytes)
-        if self._rank == 0:
-            self._recorder.count("tokens_saved", len(published) * geometry.block_tokens)
+        # A block is published by the last of its parts, so only one rank counts its tokens.
+        self._recorder.count("tokens_saved", len(published) * self._geometry.block_tokens)
 
     def _abort(self, keys: Sequence[BlockKey]) -> None:
         with suppress(KVStoreError):  # a node that is gone holds no reservations

@@ -35,7 +35,7 @@ NAMESPACE = Namespace(
     model="m", weights="w", dtype="float32", layers=LAYERS, kv_heads=1, head_dim=1, attention="gqa", rope="",
     block_tokens=BLOCK, layout="opaque:test",
 )  # fmt: skip
-GEOMETRY = Geometry(NAMESPACE, PAGE, 1, LAYERS * PAGE_BYTES)
+GEOMETRY = Geometry(NAMESPACE, PAGE, 1, LAYERS * PAGE_BYTES * BLOCK // PAGE)
 
 
 class Inline(Executor):
