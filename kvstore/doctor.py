@@ -6,6 +6,7 @@ Every check really does the thing: reads and writes the disk, asks the bucket, c
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import mmap
 import os
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from kvstore.config import Config
@@ -155,19 +157,24 @@ def _measure(fd: int, threads: int, nbytes: int) -> tuple[float, float]:
     chunks = range(0, nbytes - CHUNK_BYTES + 1, CHUNK_BYTES)
     if not chunks:
         raise OSError("the disk is full")
-    with mmap.mmap(-1, CHUNK_BYTES) as source, ThreadPoolExecutor(threads) as pool:
-        source.write(os.urandom(CHUNK_BYTES))
+    buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
+    for _ in range(threads):
+        buffer = mmap.mmap(-1, CHUNK_BYTES)
+        buffer.write(os.urandom(CHUNK_BYTES))
+        buffers.put(buffer)
+
+    def move(one: Callable[[int, mmap.mmap, int], int], offset: int) -> None:
+        buffer = buffers.get()
+        one(fd, buffer, offset)
+        buffers.put(buffer)
+
+    with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
-        list(pool.map(lambda offset: os.pwrite(fd, source, offset), chunks))
+        list(pool.map(lambda offset: move(os.pwrite, offset), chunks))
         os.fdatasync(fd)
         written = len(chunks) * CHUNK_BYTES / (time.perf_counter() - started)
-
-        def read_one(offset: int) -> None:
-            with mmap.mmap(-1, CHUNK_BYTES) as target:
-                os.preadv(fd, [target], offset)
-
         started = time.perf_counter()
-        list(pool.map(read_one, chunks))
+        list(pool.map(lambda offset: move(lambda fd, buffer, at: os.preadv(fd, [buffer], at), offset), chunks))
         return written, len(chunks) * CHUNK_BYTES / (time.perf_counter() - started)
 
 
@@ -229,10 +236,9 @@ def check_gpu(_: Config) -> Finding:
         if has_gpu:
             return Finding(name, Verdict.FAIL, "an NVIDIA driver, but no CuPy", "pip install 'llm-kvstore[gpu]'")
         return Finding(name, Verdict.OK, "none; engines on CPU only")
-    import cupy
-
-    cuda = cupy.cuda.runtime
     try:
+        cupy = importlib.import_module("cupy")
+        cuda = cupy.cuda.runtime
         count, driver, runtime = cuda.getDeviceCount(), cuda.driverGetVersion(), cuda.runtimeGetVersion()
         cupy.arange(8).sum().item()  # compiles and runs a kernel
     except Exception as error:  # whatever a broken CUDA installation makes CuPy raise

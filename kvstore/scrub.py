@@ -45,14 +45,14 @@ async def _scrub(tier: Tier) -> dict[str, Any]:
         for key in sorted(tier.keys()):
             if (stat := tier.stat(key)) is None:
                 continue
-            with mmap.mmap(-1, envelope_bytes(stat.length)) as pages, memoryview(pages) as buffer:
-                try:
-                    header = await tier.get(key, buffer)
-                    nbytes += header.envelope_bytes
-                except BlockCorrupt as error:
-                    bad.append({"key": key, "reason": str(error)})
-                except BlockNotFound:
-                    continue
+            pages = memoryview(mmap.mmap(-1, envelope_bytes(stat.length)))
+            try:
+                header = await tier.get(key, pages)
+                nbytes += header.envelope_bytes
+            except BlockCorrupt as error:
+                bad.append({"key": key, "reason": str(error)})
+            except BlockNotFound:
+                continue
             checked += 1
     finally:
         await tier.close()

@@ -39,7 +39,7 @@ def main() -> int:
 
 def show(answers: Sequence[Answer]) -> None:
     table = Table(
-        "asked of", "", "prompt from", box=box.SIMPLE_HEAD, pad_edge=False,
+        "", "", "prompt from", box=box.SIMPLE_HEAD, pad_edge=False,
         title="Time to first token (TTFT)", title_justify="left",
     )  # fmt: skip
     for column in ("tokens", "loaded", "TTFT without store", "TTFT", "faster", "same answer"):

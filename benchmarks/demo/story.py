@@ -68,10 +68,10 @@ def tell(say: Say = lambda _: None) -> list[Answer]:
                     answers += _answers("engine B", engine.ask(asked), reference)
                 node.restart()
                 with step("the node was restarted: host memory is empty"):
-                    answers += _answers("after a node restart", engine.ask(asked), reference)
+                    answers += _answers("node restarted", engine.ask(asked), reference)
                 node.restart(lose_disk=True)
                 with step("the node was restarted without its disk: only the bucket is left"):
-                    answers += _answers("after losing the disk", engine.ask(asked), reference)
+                    answers += _answers("disk lost", engine.ask(asked), reference)
         return answers
 
 

@@ -1,4 +1,4 @@
-"""Logging of the node process."""
+"""Where log messages of a command go."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def configure(level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # what standard error is at that moment
     )

@@ -35,9 +35,11 @@ class TierName(StrEnum):
 
 
 def load(config: Path | None, overrides: list[str] | None, socket: Path | None = None) -> Loaded:
-    """The configuration that the options ask for. Raises ConfigError."""
+    """The configuration that the options ask for; from here on warnings are logged. Raises ConfigError."""
+    from kvstore.cli.logs import configure
     from kvstore.config import load as load_sources
 
+    configure("warning")
     return load_sources(config, [*(overrides or ()), *([f"node.socket={socket}"] if socket else ())])
 
 
