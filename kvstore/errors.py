@@ -6,6 +6,7 @@ KVStoreError
 ├── ProtocolError          a peer broke the frame protocol, or speaks another version of it
 ├── NodeUnavailable        no node answers, or it went away
 ├── DeadlineExceeded       the answer did not come in time
+├── CatalogUnavailable     the region's catalog does not answer
 └── TierError
     ├── BlockNotFound      the tier does not hold the block
     ├── BlockCorrupt       the bytes are not the block they claim to be
@@ -44,6 +45,10 @@ class NodeUnavailable(KVStoreError):
 
 class DeadlineExceeded(KVStoreError):
     """The answer did not arrive before the deadline."""
+
+
+class CatalogUnavailable(KVStoreError):
+    """The region's catalog cannot answer now; later it may."""
 
 
 class TierError(KVStoreError):

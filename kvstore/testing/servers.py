@@ -75,6 +75,13 @@ class Daemon:
             process.kill()
             process.wait()
 
+    def kill(self) -> None:
+        """End it without warning."""
+        assert self._process is not None, "not running"
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
     def freeze(self) -> None:
         """Stop it in its tracks: connections are still accepted by the kernel, and never answered."""
         assert self._process is not None, "not running"

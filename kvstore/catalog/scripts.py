@@ -1,0 +1,151 @@
+"""What a Redis or Valkey server runs for the catalog: each call is one script, so that it is atomic and one round trip.
+
+    {scope}meta     hash    epoch, seq, bytes, complete, token
+    {scope}blocks   hash    key -> packed entry
+    {scope}changes  stream  seq-0 -> k (key), v (packed entry, or empty for a removal)
+    {scope}claims   hash    name -> "token expires-in-ms holder"
+
+The braces put all four in one slot of a cluster. Values of ``meta`` are written as decimal text. ``ARGV[1]`` of each script is
+a fresh name, for an epoch that it may have to begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha1
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The source, and the name under which the server keeps it."""
+
+    body: str
+    source: str = field(init=False)
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        source = _PROLOGUE + self.body
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "sha", sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+# An index without its meta, or the other way round, is what a flush, an eviction or a damaged replica leaves behind.
+_PROLOGUE = """
+local meta, blocks, changes, claims = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+
+local function get(name) return tonumber(redis.call('HGET', meta, name) or 0) end
+local function set(name, value) redis.call('HSET', meta, name, string.format('%.0f', value)) end
+
+local function begin_again()
+  set('complete', 0)
+  redis.call('HSET', meta, 'epoch', ARGV[1])
+  return ARGV[1]
+end
+
+local function begin_epoch()
+  redis.call('UNLINK', blocks, changes)
+  set('seq', 0)
+  set('bytes', 0)
+  return begin_again()
+end
+
+local function size(value)
+  if not value or #value ~= 42 then return 0 end
+  return 4096 + math.ceil(struct.unpack('<I4', value) / 4096) * 4096
+end
+
+local epoch = redis.call('HGET', meta, 'epoch')
+if not epoch or (get('bytes') > 0 and redis.call('EXISTS', blocks) == 0) then epoch = begin_epoch() end
+"""
+
+# ARGV: changes to keep, then key and packed entry (empty: remove) in turn.
+RECORD = Script("""
+local seq, bytes = get('seq'), get('bytes')
+for i = 3, #ARGV, 2 do
+  local key, after = ARGV[i], ARGV[i + 1]
+  local before = redis.call('HGET', blocks, key)
+  local changed
+  if after == '' then
+    changed = before
+    if changed then redis.call('HDEL', blocks, key) end
+  else
+    local size_only = string.sub(after, 21, 22) == '\\0\\0'
+    local known = before and string.sub(before, 1, 20) == string.sub(after, 1, 20)
+    changed = before ~= after and not (size_only and known)
+    if changed then redis.call('HSET', blocks, key, after) end
+  end
+  if changed then
+    seq = seq + 1
+    bytes = bytes + size(after) - size(before)
+    redis.call('XADD', changes, 'MAXLEN', '~', ARGV[2], string.format('%.0f-0', seq), 'k', key, 'v', after)
+  end
+end
+set('seq', seq)
+set('bytes', bytes)
+""")
+
+# ARGV: the cursor (epoch, since, page or '-'), limit.
+FOLLOW = Script("""
+local their_epoch, since, page, limit = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local seq = get('seq')
+if their_epoch == epoch and since > seq then epoch = begin_again() end
+local first = redis.call('XRANGE', changes, '-', '+', 'COUNT', 1)[1]
+local oldest = first and tonumber(string.match(first[1], '^%d+')) or seq + 1
+local restarted = their_epoch ~= epoch or (since < seq and oldest > since + 1)
+if restarted then since, page = seq, '0' end
+local found = {}
+if page ~= '-' then
+  local scanned = redis.call('HSCAN', blocks, page, 'COUNT', limit)
+  page, found = scanned[1], scanned[2]
+  if page == '0' then page = '-' end
+else
+  for _, item in ipairs(redis.call('XRANGE', changes, string.format('%.0f-0', since + 1), '+', 'COUNT', limit)) do
+    since = tonumber(string.match(item[1], '^%d+'))
+    found[#found + 1] = item[2][2]
+    found[#found + 1] = item[2][4]
+  end
+end
+local caught_up = page == '-' and since == seq
+return {epoch, since, page, restarted and 1 or 0, caught_up and 1 or 0, get('complete'), get('bytes'), found}
+""")
+
+# ARGV: name, holder, milliseconds (0: give back).
+CLAIM = Script("""
+local name, holder, lasts = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local token, expires, held_by = string.match(redis.call('HGET', claims, name) or '', '^(%d+) (%d+) (.*)$')
+local held = token and tonumber(expires) > now
+if held and held_by ~= holder then return false end
+if lasts == 0 then
+  redis.call('HDEL', claims, name)
+  return false
+end
+if not held then token = redis.call('HINCRBY', meta, 'token', 1) end
+redis.call('HSET', claims, name, string.format('%.0f %.0f %s', token, now + lasts, holder))
+return {tonumber(token), now + lasts}
+""")
+
+STATUS = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local all, living = redis.call('HGETALL', claims), {}
+for i = 1, #all, 2 do
+  local token, expires, holder = string.match(all[i + 1], '^(%d+) (%d+) (.*)$')
+  if token and tonumber(expires) > now then
+    living[#living + 1] = {all[i], holder, tonumber(token), tonumber(expires)}
+  else
+    redis.call('HDEL', claims, all[i])
+  end
+end
+return {epoch, get('complete'), redis.call('HLEN', blocks), get('bytes'), get('seq'), living}
+""")
+
+RESET = Script("return begin_epoch()")
+
+# ARGV: the epoch that is complete.
+COMPLETE = Script("""
+if epoch ~= ARGV[2] then return 0 end
+set('complete', 1)
+return 1
+""")
