@@ -1,0 +1,249 @@
+"""The connector inside a real vLLM scheduler; no model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm import SamplingParams
+from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+import connectors.vllm.connector as module
+from connectors.vllm.connector import KVStoreConnector
+from connectors.vllm.keys import Geometry
+from connectors.vllm.link import Link
+from connectors.vllm.options import Options
+from connectors.vllm.process import transfer_config
+from kvstore.errors import ConfigError
+from kvstore.node.api import NewBlock
+from kvstore.testing.inprocess import InProcessNode
+from kvstore.testing.model import make_model
+
+PAGE, PAGES = 16, 120
+BLOCK = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    init_none_hash(sha256)
+    return make_model(tmp_path_factory.mktemp("model"), ["some text"])
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessNode]:
+    node = InProcessNode(64 << 20)
+    links = []
+
+    def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
+        links.append(link := Link(node, geometry.namespace, geometry.block_bytes))
+        link._thread.join(0.2)  # its first heartbeat
+        return link
+
+    monkeypatch.setattr(module, "connect", connect)
+    yield node
+    for link in links:
+        link.close()
+
+
+def config(model: Path, **extra: Any) -> VllmConfig:
+    cache = CacheConfig(block_size=PAGE, enable_prefix_caching=True)
+    cache.kv_cache_layout = "LBNHC"
+    return VllmConfig(
+        model_config=ModelConfig(model=str(model), dtype="float32", seed=0),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=1024, max_model_len=4096, enable_chunked_prefill=True,
+            is_encoder_decoder=False,
+        ),
+        cache_config=cache,
+        kv_transfer_config=KVTransferConfig(**transfer_config(extra)),
+        device_config=DeviceConfig("cpu"),
+    )  # fmt: skip
+
+
+def kv_config(*specs: Any) -> KVCacheConfig:
+    specs = specs or (FullAttentionSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32),)
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=PAGES, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def make_scheduler(model: Path, **extra: Any) -> Scheduler:
+    vllm_config = config(model, **extra)
+    vllm_config.cache_config.num_gpu_blocks = PAGES
+    return Scheduler(
+        vllm_config=vllm_config, kv_cache_config=kv_config(), log_stats=True, block_size=PAGE,
+        structured_output_manager=StructuredOutputManager(vllm_config), hash_block_size=None,
+    )  # fmt: skip
+
+
+def make_request(name: str, tokens: list[int], **fields: Any) -> Request:
+    sampling = SamplingParams(max_tokens=3)
+    sampling.update_from_generation_config({}, 50256)
+    hasher = get_request_block_hasher(PAGE, sha256)
+    return Request(name, tokens, sampling, None, mm_features=None, block_hasher=hasher, **fields)
+
+
+def answer(scheduler: Scheduler, step: Any, **connector: Any) -> None:
+    """What the workers would report for a step: one token for each request that finished its prompt."""
+    ids = list(step.num_scheduled_tokens)
+    output = ModelRunnerOutput(
+        req_ids=ids, req_id_to_index={name: i for i, name in enumerate(ids)}, sampled_token_ids=[[5] for _ in ids],
+        logprobs=None, prompt_logprobs_dict={}, pooler_output=None, kv_connector_output=KVConnectorOutput(**connector),
+    )  # fmt: skip
+    scheduler.update_from_output(step, output)
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.requests:
+        answer(scheduler, scheduler.schedule())
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.free_block_queue.num_free_blocks == pool.num_gpu_blocks - 1, "a page leaked"
+
+
+def plan(scheduler: Scheduler, request: Request) -> Any:
+    scheduler.add_request(request)
+    return scheduler.schedule()
+
+
+def store(node: InProcessNode, scheduler: Scheduler, blocks: list[NewBlock]) -> None:
+    namespace = scheduler.connector._geometry.namespace
+    node.reserve(namespace, blocks)
+    assert len(node.commit([block.key for block in blocks])) == len(blocks)
+
+
+TOKENS = [(7 * k) % 97 for k in range(5 * BLOCK + 3)]
+
+
+@pytest.fixture
+def stocked(model: Path, node: InProcessNode) -> Callable[..., Scheduler]:
+    """Makes a scheduler whose node holds the five blocks of TOKENS."""
+
+    def make(**extra: Any) -> Scheduler:
+        scheduler = make_scheduler(model, **extra)
+        step = plan(scheduler, make_request("first", TOKENS))
+        saves = step.kv_connector_metadata.saves
+        assert [save.block.index for save in saves] == [0, 1, 2, 3, 4]
+        assert [save.block.parent for save in saves[1:]] == [save.block.key for save in saves[:-1]]
+        table = scheduler.kv_cache_manager.get_block_ids("first")[0]
+        assert [page for save in saves for page in save.pages] == table[: 5 * BLOCK // PAGE]
+        store(node, scheduler, [save.block for save in saves])
+        answer(scheduler, step)
+        finish(scheduler)
+        scheduler.reset_prefix_cache()
+        return scheduler
+
+    return make
+
+
+def test_asynchronous_load(stocked: Callable[..., Scheduler]) -> None:
+    scheduler = stocked()
+    request = make_request("second", TOKENS)
+    step = plan(scheduler, request)
+    (load,) = step.kv_connector_metadata.loads
+    assert len(load.keys) == 5
+    assert len(load.pages) == 5 * BLOCK // PAGE
+    assert request.status.name == "WAITING_FOR_REMOTE_KVS"
+    assert step.total_num_scheduled_tokens == 0
+    answer(scheduler, step, finished_recving={"second"})
+    step = scheduler.schedule()
+    assert step.num_scheduled_tokens == {"second": 3}
+    assert not step.kv_connector_metadata.saves, "what was loaded is not saved again"
+    answer(scheduler, step)
+    finish(scheduler)
+
+
+def test_synchronous_load_leaves_a_token(stocked: Callable[..., Scheduler]) -> None:
+    scheduler = stocked(async_load=False)
+    step = plan(scheduler, make_request("second", TOKENS[: 2 * BLOCK]))
+    (load,) = step.kv_connector_metadata.loads
+    assert len(load.keys) == 1
+    assert step.num_scheduled_tokens == {"second": BLOCK}
+    answer(scheduler, step)
+    finish(scheduler)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("bad_page", [0, 9])
+def test_a_failed_load_is_computed_and_saved_again(
+    stocked: Callable[..., Scheduler], asynchronous: bool, bad_page: int
+) -> None:
+    scheduler = stocked(async_load=asynchronous)
+    request = make_request("second", TOKENS)
+    step = plan(scheduler, request)
+    (load,) = step.kv_connector_metadata.loads
+    finished = {"finished_recving": {"second"}} if asynchronous else {}
+    answer(scheduler, step, invalid_block_ids=set(load.pages[bad_page:]), **finished)
+    step = scheduler.schedule()
+    assert not step.kv_connector_metadata.loads, "a load that failed is not tried again"
+    assert step.num_scheduled_tokens == {"second": len(TOKENS) - bad_page * PAGE}
+    first_bad = bad_page * PAGE // BLOCK
+    assert [save.block.index for save in step.kv_connector_metadata.saves] == list(range(first_bad, 5))
+    answer(scheduler, step)
+    finish(scheduler)
+
+
+def test_a_hit_inside_a_block_loads_the_rest(stocked: Callable[..., Scheduler]) -> None:
+    scheduler = stocked()
+    step = plan(scheduler, make_request("short", TOKENS[: BLOCK + PAGE + 1]))
+    answer(scheduler, step, finished_recving={load.request_id for load in step.kv_connector_metadata.loads})
+    finish(scheduler)  # leaves its five pages in vLLM's own prefix cache
+    step = plan(scheduler, make_request("long", TOKENS))
+    (load,) = step.kv_connector_metadata.loads
+    assert load.first_page == 1
+    assert len(load.keys) == 4
+    assert len(load.pages) == 4 * BLOCK // PAGE - 1
+
+
+def test_salt_and_prompt_logprobs_do_not_read(stocked: Callable[..., Scheduler]) -> None:
+    scheduler = stocked()
+    salted = make_request("salted", TOKENS, cache_salt="x")
+    assert not plan(scheduler, salted).kv_connector_metadata.loads
+    blind = make_request("blind", TOKENS)
+    blind.skip_reading_prefix_cache = True
+    assert not plan(scheduler, blind).kv_connector_metadata.loads
+
+
+def test_decoded_tokens_are_saved_too(model: Path, node: InProcessNode) -> None:
+    scheduler = make_scheduler(model)
+    step = plan(scheduler, make_request("only", TOKENS[: BLOCK - 1]))
+    assert not step.kv_connector_metadata.saves
+    answer(scheduler, step)
+    step = scheduler.schedule()
+    assert [save.block.index for save in step.kv_connector_metadata.saves] == [0]
+
+
+def test_what_cannot_be_served_is_refused_by_name(model: Path) -> None:
+    vllm_config = config(model)
+    window = SlidingWindowSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, sliding_window=64)
+    full = FullAttentionSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="hybrid"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, window))
+    with pytest.raises(ConfigError, match="full attention"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(window))
+    with pytest.raises(ConfigError, match="no such setting"):
+        KVStoreConnector(config(model, sokcet="x"), module.KVConnectorRole.SCHEDULER, kv_config())
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        KVStoreConnector(config(model, block_tokens=24), module.KVConnectorRole.SCHEDULER, kv_config())
+
+
+def test_namespaces_differ_where_bytes_would(model: Path, tmp_path: Path, node: InProcessNode) -> None:
+    def namespace(folder: Path, **extra: Any) -> Any:
+        return make_scheduler(folder, **extra).connector._geometry.namespace
+
+    base = namespace(model)
+    assert namespace(model) == base
+    assert set(namespace(model, block_tokens=128).difference(base)) == {"block_tokens"}
+    other = make_model(tmp_path / model.name, ["some text"], seed=2)
+    assert set(namespace(other).difference(base)) == {"weights"}
