@@ -106,7 +106,7 @@ class BlockIndex:
 
     def identities(self, rows: Rows) -> tuple[Identities, Identities]:
         """Keys and parents of used rows, as arrays."""
-        keys = b"".join([self.key(row) for row in rows.tolist()])
+        keys = b"".join([key for row in rows.tolist() if (key := self._keys[row]) is not None])
         return np.frombuffer(keys, dtype=self._parents.dtype), self._parents[rows]
 
     def load(

@@ -36,40 +36,33 @@ def lock(directory: Path) -> int:
     return fd
 
 
-def settle_segment_bytes(directory: Path, wanted: int | None, default: int, files: Files) -> int:
-    """Segment size of the directory: what it was made with, else ``wanted``, else ``default`` (which is then recorded).
-
-    Raises ConfigError when the directory was made with another size or by another version.
-    """
+def read_format(directory: Path) -> int | None:
+    """Segment size that the directory was made with; None for a new one. Raises ConfigError when another version made it."""
     path = directory / "format.json"
-    empty = "Empty the directory"
-    if not path.exists():
-        segment_bytes = wanted or default
-        _write(path, json.dumps({"format": FORMAT, "segment_bytes": segment_bytes}).encode(), files)
-        return segment_bytes
-    with path.open("rb") as file:
-        text = file.read(_MAX_FORMAT_BYTES)
+    remedy = "Empty the directory, or use the version that made it"
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_FORMAT_BYTES)
+    except FileNotFoundError:
+        return None
     try:
         found = json.loads(text)
         version, segment_bytes = found["format"], found["segment_bytes"]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError("disk.directory", str(directory), f"{path.name} is not readable", empty) from None
+        raise ConfigError("disk.directory", str(directory), f"{path.name} is not readable", remedy) from None
     if version != FORMAT or type(segment_bytes) is not int:
         problem = f"it has format {version!r}, this version reads {FORMAT}"
-        raise ConfigError(
-            "disk.directory", str(directory), problem, f"{empty}, or use the version that made it"
-        )
-    if wanted is not None and wanted != segment_bytes:
-        problem = f"the directory was made with {segment_bytes}"
-        raise ConfigError("disk.segment_bytes", wanted, problem, f"Keep {segment_bytes}. Or: {empty.lower()}")
+        raise ConfigError("disk.directory", str(directory), problem, remedy)
     return segment_bytes
 
 
-def _write(path: Path, data: bytes, files: Files) -> None:
+def write_format(directory: Path, segment_bytes: int, files: Files) -> None:
+    """Record the segment size, durably. Raises OSError."""
+    path = directory / "format.json"
     draft = path.with_suffix(".new")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        files.pwrite(fd, data, 0)
+        files.pwrite(fd, json.dumps({"format": FORMAT, "segment_bytes": segment_bytes}).encode(), 0)
         files.fdatasync(fd)
     finally:
         os.close(fd)

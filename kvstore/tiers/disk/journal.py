@@ -7,12 +7,13 @@ write. When it has grown too long, it is written anew and renamed into place.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore.tiers.disk.files import Files
-from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Entry, encode, encode_blocks
+from kvstore.tiers.disk.records import MAX_NAMESPACES, RECORD_BYTES, Blocks, Entry, Put, encode, encode_blocks
 
 EXTEND_BYTES = 256 * RECORD_BYTES
 """Step in which the file grows."""
@@ -34,9 +35,14 @@ class Journal:
         """End of the records; the file itself may be longer by one step."""
 
     def read(self, limit: int) -> bytes:
-        """The file's first ``limit`` bytes."""
-        data = bytearray(min(self._written, limit))
+        """The whole file; nothing of one that is longer than ``limit``, which this tier did not write."""
+        data = bytearray(self._written if self._written <= limit else 0)
         return bytes(data[: self._files.pread(self._fd, memoryview(data), 0)])
+
+    @property
+    def numbers_left(self) -> int:
+        """How many namespaces can still be numbered before the next ``rewrite``."""
+        return MAX_NAMESPACES - len(self._namespaces)
 
     def resume(self, nbytes: int, namespaces: Sequence[bytes]) -> None:
         """Go on behind the first ``nbytes``, which numbered these namespaces; what follows them is cut off."""
@@ -47,7 +53,7 @@ class Journal:
     def append(self, entries: Sequence[Entry], sync: bool) -> None:
         """Add entries behind the last good one."""
         namespaces = dict(self._namespaces)
-        data = encode(entries, namespaces)
+        data = _encode(entries, namespaces)
         end = self.nbytes + len(data)
         padding = -end % EXTEND_BYTES if end > self._written else 0
         self._files.pwrite(self._fd, data + bytes(padding), self.nbytes)
@@ -60,7 +66,7 @@ class Journal:
     def rewrite(self, blocks: Blocks, entries: Sequence[Entry] = ()) -> None:
         """Replace the file by one that holds ``blocks`` and then ``entries``. Durable on return."""
         namespaces = {namespace: number for number, namespace in enumerate(blocks.namespaces)}
-        data = encode_blocks(blocks) + encode(entries, namespaces)
+        data = encode_blocks(blocks) + _encode(entries, namespaces)
         draft = self._path.with_suffix(".new")
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -77,3 +83,10 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _encode(entries: Sequence[Entry], namespaces: dict[bytes, int]) -> bytes:
+    new = {entry.header.namespace for entry in entries if isinstance(entry, Put)} - namespaces.keys()
+    if len(namespaces) + len(new) > MAX_NAMESPACES:
+        raise OSError(errno.ENOSPC, "too many namespaces for one disk tier")
+    return encode(entries, namespaces)

@@ -60,33 +60,46 @@ def recover(
 
 def replay(records: Records) -> Blocks:
     """The blocks that are left after all records, in the order in which they were put."""
-    live: dict[bytes, int] = {}
-    holders: dict[int, bytes] = {}
+    kind, slots, keys = kinds(records), records["slot"].tolist(), records["key"].tolist()
+    live, holders, start = _leading_puts(kind, slots, keys)
     uses: dict[int, int] = {}
-    namespaces: list[bytes] = []
-    columns = (kinds(records), records["slot"], records["key"])
-    slots = records["slot"].tolist()
-    for position, (kind, slot, key) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        if kind == PUT:
-            displaced = holders.get(slot)
-            if displaced is not None and displaced != key and slots[live.get(displaced, position)] == slot:
-                live.pop(displaced, None)
+    for position, what in enumerate(kind[start:].tolist(), start):
+        key, slot = keys[position], slots[position]
+        known = live.get(key)
+        if what == PUT:
+            displaced = live.get(holders.get(slot, key))
+            if displaced is not None and displaced != known and slots[displaced] == slot:
+                del live[keys[displaced]]
             live[key] = position
             holders[slot] = key
-        elif kind == DELETE:
-            if key in live and slots[live[key]] == slot:
-                del live[key]
-        elif kind == TOUCH:
-            if key in live:
-                uses[live[key]] = position
-        elif kind == NAMESPACE:
-            namespaces.append(key)
+        elif known is not None and what == TOUCH:
+            uses[known] = position
+        elif known is not None and what == DELETE and slots[known] == slot:
+            del live[key]
     positions = np.sort(np.fromiter(live.values(), dtype=np.intp, count=len(live)))
-    used = np.array([uses.get(position, position) for position in positions.tolist()], dtype=np.intp)
+    last_use = np.array([uses.get(position, position) for position in positions.tolist()], dtype=np.intp)
     blocks = records[positions]
-    blocks["kind_hits"] = put_word(hits(records[used]))
-    blocks["accessed"] = records["accessed"][used]
+    blocks["kind_hits"] = put_word(hits(records[last_use]))
+    blocks["accessed"] = records["accessed"][last_use]
+    namespaces = records["key"][kind == NAMESPACE].tolist()
     return Blocks(blocks[blocks["namespace"] < len(namespaces)], namespaces)
+
+
+def _leading_puts(
+    kind: npt.NDArray[np.uint32], slots: list[int], keys: list[bytes]
+) -> tuple[dict[bytes, int], dict[int, bytes], int]:
+    """What the first records say as long as they only put: all there is after a rewrite, so worth a shortcut.
+
+    Position by key, key by slot, and how many records these are.
+    """
+    puts = (kind == PUT) | (kind == NAMESPACE)
+    end = len(kind) if puts.all() else int(np.argmin(puts))
+    positions = np.flatnonzero(kind[:end] == PUT).tolist()
+    live = {keys[position]: position for position in positions}
+    holders = {slots[position]: keys[position] for position in positions}
+    if len(live) == len(holders) == len(positions):
+        return live, holders, end
+    return {}, {}, 0
 
 
 def scan(segments: Segments, pool: Executor) -> Blocks:

@@ -57,6 +57,12 @@ class Segments:
     def numbers(self) -> list[int]:
         return sorted(self._fds)
 
+    def first_missing(self, limit: int) -> int | None:
+        """Lowest number below ``limit`` that has no segment."""
+        if len(self._fds) >= limit:
+            return None
+        return next(number for number in range(limit) if number not in self._fds)
+
     def create(self, number: int, stop: Event) -> bool:
         """Make a segment, written with zeros. Gives up, leaving nothing, when ``stop`` is set (False) or on an error."""
         path = self._path(number)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Iterable, Sequence
@@ -18,33 +16,17 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from kvstore.envelope import HEADER_BYTES, Header, envelope_bytes, verify
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, TierUnavailable
+from kvstore.envelope import Header, envelope_bytes, verify
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
-from kvstore.index import BlockIndex
 from kvstore.policy.eviction import LRU, EvictionPolicy
-from kvstore.slabs import SlabAllocator
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
-from kvstore.tiers.disk.directory import lock, settle_segment_bytes
 from kvstore.tiers.disk.files import Files
-from kvstore.tiers.disk.journal import EXTEND_BYTES, Journal
-from kvstore.tiers.disk.records import (
-    ADDRESSABLE_BYTES,
-    RECORD_BYTES,
-    Blocks,
-    Delete,
-    Entry,
-    Put,
-    Touch,
-    hits,
-    offsets,
-    slot_sizes,
-    snapshot,
-)
-from kvstore.tiers.disk.recovery import recover
-from kvstore.tiers.disk.segments import SEGMENT_HEADER_BYTES, Segments
+from kvstore.tiers.disk.journal import EXTEND_BYTES
+from kvstore.tiers.disk.opening import Opened, open_directory
+from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Delete, Entry, Put, Touch, slot_sizes, snapshot
+from kvstore.tiers.disk.room import RETRY_SECONDS, Room
 from kvstore.tiers.disk.tasks import run, uninterrupted
-from kvstore.tiers.disk.victims import victims
 
 MAX_BATCH = 32
 """Puts that share one sync of data and journal."""
@@ -54,11 +36,6 @@ MAX_ENTRIES = 1024
 
 BAD_BLOCKS_KEPT = 64
 
-FULL_PAUSE_SECONDS = 10.0
-"""How long not to write, or not to make segments, after the filesystem was full."""
-
-_JOURNAL_SHARE = 128
-_MIN_JOURNAL_BYTES = 256 << 10
 _JOURNAL_SLACK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -103,49 +80,51 @@ class DiskTier(Tier):
         segments beyond it. Raises ConfigError, TierUnavailable.
         """
         opening = asyncio.to_thread(
-            _Opened, Path(directory), capacity_bytes, segment_bytes, threads, files or Files()
+            open_directory, Path(directory), capacity_bytes, segment_bytes, threads, files or Files()
         )
         try:
-            return cls(await opening, policy or LRU())
+            return cls(await opening, capacity_bytes, policy or LRU())
         except OSError as error:
             raise TierUnavailable(f"disk tier in {directory}: {error}") from error
 
-    def __init__(self, opened: _Opened, policy: EvictionPolicy) -> None:
+    def __init__(self, opened: Opened, capacity_bytes: int, policy: EvictionPolicy) -> None:
         """Use ``open``."""
-        self._capacity = opened.capacity
-        self._max_segments = opened.max_segments
-        self._journal_bytes = opened.journal_bytes
-        self._max_blocks = opened.journal_bytes // (4 * RECORD_BYTES)
-        self._lock_fd = opened.lock_fd
-        self._pool = opened.pool
-        self._log_pool = ThreadPoolExecutor(1, "disk-tier-log")
-        """Syncs, journal and erasures: they must not queue behind the slots that they are to publish."""
+        self._capacity = capacity_bytes
+        self._max_journal_bytes = opened.max_journal_bytes
+        self._resources = opened.resources
         self._segments = opened.segments
         self._journal = opened.journal
         self._slots = opened.slots
         self._index = opened.index
-        self._policy = policy
+        self._pool = opened.pool
+        self._log_pool = ThreadPoolExecutor(1, "disk-tier-log")
+        """Syncs, journal and erasures: they must not queue behind the slots that they are to publish."""
+        self._room = Room(
+            self._index,
+            self._slots,
+            self._segments,
+            policy,
+            self._pool,
+            opened.max_segments,
+            opened.max_blocks,
+            self._evict,
+            self._spawn,
+        )
 
         self._used = int(slot_sizes(self._index.length[self._index.used()]).sum())
         self._writing: dict[BlockKey, asyncio.Future[None]] = {}
         self._readers: Counter[int] = Counter()
         self._freed_while_read: set[int] = set()
         self._touched: set[BlockKey] = set()
-        self._candidates: dict[int, deque[tuple[BlockKey, int]]] = {}
-        """Blocks to evict next, by the size class that they make room for."""
-        self._ranked_at: dict[int, float] = {}
         self._uncommitted: deque[tuple[Put, asyncio.Future[None]]] = deque()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._committing: asyncio.Task[None] | None = None
-        self._growing: asyncio.Task[bool] | None = None
-        self._making_room = asyncio.Lock()
         self._logging = asyncio.Lock()
-        self._stop = threading.Event()
-        self._grow_after = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._admit_after = 0.0
+        self._closed = False
         self._evicted = self._refused = self._quarantined = 0
         self._bad: deque[BadBlock] = deque(maxlen=BAD_BLOCKS_KEPT)
-        self._grow_ahead()
+        self._room.grow_ahead()
 
     # What the index knows
 
@@ -160,7 +139,7 @@ class DiskTier(Tier):
         present = [key for key in keys if key in self._index]
         self._index.touch(present, time.time())
         self._touched.update(present)
-        if len(self._touched) >= MAX_ENTRIES and not self._stop.is_set():
+        if len(self._touched) >= MAX_ENTRIES and not self._closed:
             self._commit_soon()
 
     def stats(self) -> TierStats:
@@ -241,8 +220,8 @@ class DiskTier(Tier):
         except OSError as error:
             if error.errno not in _FULL:
                 raise TierUnavailable(f"writing {header.key.hex()}: {error}") from error
-            self._admit_after = time.monotonic() + FULL_PAUSE_SECONDS
-            _log.warning("filesystem full: disk tier stores nothing for a while", seconds=FULL_PAUSE_SECONDS)
+            self._admit_after = time.monotonic() + RETRY_SECONDS
+            _log.warning("filesystem full: disk tier stores nothing for a while", seconds=RETRY_SECONDS)
             stored = False
         finally:
             del self._writing[header.key]
@@ -253,7 +232,7 @@ class DiskTier(Tier):
     async def _store(self, header: Header, envelope: memoryview) -> bool:
         if len(envelope) > self._segments.segment_bytes or time.monotonic() < self._admit_after:
             return False
-        offset = await self._allocate(len(envelope))
+        offset = await self._room.allocate(len(envelope))
         if offset is None:
             return False
         try:
@@ -282,11 +261,9 @@ class DiskTier(Tier):
                 blocks = [block for block, _ in batch]
                 try:
                     await self._record([*blocks, *self._touches()], sync=bool(blocks))
-                except OSError as error:
+                except Exception as error:
                     for _, committed in batch:
-                        committed.set_exception(OSError(error.errno, error.strerror))
-                    if not batch:
-                        return  # recency only: the next put or touch tries again
+                        committed.set_exception(error)
                 else:
                     for block, committed in batch:
                         self._list(block)
@@ -305,7 +282,8 @@ class DiskTier(Tier):
         """
         longest = self._journal.nbytes + 2 * RECORD_BYTES * len(entries) + EXTEND_BYTES
         wanted = 2 * RECORD_BYTES * len(self._index) + _JOURNAL_SLACK_BYTES
-        blocks = snapshot(self._index) if longest > min(self._journal_bytes // 2, wanted) else None
+        is_long = longest > min(self._max_journal_bytes // 2, wanted)
+        blocks = snapshot(self._index) if is_long or self._journal.numbers_left < len(entries) else None
         await run(self._log_pool, self._write_record, entries, sync, blocks)
 
     def _write_record(self, entries: Sequence[Entry], sync: bool, blocks: Blocks | None) -> None:
@@ -351,6 +329,11 @@ class DiskTier(Tier):
                 else:
                     self._slots.free(offset)
 
+    async def _evict(self, keys: Sequence[BlockKey]) -> None:
+        unlisted = [self._unlist(key) for key in keys]
+        self._evicted += len(unlisted)
+        await self._drop(unlisted, sync=False)
+
     async def delete(self, keys: Iterable[BlockKey]) -> int:
         self._check_open()
         return await uninterrupted(self._spawn(self._delete(set(keys))))
@@ -359,127 +342,31 @@ class DiskTier(Tier):
         rows = self._index.rows(keys)
         deepest_first = rows[np.argsort(-self._index.depth[rows].astype(np.int64), kind="stable")]
         unlisted = [self._unlist(self._index.key(row)) for row in deepest_first.tolist()]
-        try:
-            for start in range(0, len(unlisted), MAX_ENTRIES):
-                await self._drop(unlisted[start : start + MAX_ENTRIES], sync=True)
-        except OSError as error:
-            raise TierUnavailable(f"deleting: {error}") from error
+        batches = [unlisted[start : start + MAX_ENTRIES] for start in range(0, len(unlisted), MAX_ENTRIES)]
+        outcomes = await asyncio.gather(
+            *(self._drop(batch, sync=True) for batch in batches), return_exceptions=True
+        )
+        for error in outcomes:
+            if error is not None:
+                raise TierUnavailable(f"deleted blocks may come back at the next start: {error}") from error
         return len(unlisted)
-
-    # Room
-
-    async def _allocate(self, slot_bytes: int) -> int | None:
-        """A slot, from free space, a new segment or evicted blocks; None when there is none to be had."""
-        offset = self._take(slot_bytes)
-        if offset is None:
-            async with self._making_room:
-                while (offset := self._take(slot_bytes)) is None:
-                    if not (await self._grow() or await self._evict(slot_bytes)):
-                        return None
-        self._grow_ahead()
-        if self._is_short(slot_bytes) and not self._making_room.locked():
-            self._spawn(self._evict_ahead(slot_bytes))
-        return offset
-
-    def _is_short(self, slot_bytes: int) -> bool:
-        return self._next_segment() is None and 2 * self._slots.room(slot_bytes) < self._eviction_batch()
-
-    def _eviction_batch(self) -> int:
-        """How many blocks to give up at a time: enough for the puts under way, but a small share of a small tier."""
-        return max(1, min(MAX_BATCH, len(self._index) // 8))
-
-    async def _evict_ahead(self, slot_bytes: int) -> None:
-        async with self._making_room:
-            if self._is_short(slot_bytes):
-                await self._evict(slot_bytes)
-
-    def _take(self, slot_bytes: int) -> int | None:
-        if len(self._index) + len(self._writing) > self._max_blocks:
-            return None
-        return self._slots.allocate(slot_bytes)
-
-    async def _evict(self, slot_bytes: int) -> bool:
-        unlisted = self._next_victims(slot_bytes)
-        if not unlisted:
-            self._rank(slot_bytes)
-            unlisted = self._next_victims(slot_bytes)
-        if unlisted:
-            self._evicted += len(unlisted)
-            await self._drop(unlisted, sync=False)
-        return bool(unlisted)
-
-    def _rank(self, slot_bytes: int) -> None:
-        """Ranking costs a pass over the whole index, so it serves a share of the index at a time."""
-        now = time.time()
-        limit = max(self._eviction_batch(), len(self._index) // 64)
-        rows = victims(self._index, self._policy, slot_bytes, self._segments.segment_bytes, now, limit)
-        self._candidates[slot_bytes] = deque((self._index.key(row), row) for row in rows.tolist())
-        self._ranked_at[slot_bytes] = now
-
-    def _next_victims(self, slot_bytes: int) -> list[Delete]:
-        """Unlist the next candidates, less those that were used, pinned or extended since they were ranked."""
-        index = self._index
-        candidates = self._candidates.get(slot_bytes, deque())
-        unlisted: list[Delete] = []
-        batch = self._eviction_batch()
-        while candidates and len(unlisted) < batch:
-            key, row = candidates.popleft()
-            unused = index.row(key) == row and index.accessed[row] <= self._ranked_at[slot_bytes]
-            if unused and not index.pins[row] and not index.children[row]:
-                unlisted.append(self._unlist(key))
-        return unlisted
-
-    def _grow_ahead(self) -> None:
-        """Have an empty segment ready before it is needed."""
-        if not self._slots.free_extents and self._next_segment() is not None:
-            self._grow_soon()
-
-    async def _grow(self) -> bool:
-        return self._next_segment() is not None and await self._grow_soon()
-
-    def _grow_soon(self) -> asyncio.Task[bool]:
-        if self._growing is None or self._growing.done():
-            self._growing = self._spawn(self._make_segment())
-        return self._growing
-
-    def _next_segment(self) -> int | None:
-        if self._stop.is_set() or time.monotonic() < self._grow_after:
-            return None
-        there = set(self._segments.numbers())
-        return next((number for number in range(self._max_segments) if number not in there), None)
-
-    async def _make_segment(self) -> bool:
-        number = self._next_segment()
-        if number is None:
-            return False
-        try:
-            made = await run(self._pool, self._segments.create, number, self._stop)
-        except OSError as error:
-            self._grow_after = time.monotonic() + FULL_PAUSE_SECONDS
-            _log.warning("disk tier cannot grow for now", segments=number, error=str(error))
-            return False
-        if made:
-            self._slots.grow(number)
-        return made
 
     # Life
 
     async def close(self) -> None:
-        if self._stop.is_set():
+        if self._closed:
             return
-        self._stop.set()
+        self._closed = True
         while self._tasks:
             await asyncio.wait(self._tasks)
+        await self._room.close()
         if self._touched:
             await self._commit_all()
-        for pool in (self._pool, self._log_pool):
-            await asyncio.to_thread(pool.shutdown)
-        self._segments.close()
-        self._journal.close()
-        os.close(self._lock_fd)
+        await asyncio.to_thread(self._log_pool.shutdown)
+        await asyncio.to_thread(self._resources.close)
 
     def _check_open(self) -> None:
-        if self._stop.is_set():
+        if self._closed:
             raise TierUnavailable("the disk tier is closed")
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -487,56 +374,3 @@ class DiskTier(Tier):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-class _Opened:
-    """Locks the directory and recovers what is in it. Blocks."""
-
-    def __init__(
-        self, directory: Path, capacity: int, segment_bytes: int | None, threads: int, files: Files
-    ) -> None:
-        self.capacity = capacity
-        self.journal_bytes = max(capacity // _JOURNAL_SHARE, _MIN_JOURNAL_BYTES)
-        self.lock_fd = lock(directory)
-        try:
-            default = min(max(1 << (capacity // 64).bit_length() - 1, 64 << 20), 4 << 30)
-            size = settle_segment_bytes(directory, segment_bytes, default, files)
-            self.max_segments = self._count(size)
-            self.segments = Segments(directory, size, files)
-            self.segments.open_existing(self.max_segments)
-            self.slots = SlabAllocator(0, size)
-            for number in self.segments.numbers():
-                self.slots.grow(number)
-            self.journal = Journal(directory / "journal", files)
-            self.pool = ThreadPoolExecutor(threads, "disk-tier")
-            blocks = recover(self.journal, self.journal_bytes, self.segments, self.slots, self.pool)
-        except BaseException:
-            os.close(self.lock_fd)
-            raise
-        self.index = BlockIndex()
-        records = blocks.records
-        self.index.load(
-            records["key"],
-            records["parent"],
-            blocks.namespaces,
-            records["namespace"],
-            location=offsets(records),
-            accessed=records["accessed"],
-            length=records["length"],
-            depth=records["depth"],
-            hits=hits(records),
-            tokens=records["tokens"],
-        )
-
-    def _count(self, segment_bytes: int) -> int:
-        remedy = "Use a multiple of 4096 between 8 KiB and the capacity"
-        if segment_bytes % HEADER_BYTES or segment_bytes < 2 * HEADER_BYTES:
-            raise ConfigError("disk.segment_bytes", segment_bytes, "segments cannot have this size", remedy)
-        count = (self.capacity - self.journal_bytes) // (segment_bytes + SEGMENT_HEADER_BYTES)
-        if count < 1:
-            needed = segment_bytes + SEGMENT_HEADER_BYTES + self.journal_bytes
-            problem = f"one segment and the journal need {needed} bytes"
-            raise ConfigError(
-                "disk.bytes", self.capacity, problem, "Raise disk.bytes or lower disk.segment_bytes"
-            )
-        return min(count, ADDRESSABLE_BYTES // segment_bytes)
