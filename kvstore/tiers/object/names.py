@@ -3,6 +3,7 @@
 * ``blocks/v1/{namespace}/{first two digits of the key}/{key}``: a sealed envelope, nothing else
 * ``namespaces/{namespace}.json``: the fields of a namespace
 * ``quarantine/{namespace}/{key}-{microseconds}``: a block that failed verification
+* ``hotness/{node}.msgpack``: what a node's engines ask for most (``kvstore.tiers.object.hotness``)
 
 Namespaces and keys are written as 32 hexadecimal digits.
 """
@@ -17,6 +18,7 @@ BLOCKS = "blocks/v1"
 NAMESPACES = "namespaces"
 QUARANTINE = "quarantine"
 SCRATCH = "scratch"
+HOTNESS = "hotness"
 
 _BLOCK = re.compile(rf"{BLOCKS}/([0-9a-f]{{32}})/([0-9a-f]{{2}})/(\2[0-9a-f]{{30}})")
 _NAMESPACE = re.compile(rf"{NAMESPACES}/([0-9a-f]{{32}})\.json")
@@ -44,3 +46,8 @@ def parse_namespace_name(name: str) -> bytes | None:
 
 def quarantine_name(namespace: bytes, key: BlockKey, microseconds: int) -> str:
     return f"{QUARANTINE}/{namespace.hex()}/{key.hex()}-{microseconds}"
+
+
+def hotness_name(node: str) -> str:
+    """``node`` is a name of letters, digits, '.', '_' and '-'."""
+    return f"{HOTNESS}/{node}.msgpack"

@@ -40,6 +40,8 @@ class ObjectSettings:
     connect_timeout: float = 2.0
     request_timeout: float = 10.0
     """Seconds for one request from connecting to its last byte."""
+    read_timeout: float | None = None
+    """Seconds without a byte after which a reply counts as lost; None: only ``request_timeout`` counts."""
     retries: int = 2
     """How often a request is repeated after a 5xx answer or a lost connection; none is started after ``request_timeout``."""
 

@@ -1,0 +1,1 @@
+"""Copies hot blocks between regions, and warms nodes before they take traffic."""

@@ -1,0 +1,219 @@
+"""Copies blocks from one bucket to another, in the order of a plan.
+
+A block is created in the destination only after its bytes were checked, only if it is not there, and only when its parent did
+not fail. What the destination lists is the progress: a copier that was killed goes on where it was, and two copiers do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import structlog
+
+from kvstore.envelope import HEADER_BYTES, Header, verify
+from kvstore.errors import BlockCorrupt, BlockTooLarge, TierUnavailable
+from kvstore.identity import BlockKey
+from kvstore.tiers.object import ObjectSettings
+from kvstore.tiers.object.budget import ByteBudget
+from kvstore.tiers.object.names import block_name
+from kvstore.tiers.object.objects import Found
+from replication.links import Links
+from replication.manifest import HotBlock
+from replication.rate import RateLimit
+
+log = structlog.get_logger(__name__)
+
+COPIES_AT_ONCE = 32
+"""As many as ``Objects`` has threads: 32 blocks of 1 MiB under way fill 5 Gbit/s at a round trip of 50 ms."""
+MEMORY_BYTES = 256 << 20
+"""Blocks held in memory at a time; a larger block goes alone."""
+
+
+class Outcome(Enum):
+    """What became of a block."""
+
+    COPIED = "copied"
+    PRESENT = "present"
+    GONE = "gone"
+    """The source does not have it any more."""
+    CORRUPT = "corrupt"
+    """Its bytes did not verify, twice; nothing was created."""
+    ORPHANED = "orphaned"
+    """Not created, because an ancestor failed."""
+
+
+FAILED = (Outcome.GONE, Outcome.CORRUPT, Outcome.ORPHANED)
+
+
+class Transfer(Protocol):
+    """A way to bring one block over."""
+
+    async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
+        """Create the block once ``parent`` says that its parent is there; ORPHANED when it says no.
+
+        Raises TierUnavailable when source or destination does not answer.
+        """
+
+
+@dataclass
+class Copied:
+    """What a run did."""
+
+    outcomes: dict[Outcome, int] = field(default_factory=dict)
+    nbytes: int = 0
+    """Created in the destination."""
+
+    def add(self, block: HotBlock, outcome: Outcome) -> None:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.nbytes += block.nbytes * (outcome is Outcome.COPIED)
+
+
+async def copy(
+    blocks: Sequence[HotBlock],
+    transfer: Transfer,
+    done: Callable[[HotBlock, Outcome], None] = lambda block, outcome: None,
+) -> None:
+    """Copy in order, ``COPIES_AT_ONCE`` at a time; ``done`` is told of each block. Raises TierUnavailable."""
+    there: dict[BlockKey, asyncio.Future[bool]] = {}
+    """Whether a block arrived, once that is known. Blocks start in order, so a parent never waits for its child."""
+    waiting = iter(blocks)
+
+    async def work() -> None:
+        for block in waiting:
+            parent = there.get(block.parent) or _known(True)
+            mine = there[block.key] = asyncio.get_running_loop().create_future()
+            if parent.done() and not parent.result():
+                outcome = Outcome.ORPHANED
+            else:
+                outcome = await transfer(block, parent)
+            mine.set_result(outcome not in FAILED)
+            if outcome in FAILED:
+                log.warning("block not copied", key=block.key.hex(), reason=outcome.value)
+            done(block, outcome)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(COPIES_AT_ONCE, len(blocks))):
+                group.create_task(work())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+class Streamed:
+    """Through this process: read, check, create."""
+
+    def __init__(self, source: Links, destination: Links, rate: RateLimit, memory: ByteBudget | None = None) -> None:
+        self._source = source
+        self._destination = destination
+        self._rate = rate
+        self._memory = memory or ByteBudget(MEMORY_BYTES)
+
+    async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
+        name = block_name(block.namespace, block.key)
+        async with self._memory.taken(block.nbytes):
+            there = await self._destination.ask(lambda objects: objects.head(name))
+            if there is not None and there.size == block.nbytes:
+                return Outcome.PRESENT
+            envelope = memoryview(bytearray(block.nbytes))
+            if (failure := await self._fetch(block, name, envelope)) is not None:
+                return failure
+            if not await parent:
+                return Outcome.ORPHANED
+            stump = there is not None
+            created = await self._destination.ask(lambda objects: objects.put(name, envelope, create=not stump))
+        return Outcome.COPIED if created else Outcome.PRESENT
+
+    async def _fetch(self, block: HotBlock, name: str, into: memoryview) -> Outcome | None:
+        """Fill ``into`` with bytes that verify; what was damaged on the way is asked for once more."""
+        for attempt in (1, 2):
+            await self._rate.take(block.nbytes)
+            try:
+                header = await self._source.get(name, into, lambda found, body: checked(block, found, body))
+            except (BlockCorrupt, BlockTooLarge) as error:
+                log.warning("bad bytes from the source", key=block.key.hex(), attempt=attempt, error=str(error))
+            else:
+                return Outcome.GONE if header is None else None
+        return Outcome.CORRUPT
+
+
+class ServerSide:
+    """Within one provider: the server copies, and only the header passes through this process.
+
+    The payload is not seen here: as with every block, whoever loads it verifies it.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        source: Links,
+        source_is: ObjectSettings,
+        destination: Links,
+        destination_is: ObjectSettings,
+    ) -> None:
+        """``client`` is boto3's, at the destination."""
+        self._client = client
+        self._source = source
+        self._source_is = source_is
+        self._destination = destination
+        self._destination_is = destination_is
+
+    async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
+        name = block_name(block.namespace, block.key)
+        there = await self._destination.ask(lambda objects: objects.head(name))
+        if there is not None and there.size == block.nbytes:
+            return Outcome.PRESENT
+        found = await self._source.ask(lambda objects: objects.head(name))
+        start = await self._source.start_of(name, HEADER_BYTES)
+        if found is None or start is None:
+            return Outcome.GONE
+        try:
+            header = Header.unpack(start)
+        except BlockCorrupt:
+            return Outcome.CORRUPT
+        if header.key != block.key or header.namespace != block.namespace or header.envelope_bytes != found.size:
+            return Outcome.CORRUPT
+        if not await parent:
+            return Outcome.ORPHANED
+        return await asyncio.to_thread(self._copy, name, found)
+
+    def _copy(self, name: str, found: Found) -> Outcome:
+        import botocore.exceptions
+
+        source, destination = self._source_is, self._destination_is
+        try:
+            self._client.copy_object(
+                Bucket=destination.bucket,
+                Key=f"{destination.prefix}/{name}".lstrip("/"),
+                CopySource={"Bucket": source.bucket, "Key": f"{source.prefix}/{name}".lstrip("/")},
+                CopySourceIfMatch=found.etag or "",
+            )
+        except self._client.exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if code in ("NoSuchKey", "404", "PreconditionFailed", "412"):
+                return Outcome.GONE
+            raise TierUnavailable(f"server-side copy: {code}") from error
+        except botocore.exceptions.BotoCoreError as error:
+            raise TierUnavailable(f"server-side copy: {error}") from error
+        return Outcome.COPIED
+
+
+def _known(answer: bool) -> asyncio.Future[bool]:
+    future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    future.set_result(answer)
+    return future
+
+
+def checked(block: HotBlock, found: Found, envelope: memoryview) -> Header:
+    """The header of a block whose bytes are what the manifest promised. Raises BlockCorrupt. Any thread."""
+    header = verify(envelope, block.key)
+    if header.namespace != block.namespace:
+        raise BlockCorrupt(f"header names namespace {header.namespace.hex()}")
+    if found.size != header.envelope_bytes or header.length != block.length:
+        raise BlockCorrupt(f"object has {found.size} bytes where {block.nbytes} were promised")
+    if header.parent != block.parent:
+        raise BlockCorrupt(f"header names parent {header.parent.hex()}")
+    return header

@@ -1,0 +1,125 @@
+"""Tombstones: what was deleted for good, so that no copy and no stale manifest brings it back.
+
+A tombstone buries the blocks that match all its fields and were created at or before its time. The time of creation stands in
+a block's header and is the same in every copy, so a block copied late is as dead as the one it was copied from, and a block
+that an engine computes anew after the purge is alive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.errors import IdentityError
+from kvstore.identity import KEY_BYTES, BlockKey
+
+_MAX_NAME = 512
+
+
+class Labelled(Protocol):
+    """Whose blocks a namespace holds."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+
+
+class Dated(Protocol):
+    """A block in its chain."""
+
+    @property
+    def key(self) -> BlockKey: ...
+    @property
+    def parent(self) -> BlockKey: ...
+    @property
+    def namespace(self) -> bytes: ...
+    @property
+    def created(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone:
+    """Empty fields match everything; at least one is not empty."""
+
+    time: float
+    """Seconds since the epoch."""
+    tenant: str = ""
+    model: str = ""
+    namespace: bytes = b""
+    prefix: bytes = b""
+    """Key of a block: it and all that continue its chain."""
+
+    def __post_init__(self) -> None:
+        if not (self.tenant or self.model or self.namespace or self.prefix):
+            raise IdentityError("a tombstone names a tenant, a model, a namespace or a prefix")
+        if not math.isfinite(self.time) or self.time < 0:
+            raise IdentityError(f"a tombstone's time is {self.time!r}; it is in seconds since the epoch")
+        for field in (self.namespace, self.prefix):
+            if field and len(field) != KEY_BYTES:
+                raise IdentityError(f"a tombstone names a digest of {len(field)} bytes, not {KEY_BYTES}")
+        if len(self.tenant) > _MAX_NAME or len(self.model) > _MAX_NAME:
+            raise IdentityError("a tombstone's tenant or model is too long")
+
+    @property
+    def identity(self) -> str:
+        """32 hexadecimal digits; equal tombstones have the same."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    def covers(self, namespace: bytes, label: Labelled | None) -> bool:
+        """Whether blocks of the namespace can be meant; one without a label has no known tenant or model."""
+        if self.namespace and self.namespace != namespace:
+            return False
+        if self.tenant and (label is None or label.tenant != self.tenant):
+            return False
+        return not self.model or (label is not None and label.model == self.model)
+
+    def to_json(self) -> str:
+        fields = {
+            "time": self.time,
+            "tenant": self.tenant,
+            "model": self.model,
+            "namespace": self.namespace.hex(),
+            "prefix": self.prefix.hex(),
+        }
+        return json.dumps(fields, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Tombstone:
+        """Raises IdentityError."""
+        try:
+            fields = json.loads(text)
+            return cls(
+                time=float(fields["time"]),
+                tenant=str(fields["tenant"]),
+                model=str(fields["model"]),
+                namespace=bytes.fromhex(fields["namespace"]),
+                prefix=bytes.fromhex(fields["prefix"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise IdentityError(f"not a tombstone: {error}") from None
+
+
+def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones: Sequence[Tombstone]) -> set[BlockKey]:
+    """Keys of the dead among ``blocks``, which come parents first."""
+    whole = [stone for stone in tombstones if not stone.prefix]
+    prefixes = [(stone, {stone.prefix}) for stone in tombstones if stone.prefix]
+    until: dict[bytes, float] = {}
+    dead = set()
+    for block in blocks:
+        namespace, label = block.namespace, labels.get(block.namespace)
+        if namespace not in until:
+            until[namespace] = max((s.time for s in whole if s.covers(namespace, label)), default=-math.inf)
+        if block.created <= until[namespace]:
+            dead.add(block.key)
+        for stone, below in prefixes:
+            if block.key not in below and block.parent not in below:
+                continue
+            below.add(block.key)
+            if block.created <= stone.time and stone.covers(namespace, label):
+                dead.add(block.key)
+    return dead
