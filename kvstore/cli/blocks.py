@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kvstore.identity import BlockKey
     from kvstore.node.client import Client
 
-SCRUB_SECONDS = 60.0
-"""Time for one page of a scrub: 64 blocks of 20 MiB at the speed of a busy network."""
+PATIENCE_SECONDS = 600.0
+"""For a page of a scrub or for a deletion: long enough for slow storage, short enough to notice a node that hangs."""
 
 _PAGE = 64
 
@@ -167,7 +167,7 @@ def _scrub(client: Client, medium: str) -> dict[str, Any]:
     cursor = b""
     with Console(stderr=True).status(f"{medium}: reading") as progress:
         while True:
-            page = client.call("verify", SCRUB_SECONDS, medium=medium, cursor=cursor, limit=_PAGE)
+            page = client.call("verify", PATIENCE_SECONDS, medium=medium, cursor=cursor, limit=_PAGE)
             total = {name: total[name] + page[name] for name in total}
             progress.update(f"{medium}: {number(total['checked'])} blocks read")
             cursor = page["cursor"]
@@ -211,7 +211,7 @@ def rm(
             what = f"every block of namespace {digest.hex()} ({names[digest] or 'unknown model'})"
         if not yes:
             typer.confirm(f"Delete {what} from all tiers?", abort=True, err=True)
-        deleted = client.call("delete", SCRUB_SECONDS, keys=join_keys(blocks), namespace=digest)["deleted"]
+        deleted = client.call("delete", PATIENCE_SECONDS, keys=join_keys(blocks), namespace=digest)["deleted"]
     if json:
         print_json({"deleted": deleted})
     else:
