@@ -60,7 +60,6 @@ def fresh_bucket(server: S3Server) -> ObjectSettings:
         access_key_id=server.access_key,
         secret_access_key=server.secret_key,
         ca_file=server.ca_file,
-        request_timeout=3.0,
     )
     Bucket(settings).create()
     return settings

@@ -86,8 +86,8 @@ class Bucket:
     def set_lifecycle(self) -> None:
         """Add our rules to the bucket's: quarantined objects expire, broken uploads are cleaned up. Others stay."""
         ours = [
-            _rule("kvstore-quarantine", self._under(QUARANTINE) + "/", Expiration={"Days": QUARANTINE_DAYS}),
-            _rule("kvstore-uploads", self._under(""), AbortIncompleteMultipartUpload={"DaysAfterInitiation": 1}),
+            self._rule("quarantine", f"{QUARANTINE}/", Expiration={"Days": QUARANTINE_DAYS}),
+            self._rule("uploads", "", AbortIncompleteMultipartUpload={"DaysAfterInitiation": 1}),
         ]
         names = {rule["ID"] for rule in ours}
         rules = [rule for rule in self.lifecycle() if rule.get("ID") not in names] + ours
@@ -95,6 +95,11 @@ class Bucket:
             client.put_bucket_lifecycle_configuration(
                 Bucket=self.settings.bucket, LifecycleConfiguration={"Rules": rules}
             )
+
+    def _rule(self, purpose: str, below: str, **action: Any) -> dict[str, Any]:
+        """A rule of ours; its name has the prefix in it, because a bucket may be shared."""
+        name = f"kvstore-{purpose} {self.settings.prefix}".strip()
+        return {"ID": name, "Status": "Enabled", "Filter": {"Prefix": self._under(below)}, **action}
 
     def _under(self, name: str) -> str:
         return f"{self.settings.prefix}/{name}" if self.settings.prefix else name
@@ -144,10 +149,6 @@ def connect(settings: ObjectSettings) -> Any:
         ),
         **own,
     )
-
-
-def _rule(name: str, prefix: str, **action: Any) -> dict[str, Any]:
-    return {"ID": name, "Status": "Enabled", "Filter": {"Prefix": prefix}, **action}
 
 
 def _code(error: Any) -> str:

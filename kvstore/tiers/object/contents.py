@@ -19,6 +19,12 @@ def plausible_size(size: int) -> bool:
     return size >= HEADER_BYTES and size % HEADER_BYTES == 0
 
 
+def size_only(namespace: bytes, key: BlockKey, found: Found) -> Header:
+    """What an object's size and age tell of the block in it."""
+    length = found.size - HEADER_BYTES
+    return Header(key=key, namespace=namespace, index=0, tokens=0, length=length, crc=0, created=found.modified)
+
+
 class Contents:
     """Pure bookkeeping; the tier's event loop is the only caller."""
 
@@ -29,6 +35,8 @@ class Contents:
         self.max_blocks = max_blocks
         self.used_bytes = 0
         """Bytes of listed blocks, of blocks being written, and of blocks being deleted."""
+        self.unlisted_bytes = 0
+        """Bytes of blocks in the bucket beyond those."""
 
     @property
     def full(self) -> bool:
@@ -36,7 +44,7 @@ class Contents:
         return len(self.index) >= self.max_blocks
 
     def fits(self, nbytes: int) -> bool:
-        return self.capacity is None or self.used_bytes + nbytes <= self.capacity
+        return self.capacity is None or self.used_bytes + self.unlisted_bytes + nbytes <= self.capacity
 
     def namespace(self, key: BlockKey) -> bytes | None:
         row = self.index.row(key)
@@ -47,10 +55,21 @@ class Contents:
         row = self.index.row(key)
         return row is not None and bool(self.index.tokens[row])
 
-    def note(self, namespace: bytes, key: BlockKey, found: Found) -> None:
+    def agrees(self, header: Header) -> bool:
+        """Whether a block is listed with the namespace and size of ``header``, and with all else that it knows."""
+        row = self.index.row(header.key)
+        if row is None or self.index.namespaces[self.index.namespace[row]] != header.namespace:
+            return False
+        length = int(self.index.length[row])
+        if not header.tokens:
+            return envelope_bytes(length) == header.envelope_bytes
+        return length == header.length and bool(self.index.tokens[row])
+
+    def note(self, namespace: bytes, key: BlockKey, found: Found) -> Header:
         """List a block of which only the object's size is known. Its place in a chain stays unknown until it is read."""
-        size_only = Header(key=key, namespace=namespace, index=0, tokens=0, length=found.size - HEADER_BYTES, crc=0)
-        self.add(size_only, found.modified)
+        header = size_only(namespace, key, found)
+        self.add(header, found.modified)
+        return header
 
     def add(self, header: Header, accessed: float) -> None:
         """List a block, or correct what is known of it; its count of hits stays."""
@@ -91,7 +110,7 @@ class Contents:
     def victims(self, nbytes: int) -> list[BlockKey]:
         """Least valuable blocks that make room for ``nbytes``, or a share of the capacity; tails of chains first."""
         assert self.capacity is not None, "a tier without a capacity evicts nothing"
-        goal = max(self.used_bytes + nbytes - self.capacity, int(self.capacity * EVICTED_AT_ONCE))
+        goal = max(self.used_bytes + self.unlisted_bytes + nbytes - self.capacity, int(self.capacity * EVICTED_AT_ONCE))
         chosen: list[BlockKey] = []
         for row in self._ranking():
             if goal <= 0:

@@ -119,6 +119,7 @@ def _s3_store(settings: ObjectSettings) -> S3Store:
     config: S3Config = {
         "bucket": settings.bucket,
         "virtual_hosted_style_request": not settings.path_style,
+        "disable_bulk_delete": True,  # not every server has DeleteObjects; obstore sends 10 deletes at a time
         "unsigned_payload": True,  # the envelope has a checksum of its own; TLS protects the rest
     }
     if settings.region:
@@ -131,6 +132,8 @@ def _s3_store(settings: ObjectSettings) -> S3Store:
         "connect_timeout": timedelta(seconds=settings.connect_timeout),
         "timeout": timedelta(seconds=settings.request_timeout),
     }
+    if settings.read_timeout is not None:
+        client["read_timeout"] = timedelta(seconds=settings.read_timeout)
     if settings.ca_file is not None:
         client["root_certificate"] = read_ca(settings)
     provider = None
@@ -229,7 +232,7 @@ def _move(store: S3Store | LocalStore, source: str, target: str, etag: str | Non
 def _delete(store: S3Store | LocalStore, names: Sequence[str]) -> None:
     try:
         obstore.delete(store, names)
-    except FileNotFoundError:  # folders only: the others were deleted, or will be now
+    except FileNotFoundError:  # folders only; which of the others are gone is not said
         for name in names:
             try:
                 obstore.delete(store, name)

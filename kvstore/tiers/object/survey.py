@@ -13,6 +13,7 @@ from kvstore.identity import BlockKey
 from kvstore.tiers.object.contents import Contents, plausible_size
 from kvstore.tiers.object.names import BLOCKS, block_name, parse_block_name
 from kvstore.tiers.object.objects import Found, Objects
+from kvstore.tiers.object.peers import Peers
 from kvstore.tiers.object.quarantine import Quarantine
 
 T = TypeVar("T")
@@ -29,10 +30,11 @@ MAX_ABSENT = 65_536
 class Survey:
     """Fills ``contents`` from the bucket."""
 
-    def __init__(self, objects: Objects, contents: Contents, quarantine: Quarantine) -> None:
+    def __init__(self, objects: Objects, contents: Contents, quarantine: Quarantine, peers: Peers) -> None:
         self._objects = objects
         self._contents = contents
         self._quarantine = quarantine
+        self._peers = peers
         self._questions = asyncio.Semaphore(QUESTIONS)
         self._absent: dict[BlockKey, float] = {}
         """Until when a block counts as not there; the oldest come first."""
@@ -120,6 +122,7 @@ class Survey:
             return  # found again, and judged on all its bytes, when the block is read
         if header.key == key and header.namespace == namespace:
             self._contents.add(header, 0.0)
+            self._peers.stored(header)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

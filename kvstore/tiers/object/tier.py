@@ -21,6 +21,7 @@ from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.contents import Contents, plausible_size
 from kvstore.tiers.object.names import NAMESPACES, block_name, namespace_name, parse_namespace_name
 from kvstore.tiers.object.objects import Found, Objects
+from kvstore.tiers.object.peers import Peers
 from kvstore.tiers.object.probe import ServerFeatures, probe
 from kvstore.tiers.object.quarantine import BadBlock, BadObject, Quarantine
 from kvstore.tiers.object.settings import ObjectSettings
@@ -31,7 +32,7 @@ log = structlog.get_logger(__name__)
 MAX_NAMESPACES = 10_000
 MAX_NAMESPACE_BYTES = 64 << 10
 DELETED_AT_ONCE = 1000
-"""What one DeleteObjects request takes."""
+"""A deletion of more goes in steps: what is left of it after a failure stays listed."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 30.0
 
 
@@ -39,12 +40,19 @@ class ObjectTier(Tier):
     """Blocks in a bucket or a folder; open it with ``ObjectTier.open``.
 
     What is in the bucket is learnt by a listing in the background: ``keys`` grows until ``ready`` is set. Blocks that other
-    nodes add later are learnt by ``probe``. A block in a folder outlives the process but not a power failure.
+    nodes add later are learnt by ``probe``, or from ``peers`` by ``learn``. A block in a folder outlives the process but not a
+    power failure.
     """
 
     medium = Medium.OBJECT
 
-    def __init__(self, objects: Objects, settings: ObjectSettings, policy: EvictionPolicy | None = None) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        settings: ObjectSettings,
+        policy: EvictionPolicy | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         self.settings = settings
         self.features: ServerFeatures | None = None
         """None until the server was reached."""
@@ -54,7 +62,8 @@ class ObjectTier(Tier):
         self._bucket = None if settings.folder else Bucket(settings)
         self._contents = Contents(policy or LRU(), settings.capacity_bytes, settings.max_blocks)
         self._quarantine = Quarantine(objects)
-        self._survey = Survey(objects, self._contents, self._quarantine)
+        self._peers = peers or Peers()
+        self._survey = Survey(objects, self._contents, self._quarantine, self._peers)
         self._budget = ByteBudget(settings.bytes_in_flight)
         self._namespaces: dict[bytes, bool] = {}
         """Those that this process uses, and whether they have been written down."""
@@ -64,13 +73,15 @@ class ObjectTier(Tier):
         self._evicted = self._refused = 0
 
     @classmethod
-    async def open(cls, settings: ObjectSettings, policy: EvictionPolicy | None = None) -> ObjectTier:
-        """Reach the bucket, see what its server does, and start to list it.
+    async def open(
+        cls, settings: ObjectSettings, policy: EvictionPolicy | None = None, peers: Peers | None = None
+    ) -> ObjectTier:
+        """Reach the bucket, see what its server does, and start to list it. ``peers`` are closed with the tier.
 
         When the server does not answer, the tier opens all the same and goes on trying. Raises ConfigError when it answers
         that this cannot work: wrong credentials, no such bucket.
         """
-        tier = cls(await asyncio.to_thread(Objects.connect, settings), settings, policy)
+        tier = cls(await asyncio.to_thread(Objects.connect, settings), settings, policy, peers)
         try:
             await tier._reach()
         except TierUnavailable as error:
@@ -141,9 +152,9 @@ class ObjectTier(Tier):
         if header is None:
             self._survey.vanished(key)
             self._contents.forget(key)
+            self._peers.lost(key)
             raise BlockNotFound(key.hex())
-        if not self._contents.knows_header(key) and key in self._contents.index:
-            self._contents.add(header, time.time())
+        self._correct(header)
         return header
 
     async def delete(self, keys: Iterable[BlockKey]) -> int:
@@ -161,6 +172,7 @@ class ObjectTier(Tier):
         if self._learning is not None:
             self._learning.cancel()
             await asyncio.wait([self._learning])
+        await self._peers.close()
         await self._quarantine.close()
         await self._objects.close()
 
@@ -171,6 +183,11 @@ class ObjectTier(Tier):
         """The latest blocks that failed verification, oldest first."""
         return tuple(self._quarantine.last)
 
+    @property
+    def objects(self) -> Objects:
+        """For whoever reads the bucket beside the tier; closed with it."""
+        return self._objects
+
     async def probe(self, keys: Iterable[BlockKey]) -> int:
         """Ask the bucket for blocks that the index lacks, as other nodes may have stored them; how many were found.
 
@@ -178,6 +195,35 @@ class ObjectTier(Tier):
         was not there is not asked for again for some seconds. Raises TierUnavailable.
         """
         return await self._survey.probe(keys, tuple(self._namespaces))
+
+    def learn(self, blocks: Iterable[Header]) -> None:
+        """List blocks that others know to be in the bucket, or correct what is known of them. No I/O."""
+        for header in blocks:
+            if header.key in self._quarantine or self._contents.agrees(header):
+                continue
+            if self._contents.full:
+                self._forget_some()
+            self._survey.appeared(header.key)
+            self._contents.add(header, header.created)
+
+    def unlearn(self, keys: Iterable[BlockKey]) -> None:
+        """Unlist blocks that others know to be gone. No I/O."""
+        for key in keys:
+            self._survey.vanished(key)
+            self._contents.forget(key)
+
+    def learn_total(self, nbytes: int) -> None:
+        """What others count in the bucket; of it, what is not listed here counts against the capacity too."""
+        self._contents.unlisted_bytes = max(0, nbytes - self._contents.used_bytes)
+
+    async def make_room(self, nbytes: int) -> int:
+        """Delete the least valuable blocks until ``nbytes`` fit under the capacity; how many went. Raises TierUnavailable."""
+        async with self._admission:
+            if self._contents.fits(nbytes):
+                return 0
+            if self.features and self.features.ranged_get:
+                await self._survey.read_headers()
+            return await self._evict(self._contents.victims(nbytes))
 
     async def put_namespace(self, namespace: Namespace) -> None:
         """Write a namespace down, so that a listing can name its model. Raises TierUnavailable."""
@@ -232,10 +278,11 @@ class ObjectTier(Tier):
                 found = await self._store(header, envelope[: header.envelope_bytes])
         self._survey.appeared(header.key)
         if found is not None:
-            self._contents.note(header.namespace, header.key, found)
+            self._peers.stored(self._contents.note(header.namespace, header.key, found))
             return PutResult.PRESENT
         self._quarantine.healed(header.key)
         self._contents.add(header, time.time())
+        self._peers.stored(header)
         return PutResult.STORED
 
     async def _store(self, header: Header, envelope: memoryview) -> Found | None:
@@ -263,7 +310,7 @@ class ObjectTier(Tier):
         async with self._admission:
             if contents.full:
                 await self._thin_out()
-            if not contents.fits(nbytes):
+            if not contents.fits(nbytes) and not self._peers.keep_room:
                 await self._evict(contents.victims(nbytes))
             admitted = contents.fits(nbytes)
             contents.used_bytes += nbytes * admitted
@@ -281,26 +328,33 @@ class ObjectTier(Tier):
             raise TierUnavailable("the bucket has not been listed yet") from None
 
     async def _thin_out(self) -> None:
-        """Make room in the index: without a capacity the blocks stay in the bucket, merely unknown."""
-        victims = self._contents.least_valuable()
-        if self._contents.capacity is None:
-            for key in victims:
-                self._contents.forget(key)
+        """Make room in the index: blocks stay in the bucket if that has room for them, or others to keep it."""
+        if self._contents.capacity is None or self._peers.keep_room:
+            self._forget_some()
         else:
-            await self._evict(victims)
+            await self._evict(self._contents.least_valuable())
 
-    async def _evict(self, victims: Sequence[BlockKey]) -> None:
-        self._evicted += await self.delete(victims)
+    def _forget_some(self) -> None:
+        """They stay in the bucket, merely unknown."""
+        for key in self._contents.least_valuable():
+            self._contents.forget(key)
+
+    async def _evict(self, victims: Sequence[BlockKey]) -> int:
+        evicted = await self.delete(victims)
+        self._evicted += evicted
+        return evicted
 
     async def _delete(self, known: Sequence[Header]) -> None:
         """Delete the objects of blocks that were unlisted; list them again when that fails."""
         for header in known:
             self._survey.vanished(header.key)
         try:
+            await self._peers.deleting([header.key for header in known])
             await self._objects.delete([block_name(header.namespace, header.key) for header in known])
         except TierUnavailable:
             for header in known:
                 self._contents.add(header, 0.0)
+                self._peers.stored(header)
             raise
         finally:
             self._contents.used_bytes -= sum(header.envelope_bytes for header in known)
@@ -310,6 +364,7 @@ class ObjectTier(Tier):
     def _condemn(self, namespace: bytes, key: BlockKey, bad: BadObject) -> None:
         self._survey.vanished(key)
         if self._contents.forget(key) is not None:
+            self._peers.lost(key)
             self._quarantine.add(namespace, key, bad.found.etag, str(bad))
 
     async def _check_size(self, namespace: bytes, key: BlockKey) -> None:
@@ -323,6 +378,7 @@ class ObjectTier(Tier):
         try:
             header = Header.unpack(start)
             if header.envelope_bytes == found.size:
+                self._correct(header)  # the index was wrong, not the object
                 return
             reason = f"object has {found.size} bytes, its header says {header.envelope_bytes}"
         except BlockCorrupt as error:
@@ -331,6 +387,12 @@ class ObjectTier(Tier):
         raise BlockCorrupt(reason)
 
     # --- learning what is there
+
+    def _correct(self, header: Header) -> None:
+        """Bring the index in line with a header that was read."""
+        if header.key in self._contents.index and not self._contents.agrees(header):
+            self._contents.add(header, time.time())
+            self._peers.stored(header)
 
     async def _reach(self) -> None:
         if self._bucket is not None:
@@ -347,7 +409,8 @@ class ObjectTier(Tier):
                 if self.features is None:
                     await self._reach()
                 if not self.ready.is_set():
-                    await self._survey.take_stock()
+                    if not await self._peers.stock():
+                        await self._survey.take_stock()
                     self.ready.set()
                 if self._contents.capacity is not None and self.features and self.features.ranged_get:
                     await self._survey.read_headers()
