@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from threading import Lock
 
 from kvstore.identity import BlockKey
 from kvstore.tiers.disk import Files
@@ -88,3 +89,59 @@ class FailingFiles(Files):
     def fdatasync(self, fd):
         self._check("fdatasync")
         super().fdatasync(fd)
+
+
+class RecordingFiles(Files):
+    """Notes every write, sync and rename, so that a loss of power can be played at any point of them."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+        """("write", file, offset, data), ("sync", file, events before it began), ("rename", source, target), or marks."""
+        self._lock = Lock()
+
+    def mark(self, *what) -> None:
+        with self._lock:
+            self.events.append(what)
+
+    def pwrite(self, fd, data, offset):
+        super().pwrite(fd, data, offset)
+        self.mark("write", _name(fd), offset, bytes(data))
+
+    def fdatasync(self, fd):
+        begun = len(self.events)
+        super().fdatasync(fd)
+        self.mark("sync", _name(fd), begun)
+
+    def replace(self, source, target):
+        super().replace(source, target)
+        self.mark("rename", source.name, target.name)
+
+    def after_power_loss(self, cut: int, directory: Path, source: random.Random) -> None:
+        """Write to ``directory`` what the medium may hold after the first ``cut`` events.
+
+        A write that no later sync of its file covers is there, or not, or in part.
+        """
+        files: dict[str, bytearray] = {}
+        for position, event in enumerate(self.events[:cut]):
+            if event[0] == "write":
+                _, name, offset, data = event
+                if not self._synced(name, position, cut):
+                    data = data[: source.choice([0, len(data), source.randrange(0, len(data) + 1, 64)])]
+                content = files.setdefault(name, bytearray())
+                content.extend(bytes(max(0, offset + len(data) - len(content)) if data else 0))
+                content[offset : offset + len(data)] = data
+            elif event[0] == "rename":
+                files[event[2]] = files.pop(event[1])
+        directory.mkdir()
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+
+    def _synced(self, name: str, position: int, cut: int) -> bool:
+        return any(
+            event[0] == "sync" and event[1] == name and event[2] > position
+            for event in self.events[position:cut]
+        )
+
+
+def _name(fd: int) -> str:
+    return Path(os.readlink(f"/proc/self/fd/{fd}")).name
