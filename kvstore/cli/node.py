@@ -90,6 +90,7 @@ def _print(document: dict[str, Any]) -> None:
             [(c["name"], str(c["pid"]), ago(c["connected_seconds"]), number(c["leases"])) for c in document["clients"]],
             title="Clients",
         )
-    counted = [(name, number(value)) for name, value in sorted(document["counters"].items()) if value]
+    samples = sorted(document["counters"].items())
+    counted = [(name, number(value)) for name, value in samples if value and "_bucket{" not in name]
     if counted:
         print_table(("counter", ">value"), counted, title="Counters since the start")
