@@ -19,7 +19,7 @@ import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.envelope import MAX_PAYLOAD_BYTES, Header, envelope_bytes
 from kvstore.identity import KEY_BYTES, BlockKey
@@ -29,7 +29,7 @@ CHANGES_KEPT = 100_000
 BATCH = 500
 """Changes or keys in one call. Larger ones keep other nodes waiting: a server runs one script at a time."""
 
-_VALUE = struct.Struct("<I16sHI16s")
+_VALUE = struct.Struct("<I16sHI16sI")
 _NAME = re.compile(r"[\w.:/-]{1,200}", re.ASCII)
 
 
@@ -44,6 +44,8 @@ class Entry:
     tokens: int
     length: int
     """Payload bytes."""
+    stored: int
+    """When, in seconds since the epoch: what a node goes by that does not know the block's uses."""
 
     @classmethod
     def of(cls, header: Header) -> Entry:
@@ -52,8 +54,9 @@ class Entry:
             namespace=header.namespace,
             parent=header.parent,
             index=header.index,
-            tokens=header.tokens,
+            tokens=min(header.tokens, 0xFFFF),
             length=header.length,
+            stored=min(int(header.created), 0xFFFFFFFF),
         )
 
     @property
@@ -67,6 +70,7 @@ class Entry:
             tokens=self.tokens,
             length=self.length,
             crc=0,
+            created=float(self.stored),
         )
 
     @property
@@ -75,14 +79,14 @@ class Entry:
 
     def pack(self) -> bytes:
         """All but the key, in the form that catalogs store."""
-        return _VALUE.pack(self.length, self.namespace, self.tokens, self.index, self.parent)
+        return _VALUE.pack(self.length, self.namespace, self.tokens, self.index, self.parent, self.stored)
 
     @classmethod
     def unpack(cls, key: bytes, value: bytes) -> Entry | None:
         """None for what cannot be an entry: it counts as absent, and the next ``record`` of the key replaces it."""
         if len(key) != KEY_BYTES or len(value) != _VALUE.size:
             return None
-        length, namespace, tokens, index, parent = _VALUE.unpack(value)
+        length, namespace, tokens, index, parent, stored = _VALUE.unpack(value)
         if not 0 < length <= MAX_PAYLOAD_BYTES:
             return None
         return cls(
@@ -92,11 +96,19 @@ class Entry:
             index=index,
             tokens=tokens,
             length=length,
+            stored=stored,
         )
 
 
-SIZE_ONLY_BYTES = 20
-"""Bytes of a packed entry that are known from a listing: length and namespace."""
+def adds_nothing(after: Entry, before: bytes) -> bool:
+    """Whether an entry says no more than the packed one that is there: see ``Catalog.record``."""
+    known = Entry.unpack(after.key, before)
+    if known is None or known.namespace != after.namespace:
+        return False
+    if not after.tokens:
+        return known.envelope_bytes == after.envelope_bytes
+    return after == replace(known, stored=after.stored)
+
 
 Changes = Mapping[BlockKey, Entry | None]
 """The latest state of each block that changed, in order; None: it was removed."""
@@ -165,7 +177,8 @@ class Catalog(ABC):
     async def record(self, changes: Changes) -> None:
         """Add, correct and remove blocks; at most ``BATCH``.
 
-        An entry of which only the size is known never replaces a full one of the same namespace and length.
+        An entry that differs only in ``stored`` is no change; nor is one of which only the size is known, where there is one
+        of the same namespace and envelope size.
         """
 
     @abstractmethod

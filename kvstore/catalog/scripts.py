@@ -50,7 +50,7 @@ local function begin_epoch()
 end
 
 local function size(value)
-  if not value or #value ~= 42 then return 0 end
+  if not value or #value ~= 46 then return 0 end
   return 4096 + math.ceil(struct.unpack('<I4', value) / 4096) * 4096
 end
 
@@ -60,6 +60,11 @@ if not epoch or (get('bytes') > 0 and redis.call('EXISTS', blocks) == 0) then ep
 
 # ARGV: changes to keep, then key and packed entry (empty: remove) in turn.
 RECORD = Script("""
+local function adds_nothing(after, before)
+  if not before or #before ~= #after or string.sub(before, 5, 20) ~= string.sub(after, 5, 20) then return false end
+  if string.sub(after, 21, 22) == '\\0\\0' then return size(before) == size(after) end
+  return string.sub(before, 1, 42) == string.sub(after, 1, 42)
+end
 local seq, bytes = get('seq'), get('bytes')
 for i = 3, #ARGV, 2 do
   local key, after = ARGV[i], ARGV[i + 1]
@@ -69,9 +74,7 @@ for i = 3, #ARGV, 2 do
     changed = before
     if changed then redis.call('HDEL', blocks, key) end
   else
-    local size_only = string.sub(after, 21, 22) == '\\0\\0'
-    local known = before and string.sub(before, 1, 20) == string.sub(after, 1, 20)
-    changed = before ~= after and not (size_only and known)
+    changed = not adds_nothing(after, before)
     if changed then redis.call('HSET', blocks, key, after) end
   end
   if changed then

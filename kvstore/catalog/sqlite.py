@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from kvstore.catalog.base import (
     BATCH,
     CHANGES_KEPT,
-    SIZE_ONLY_BYTES,
     Batch,
     Catalog,
     CatalogStatus,
@@ -23,6 +22,7 @@ from kvstore.catalog.base import (
     Claim,
     Cursor,
     Entry,
+    adds_nothing,
     check_name,
     read_changes,
 )
@@ -149,12 +149,16 @@ def _record(db: sqlite3.Connection, changes: Changes) -> None:
     old = _values(db, list(changes))
     used, seq = int(_get(db, "used_bytes")), int(_get(db, "seq"))
     for key, entry in changes.items():
-        before, after = old.get(key), None if entry is None else entry.pack()
-        if before == after or (entry is not None and before is not None and _adds_nothing(entry, before)):
-            continue
-        if after is None:
+        before = old.get(key)
+        if entry is None:
+            if before is None:
+                continue
+            after = None
             db.execute("DELETE FROM blocks WHERE key = ?", (key,))
         else:
+            if before is not None and adds_nothing(entry, before):
+                continue
+            after = entry.pack()
             db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?)", (key, after))
         seq += 1
         db.execute("INSERT INTO changes VALUES (?, ?, ?)", (seq, key, after))
@@ -162,10 +166,6 @@ def _record(db: sqlite3.Connection, changes: Changes) -> None:
     _set(db, "used_bytes", used)
     _set(db, "seq", seq)
     db.execute("DELETE FROM changes WHERE seq <= ?", (seq - CHANGES_KEPT,))
-
-
-def _adds_nothing(entry: Entry, before: bytes) -> bool:
-    return not entry.tokens and entry.pack()[:SIZE_ONLY_BYTES] == before[:SIZE_ONLY_BYTES]
 
 
 def _size(key: BlockKey, value: bytes | None) -> int:

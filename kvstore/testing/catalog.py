@@ -20,6 +20,7 @@ import pytest_asyncio
 
 from kvstore.catalog import base
 from kvstore.catalog.base import BATCH, START, Batch, Catalog, Changes, Cursor, Entry
+from kvstore.envelope import HEADER_BYTES
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.testing.blocks import NAMESPACE, random_key
 
@@ -89,14 +90,19 @@ class CatalogConformance:
         self, catalog: Catalog, source: random.Random
     ) -> None:
         (entry,) = random_entries(source, 1).values()
-        size_only = dataclasses.replace(entry, parent=NO_PARENT, index=0, tokens=0)
-        await catalog.record({entry.key: size_only})
-        await catalog.record({entry.key: entry})
-        await catalog.record({entry.key: size_only})
+        padded = entry.envelope_bytes - HEADER_BYTES
+        size_only = dataclasses.replace(entry, parent=NO_PARENT, index=0, tokens=0, length=padded)
+        for known in (size_only, entry, size_only, dataclasses.replace(entry, stored=entry.stored + 1)):
+            await catalog.record({entry.key: known})
         assert await catalog.lookup([entry.key]) == [entry]
-        other_size = dataclasses.replace(size_only, length=entry.length + 1)
-        await catalog.record({entry.key: other_size})
-        assert await catalog.lookup([entry.key]) == [other_size]
+        assert (await catalog.status()).changes == 2
+        for other in (
+            dataclasses.replace(size_only, length=padded + HEADER_BYTES),
+            dataclasses.replace(entry, length=entry.length - 1),
+            dataclasses.replace(entry, namespace=b"another name..."[:15] + b"."),
+        ):
+            await catalog.record({entry.key: other})
+            assert await catalog.lookup([entry.key]) == [other]
 
     # Following
 
@@ -303,7 +309,8 @@ def random_entries(source: random.Random, count: int) -> Index:
             parent=random_key(source),
             index=source.randrange(2048),
             tokens=64,
-            length=source.randrange(1, 32 << 20),
+            length=source.randrange(2, 32 << 20),
+            stored=1_700_000_000 + source.randrange(1_000_000),
         )
         for _ in range(count)
     ]
