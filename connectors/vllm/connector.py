@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvstore.node.launch import launch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -25,6 +24,7 @@ from connectors.vllm.scheduler import Planner
 from connectors.vllm.worker import Mover
 from kvstore.config import default_socket
 from kvstore.node.client import Client
+from kvstore.node.launch import launch
 from kvstore.tiers.base import Medium
 
 try:  # vLLM 0.32 and later label hits by where they came from
@@ -50,6 +50,9 @@ def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Loads and saves prefix KV through the node of this machine. For vLLM 0.26 to 0.33.
 
+    Loads are asynchronous: a request waits for its own load only, and nothing is computed, let alone saved, from KV that may
+    yet turn out bad.
+
     Options go into ``kv_connector_extra_config``; see ``Options``. Set ``kv_load_failure_policy`` to ``recompute``: vLLM's
     default fails a request whose load fails.
     """
@@ -65,7 +68,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._planner: Planner | None = None
         self._mover: Mover | None = None
         if scheduler:
-            self._planner = Planner(self._link, self._geometry, self._recorder, self._options.async_load)
+            self._planner = Planner(self._link, self._geometry, self._recorder)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning('kv_load_failure_policy is "%s"; set it to "recompute"', transfer.kv_load_failure_policy)
             logger.info("KV store: blocks of %d tokens, %s", self._geometry.block_tokens, self._geometry.namespace)
@@ -86,7 +89,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.planner.add(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.planner.offer(request, num_computed_tokens)
+        tokens = self.planner.offer(request, num_computed_tokens)
+        return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self.planner.admit(request, blocks.get_block_ids()[0], num_external_tokens)
@@ -141,13 +145,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.mover.begin_saves(self._plan.saves)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        loads = [self.mover.load(load) for load in self._plan.loads]
-        if not self._options.async_load:
-            for load in loads:
-                load.result()
+        for load in self._plan.loads:
+            self.mover.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads end before the forward pass, or before the request is scheduled."""
+        """A request is scheduled when its load has ended."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Saves are made of whole blocks, after the forward pass."""
@@ -156,8 +158,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.mover.finish_saves()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        received = self.mover.take_received()
-        return None, received if self._options.async_load else None
+        return None, self.mover.take_received()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.mover.take_bad_pages()

@@ -16,8 +16,6 @@ class Options:
     """Where the node listens; empty for the default."""
     autostart: bool = True
     """Start a node when none answers."""
-    async_load: bool = True
-    """Load while other requests compute. Off: load before the forward pass, which every request then waits for."""
     load_timeout_s: float = 10.0
     """A load that takes longer ends, and what it has not brought is computed."""
     block_tokens: int = 0

@@ -59,11 +59,10 @@ class _State:
 class Planner:
     """Plans loads and saves for one engine."""
 
-    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder, async_load: bool) -> None:
+    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder) -> None:
         self._link = link
         self._geometry = geometry
         self._recorder = recorder
-        self._async = async_load
         self._epoch = 0
         self._states: dict[str, _State] = {}
         self._loads: list[Load] = []
@@ -80,22 +79,21 @@ class Planner:
     def remove(self, request_id: str) -> None:
         self._states.pop(request_id, None)
 
-    def offer(self, request: Any, computed: int) -> tuple[int, bool]:
-        """How many tokens beyond ``computed`` (a page boundary) the store can give, and whether asynchronously.
+    def offer(self, request: Any, computed: int) -> int:
+        """How many tokens beyond ``computed`` (a page boundary) the store can give. May cover the whole prompt.
 
         May be asked any number of times before the request is admitted, so it only remembers the last answer. A request is
         given something to load once, and again after each preemption: a load that failed is not tried in a loop.
         """
         state = self._states.get(request.request_id)
         if state is None or getattr(request, "skip_reading_prefix_cache", False):
-            return 0, False
+            return 0
         state.offer = None
         size = self._geometry.block_tokens
-        # A synchronous load leaves a token to compute; after an asynchronous one vLLM itself computes the last one again.
-        limit = (request.num_tokens - (0 if self._async else 1)) // size
+        limit = request.num_tokens // size
         first = computed // size
         if limit * size <= computed or state.loaded_in == request.num_preemptions:
-            return 0, False
+            return 0
         found, miss = self._lookup(state, first, limit)
         tokens = max((first + found.blocks) * size - computed, 0) if found.blocks else 0
         media: dict[Medium, int] = {}
@@ -104,7 +102,7 @@ class Planner:
         if found.runs and tokens:
             media[found.runs[0][0]] -= computed - first * size
         state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss)
-        return tokens, self._async and tokens > 0
+        return tokens
 
     def admit(self, request: Any, page_ids: Sequence[int], tokens: int) -> None:
         """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""

@@ -1,7 +1,7 @@
 """Planner, mover and pager against a model of vLLM's engine: whatever happens, pages hold what computing would have left.
 
 The model keeps the rules of vLLM's scheduler that matter here: pages, a prefix cache of full pages, chunked prefill,
-preemption, asynchronous and synchronous loads, recomputation behind a page that failed to load.
+preemption, asynchronous loads, recomputation behind a page that failed to load.
 """
 
 from __future__ import annotations
@@ -112,13 +112,12 @@ def content(request: Request, page: int, layer: int) -> bytes:
 class Engine:
     """One engine with its connector."""
 
-    def __init__(self, client: Flaky, async_load: bool) -> None:
+    def __init__(self, client: Flaky) -> None:
         self.caches = {f"layer{i}": torch.zeros(POOL, PAGE_BYTES, dtype=torch.uint8) for i in range(LAYERS)}
         link: Any = FakeLink(client)
         recorder = Recorder()
         self.client = client
-        self.async_load = async_load
-        self.planner = Planner(link, GEOMETRY, recorder, async_load)
+        self.planner = Planner(link, GEOMETRY, recorder)
         self.mover = worker.Mover(link, OpaquePager(self.caches, POOL, 2), GEOMETRY, 0, recorder, 1.0)
         self.free = list(range(1, POOL))
         self.cached: dict[tuple[Any, ...], int] = {}
@@ -149,9 +148,9 @@ class Engine:
         while len(local) < (request.num_tokens - 1) // PAGE and self.name(request, len(local)) in self.cached:
             local.append(self.cached[self.name(request, len(local))])
         calm = "lookup" not in self.client.failures
-        external, asynchronous = offer = self.planner.offer(request, len(local) * PAGE)
-        assert not calm or offer == self.planner.offer(request, len(local) * PAGE), "asking must change nothing"
-        assert len(local) * PAGE + external <= request.num_tokens - (0 if self.async_load else 1)
+        external = self.planner.offer(request, len(local) * PAGE)
+        assert not calm or external == self.planner.offer(request, len(local) * PAGE), "asking must change nothing"
+        assert len(local) * PAGE + external <= request.num_tokens
         need = -(-request.num_tokens // PAGE) - len(local)
         held = [page for page in self.free if page not in local]
         if need > len(held):
@@ -159,7 +158,7 @@ class Engine:
         self.free = held
         request.pages = local + self.take(need)
         request.computed = len(local) * PAGE + external
-        request.loading = asynchronous
+        request.loading = external > 0
         self.planner.admit(request, request.pages, external)
         return request.pages
 
@@ -206,7 +205,7 @@ class Engine:
         assert received == {load.request_id for load in plan.loads}
         for request in self.requests:
             if request.request_id in received:
-                self.received(request, bad, scheduled)
+                self.received(request, bad)
         for request in self.running:
             self.compute(request, scheduled.get(request.request_id, 0))
         self.mover.finish_saves()
@@ -216,17 +215,15 @@ class Engine:
             self.planner.remove(request.request_id)
             self.give_back(request)
 
-    def received(self, request: Request, bad: set[int], scheduled: dict[str, int]) -> None:
+    def received(self, request: Request, bad: set[int]) -> None:
         """vLLM cuts a request off at its first page that failed to load."""
         request.loading = False
         first_bad = next((i for i, page in enumerate(request.pages) if page in bad), None)
         if first_bad is None:
             return
         request.computed = min(request.computed, first_bad * PAGE)
-        if self.async_load and request.computed == 0:
+        if request.computed == 0:
             self.give_back(request)
-        elif not self.async_load:
-            scheduled[request.request_id] = 0  # the step's result for it is thrown away
 
     def compute(self, request: Request, count: int) -> None:
         for page in range(request.computed // PAGE):
@@ -249,14 +246,13 @@ class Engine:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    @initialize(async_load=st.booleans())
-    def start(self, async_load: bool) -> None:
+    @initialize()
+    def start(self) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(worker, "ThreadPoolExecutor", Inline)
         self.patch.setattr(worker, "LOAD_CHUNK", 2)
         self.client = Flaky(InProcessNode(1 << 20))
-        self.async_load = async_load
-        self.engines = [Engine(self.client, async_load) for _ in range(2)]
+        self.engines = [Engine(self.client) for _ in range(2)]
         self.count = 0
         self.seen: list[Request] = []
 
@@ -314,7 +310,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def restart_engine(self) -> None:
-        self.engines[0] = Engine(self.client, self.async_load)
+        self.engines[0] = Engine(self.client)
 
     @rule()
     def restart_node(self) -> None:
@@ -355,7 +351,7 @@ TestEngineMachine = EngineMachine.TestCase
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(worker, "ThreadPoolExecutor", Inline)
-    return Engine(Flaky(InProcessNode(1 << 20)), async_load=True)
+    return Engine(Flaky(InProcessNode(1 << 20)))
 
 
 def test_a_second_engine_loads_instead_of_computing(engine: Engine) -> None:
@@ -364,7 +360,7 @@ def test_a_second_engine_loads_instead_of_computing(engine: Engine) -> None:
     engine.step(100)
     client = engine.client
     assert len(client.keys) == 5
-    second = Engine(client, True)
+    second = Engine(client)
     second.add(request := Request("second", [*tokens]))
     second.step(100)
     assert request.computed == 40, "five blocks loaded, one token left"
@@ -375,12 +371,12 @@ def test_a_prefix_hit_inside_a_block_loads_the_rest_of_it(engine: Engine) -> Non
     tokens = list(range(16))
     engine.add(Request("first", [*tokens, 99]))
     engine.step(100)
-    second = Engine(engine.client, True)
+    second = Engine(engine.client)
     second.add(short := Request("short", tokens[:5]))  # leaves one page in the second engine's own cache
     second.planner.remove(short.request_id)
     second.step(100)
     second.add(Request("long", [*tokens, 98]))
-    assert second.planner.offer(second.requests[0], PAGE) == (12, True)
+    assert second.planner.offer(second.requests[0], PAGE) == 12
     second.step(100)
     assert second.mover._recorder.take().data["tokens_loaded:host"] == 12
     second.step(100)  # checks what was loaded
@@ -391,7 +387,7 @@ def test_a_failed_load_is_not_offered_again_until_the_request_is_preempted(engin
     engine.add(Request("first", tokens))
     engine.step(100)
     client = engine.client
-    second = Engine(client, True)
+    second = Engine(client)
     second.add(request := Request("second", [*tokens]))
     client.failures = {"lookup": NodeUnavailable("injected"), "acquire": NodeUnavailable("injected")}
     second.admit(request)
@@ -399,9 +395,9 @@ def test_a_failed_load_is_not_offered_again_until_the_request_is_preempted(engin
     second.give_back(request)
     second.step(100)
     assert request.computed == 0, "the load failed"
-    assert second.planner.offer(request, 0) == (0, False)
+    assert second.planner.offer(request, 0) == 0
     request.num_preemptions += 1
-    assert second.planner.offer(request, 0) == (40, True)
+    assert second.planner.offer(request, 0) == 40
 
 
 def test_requests_that_tokens_do_not_name_are_left_alone(engine: Engine) -> None:

@@ -147,7 +147,7 @@ def stocked(model: Path, node: InProcessNode) -> Callable[..., Scheduler]:
     return make
 
 
-def test_asynchronous_load(stocked: Callable[..., Scheduler]) -> None:
+def test_a_load_covers_all_whole_blocks(stocked: Callable[..., Scheduler]) -> None:
     scheduler = stocked()
     request = make_request("second", TOKENS)
     step = plan(scheduler, request)
@@ -164,27 +164,13 @@ def test_asynchronous_load(stocked: Callable[..., Scheduler]) -> None:
     finish(scheduler)
 
 
-def test_synchronous_load_leaves_a_token(stocked: Callable[..., Scheduler]) -> None:
-    scheduler = stocked(async_load=False)
-    step = plan(scheduler, make_request("second", TOKENS[: 2 * BLOCK]))
-    (load,) = step.kv_connector_metadata.loads
-    assert len(load.keys) == 1
-    assert step.num_scheduled_tokens == {"second": BLOCK}
-    answer(scheduler, step)
-    finish(scheduler)
-
-
-@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("bad_page", [0, 9])
-def test_a_failed_load_is_computed_and_saved_again(
-    stocked: Callable[..., Scheduler], asynchronous: bool, bad_page: int
-) -> None:
-    scheduler = stocked(async_load=asynchronous)
+def test_a_failed_load_is_computed_and_saved_again(stocked: Callable[..., Scheduler], bad_page: int) -> None:
+    scheduler = stocked()
     request = make_request("second", TOKENS)
     step = plan(scheduler, request)
     (load,) = step.kv_connector_metadata.loads
-    finished = {"finished_recving": {"second"}} if asynchronous else {}
-    answer(scheduler, step, invalid_block_ids=set(load.pages[bad_page:]), **finished)
+    answer(scheduler, step, invalid_block_ids=set(load.pages[bad_page:]), finished_recving={"second"})
     step = scheduler.schedule()
     assert not step.kv_connector_metadata.loads, "a load that failed is not tried again"
     assert step.num_scheduled_tokens == {"second": len(TOKENS) - bad_page * PAGE}

@@ -1,0 +1,116 @@
+"""What the connector costs an engine that never hits: vLLM with it against vLLM without it, on one CPU thread each.
+
+Two engines on the same machine answer the same prompts in turn, each prompt new to both, so that everything is computed and,
+by the one with the connector, looked up and saved. Which engine goes first alternates.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.study import Study
+from connectors.vllm.process import EngineProcess
+from kvstore.testing.model import MEDIUM, make_model
+
+ENGINE = {
+    "dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": 32,
+    "num_gpu_blocks_override": 512,
+}  # fmt: skip
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "quiet",
+    "engine",
+    "morning",
+    "letter",
+    "seven",
+    "harbour",
+    "yellow",
+    "window",
+    "garden",
+]
+
+
+def arguments(parser: Any) -> None:
+    parser.add_argument("--rounds", type=int, default=24, help="pairs of requests")
+    parser.add_argument("--tokens", type=int, default=1024, help="prompt length")
+    parser.add_argument("--output", type=int, default=16, help="tokens generated for each prompt")
+
+
+def run(args: Any) -> Mapping[str, float]:
+    console = Console(stderr=True)
+    rng = random.Random(1)
+
+    def prompt() -> str:
+        return " ".join(rng.choices(WORDS, k=args.tokens))
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = str(make_model(folder / "model", [prompt()], MEDIUM))
+        socket = folder / "node.sock"
+        settings = [f"node.socket={socket}", f"node.directory={folder}", "host.bytes=512MiB", "disk.enabled=false"]
+        command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
+        with open(folder / "node.log", "wb") as log:
+            node = subprocess.Popen(command, stdout=log, stderr=log)
+        stack.callback(node.wait)
+        stack.callback(node.terminate)
+        plain = stack.enter_context(EngineProcess(model, None, ENGINE, ENVIRONMENT))
+        extra = {"socket": str(socket), "autostart": False}
+        connected = stack.enter_context(EngineProcess(model, extra, ENGINE, ENVIRONMENT))
+        for engine in (plain, connected):
+            engine.ready()
+            for _ in range(2):
+                engine.generate([prompt()], args.output)
+
+        ratios, differences, ttft = [], [], []
+        for number in range(args.rounds):
+            text = prompt()
+            order = (plain, connected) if number % 2 else (connected, plain)
+            taken = {}
+            first = {}
+            for engine in order:
+                started = time.perf_counter()
+                (answer,) = engine.generate([text], args.output)
+                taken[engine] = time.perf_counter() - started
+                first[engine] = answer.ttft_seconds
+            ratios.append(taken[connected] / taken[plain])
+            ttft.append(first[connected] / first[plain])
+            differences.append(taken[connected] - taken[plain])
+            console.print(f"round {number}: {taken[plain]:.3f} s without, {taken[connected]:.3f} s with")
+        counters = connected.counters()
+    saved = counters["vllm:kvstore_tokens_saved"]
+    if counters.get("vllm:kvstore_tokens_loaded{host}") or saved < args.rounds * (args.tokens - 64):
+        raise RuntimeError(f"the connector did not do the work that is measured: {counters}")
+    return {
+        "slowdown": statistics.median(ratios),
+        "slowdown_ttft": statistics.median(ttft),
+        "ms_per_request": statistics.median(differences) * 1e3,
+        "tokens_saved": saved,
+    }
+
+
+STUDY = Study(
+    name="overhead",
+    summary="vLLM with the connector at no hits against vLLM without it (70M-parameter model, CPU)",
+    run=run,
+    targets={"slowdown": "<1.02"},
+    arguments=arguments,
+)

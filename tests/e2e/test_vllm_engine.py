@@ -1,0 +1,315 @@
+"""The connector in real vLLM engines on a CPU, with a real node: every token as if nothing had been cached.
+
+float32 throughout: bfloat16 is not reproducible between chunk sizes even without a connector.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from connectors.vllm.process import Answer, EngineProcess
+from kvstore.errors import NodeUnavailable
+from kvstore.identity import BlockKey
+from kvstore.node.client import Client
+from kvstore.testing.model import make_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+PAGE = 32
+OUTPUT = 24
+ENGINE = {
+    "dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": PAGE,
+    "num_gpu_blocks_override": 200,
+}  # fmt: skip
+TIGHT = {**ENGINE, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 82}
+"""Several chunks per prompt, and too few pages for what is asked at a time."""
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "quiet",
+    "engine",
+    "morning",
+    "letter",
+    "seven",
+    "harbour",
+    "yellow",
+    "window",
+    "garden",
+]
+
+
+def prose(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + ". "
+
+
+SYSTEM = prose(0, 700)
+PROMPTS = [SYSTEM + prose(seed, 150) for seed in range(1, 5)] + [prose(5, 900), prose(6, 50), SYSTEM]
+
+
+class Node:
+    """``kvstore node`` in a process that can be killed and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "node.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        small = ["host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
+        settings = [f"node.directory={self.directory / 'data'}", f"node.socket={self.socket}", *small]
+        with open(self.directory / "node.log", "ab") as log:
+            command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            self.status()
+        except NodeUnavailable:
+            return False
+        return True
+
+    def client(self) -> Client:
+        return Client(self.socket, name="test")
+
+    def status(self) -> Any:
+        with self.client() as client:
+            return client.call("status")
+
+    def blocks(self, tier: str) -> int:
+        return next((t["blocks"] for t in self.status()["tiers"] if t["medium"] == tier), 0)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+
+
+def wait(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+class Engines:
+    """Engines started together, since most of a start is spent importing; each joins when it is first used."""
+
+    def __init__(self, stack: ExitStack, model: Path, node: Node) -> None:
+        log = os.open(node.directory / "engines.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        stack.callback(os.close, log)
+
+        def engine(arguments: dict[str, Any], **extra: Any) -> EngineProcess:
+            options = {"socket": str(node.socket), "autostart": False, **extra}
+            return stack.enter_context(EngineProcess(str(model), options, arguments, ENVIRONMENT, log))
+
+        plain = {**ENGINE, "enable_prefix_caching": False}
+        self.plain = stack.enter_context(EngineProcess(str(model), None, plain, ENVIRONMENT, log))
+        self.first = engine(ENGINE)
+        self.tight = engine(TIGHT)
+        self.bare = engine({**TIGHT, "enable_prefix_caching": False})
+        for each in (self.plain, self.first, self.tight, self.bare):
+            each.ready()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    node = Node(tmp_path_factory.mktemp("node"))
+    node.start()
+    yield node
+    node.stop()
+
+
+@pytest.fixture(scope="module")
+def engines(model: Path, node: Node) -> Iterator[Engines]:
+    with ExitStack() as stack:
+        yield Engines(stack, model, node)
+
+
+@pytest.fixture(scope="module")
+def reference(engines: Engines) -> dict[str, list[int]]:
+    """The tokens of each prompt when nothing is cached."""
+    tokens = {}
+    for prompt in PROMPTS:
+        (answer,) = engines.plain.generate([prompt], 2 * OUTPUT)
+        tokens[prompt] = answer.tokens
+    assert len({tuple(t) for t in tokens.values()}) == len(PROMPTS), "the model must tell the prompts apart"
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def saved(engines: Engines, node: Node, reference: dict[str, list[int]]) -> int:
+    """Blocks that the first engine left on the node, after answering every prompt."""
+    check([engines.first.generate([prompt], OUTPUT)[0] for prompt in PROMPTS], reference)
+    wait(lambda: node.blocks("disk") == node.blocks("host") >= 30)
+    return node.blocks("host")
+
+
+def check(answers: list[Answer], reference: dict[str, list[int]], prompts: list[str] = PROMPTS) -> None:
+    wrong = [
+        i for i, (p, a) in enumerate(zip(prompts, answers, strict=True)) if a.tokens != reference[p][: len(a.tokens)]
+    ]
+    assert not wrong, f"answers {wrong} are not what computing gives"
+
+
+def gained(engine: EngineProcess, counter: str, before: float) -> float:
+    """How much a counter of ours grew, all labels together. vLLM reports a step's counts with the next step."""
+    return kvstore(engine, counter) - before
+
+
+def kvstore(engine: EngineProcess, counter: str) -> float:
+    name = f"vllm:kvstore_{counter}"
+    return sum(value for key, value in engine.counters().items() if key.partition("{")[0] == name)
+
+
+def test_a_fresh_engine_loads_what_another_saved(engines: Engines, saved: int, reference: dict[str, list[int]]) -> None:
+    answers = [engines.tight.generate([prompt], OUTPUT)[0] for prompt in PROMPTS]
+    check(answers, reference)
+    for answer in answers:
+        assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
+    assert kvstore(engines.tight, "tokens_loaded") > 0.5 * sum(a.prompt_tokens for a in answers[1:5])
+    assert engines.tight.counters()["vllm:external_prefix_cache_hits"] == kvstore(engines.tight, "tokens_loaded")
+
+
+def test_an_engine_without_a_prefix_cache_of_its_own(
+    engines: Engines, saved: int, reference: dict[str, list[int]]
+) -> None:
+    answers = [engines.bare.generate([prompt], OUTPUT)[0] for prompt in PROMPTS]
+    check(answers, reference)
+    assert kvstore(engines.bare, "tokens_loaded") == sum(a.prompt_tokens // 64 * 64 for a in answers)
+    check(engines.bare.generate(PROMPTS, OUTPUT), reference)
+
+
+@pytest.mark.parametrize("name", ["tight", "bare"])
+def test_concurrent_requests_with_preemption(
+    engines: Engines, name: str, saved: int, reference: dict[str, list[int]]
+) -> None:
+    engine: EngineProcess = getattr(engines, name)
+    engine.forget()
+    before = engine.counters()["vllm:num_preemptions"]
+    check(engine.generate(PROMPTS, 2 * OUTPUT), reference)
+    assert engine.counters()["vllm:num_preemptions"] > before
+    fresh = [SYSTEM + prose(seed, 90) for seed in range(20, 26)]
+    expected = {prompt: engines.plain.generate([prompt], OUTPUT)[0].tokens for prompt in fresh}
+    for _ in range(2):  # computed and saved in one, loaded in the other
+        check(engine.generate(fresh, OUTPUT), expected, fresh)
+        engine.forget()
+
+
+def test_salts_separate_users(engines: Engines, saved: int, reference: dict[str, list[int]]) -> None:
+    def loaded_by(salt: str) -> float:
+        engines.tight.forget()
+        before = kvstore(engines.tight, "tokens_loaded")
+        check(engines.tight.generate(PROMPTS[:1], OUTPUT, [salt]), reference, PROMPTS[:1])
+        return gained(engines.tight, "tokens_loaded", before)
+
+    assert loaded_by("alice") == 0
+    wait(lambda: loaded_by("alice") > 0)
+    assert loaded_by("bob") == 0
+
+
+def test_altered_kv_alters_the_answers(
+    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+) -> None:
+    """The control: were wrong KV loaded, these tests would see it."""
+    with node.client() as client:
+        for key in listed(client):
+            acquired = client.acquire([key], 5)
+            for offset in acquired.offsets:
+                page = acquired.arena.buffer[offset : offset + 4096]
+                acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
+        engines.tight.forget()
+        (answer,) = engines.tight.generate(PROMPTS[4:5], OUTPUT)
+        assert answer.tokens != reference[PROMPTS[4]][:OUTPUT]
+        engines.tight.forget()
+        client.call("delete", keys=b"".join(listed(client)))
+
+
+def listed(client: Client) -> list[BlockKey]:
+    return [BlockKey(bytes(block["key"])) for block in client.call("list", medium="host", limit=100)["blocks"]]
+
+
+def test_corrupt_blocks_are_computed_and_healed(
+    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+) -> None:
+    engines.bare.generate(PROMPTS, OUTPUT)
+    wait(lambda: node.blocks("disk") > saved // 2)
+    node.stop()
+    flipped = sum(
+        flip_every_fifth_block(segment) for segment in (node.directory / "data").rglob("*") if segment.is_file()
+    )
+    assert flipped
+    node.start()
+    for engine in (engines.tight, engines.bare):
+        engine.forget()
+        wait(lambda: any(c["name"] == "vLLM" for c in node.status()["clients"]))
+        check([engine.generate([prompt], OUTPUT)[0] for prompt in PROMPTS], reference)
+    assert engines.tight.counters()["vllm:kvstore_blocks_missed{corrupt}"] > 0
+
+
+def flip_every_fifth_block(segment: Path) -> int:
+    """Flip a bit in the payloads of every fifth block of a segment file."""
+    with open(segment, "r+b") as file:
+        blocks = []
+        while page := file.read(4096):
+            if page.startswith(b"KVBLOCK\x00"):
+                blocks.append(file.tell())
+        for payload in blocks[::5]:
+            file.seek(payload + 1000)
+            (byte,) = file.read(1)
+            file.seek(payload + 1000)
+            file.write(bytes([byte ^ 1]))
+    return len(blocks[::5])
+
+
+def test_a_node_that_dies_and_returns(
+    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+) -> None:
+    for delay in (0.0, 0.03, 0.1):
+        engines.tight.forget()
+        killer = threading.Timer(delay, node.kill)
+        killer.start()
+        check(engines.tight.generate(PROMPTS, OUTPUT), reference)
+        killer.join()
+        check(engines.tight.generate(PROMPTS[:1], OUTPUT), reference, PROMPTS[:1])
+        node.start()
+        before = kvstore(engines.tight, "tokens_loaded")
+        wait(lambda before=before: loads_again(engines.tight, before, reference))
+
+
+def loads_again(engine: EngineProcess, before: float, reference: dict[str, list[int]]) -> bool:
+    engine.forget()
+    check(engine.generate(PROMPTS[:2], OUTPUT), reference, PROMPTS[:2])
+    return gained(engine, "tokens_loaded", before) > 0
