@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from benchmarks.study import Study
 from kvstore.envelope import Header, crc32c, envelope_bytes, payload
-from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
+from kvstore.identity import KEY_BYTES, BlockKey
 from kvstore.testing.blocks import NAMESPACE
 from kvstore.tiers.base import PutResult
 from kvstore.tiers.disk import DiskTier
@@ -146,16 +146,14 @@ class _TierContestant:
             buffer = huge_buffer(envelope_bytes(block))
             payload(buffer, block)[:] = data
             self._buffers.put_nowait(buffer)
-        self._header = Header(
-            key=BlockKey(bytes(KEY_BYTES)), namespace=NAMESPACE, index=0, tokens=64, length=block, crc=0
-        )  # fmt: skip
+        key = BlockKey(bytes(KEY_BYTES))
+        self._header = Header(key=key, namespace=NAMESPACE, index=0, tokens=64, length=block, crc=0)
 
     @classmethod
     async def open(cls, directory: Path, block: int, count: int) -> _TierContestant:
-        slot = envelope_bytes(block)
-        per_segment = -(-count // 4)
-        segment_bytes = per_segment * slot
-        capacity = (4 * (segment_bytes + (1 << 20))) * 128 // 127 + (1 << 20)
+        """A tier with room for the blocks of a round and, since it evicts ahead, for a quarter more."""
+        segment_bytes = -(-count // 4) * envelope_bytes(block)
+        capacity = 5 * segment_bytes + segment_bytes // 2  # half of one for journal and headers
         return cls(
             await DiskTier.open(directory, capacity, segment_bytes=segment_bytes, threads=THREADS),
             block,
@@ -166,7 +164,11 @@ class _TierContestant:
         if direction == "write":
             self._keys = [BlockKey(os.urandom(KEY_BYTES)) for _ in range(self._count)]
         one = self._write if direction == "write" else self._read
-        return await _timed(self._all(one), self._count * self._header.envelope_bytes, resource.RUSAGE_SELF)
+        before, started = _cpu_seconds(resource.RUSAGE_SELF), time.perf_counter()
+        await self._all(one)
+        seconds = time.perf_counter() - started
+        nbytes = self._count * self._header.envelope_bytes
+        return Sample(nbytes, seconds, _cpu_seconds(resource.RUSAGE_SELF) - before)
 
     async def _all(self, one: Callable[[BlockKey, memoryview], Awaitable[None]]) -> None:
         keys = iter(self._keys)
@@ -187,7 +189,7 @@ class _TierContestant:
     def _seal(self, key: BlockKey, buffer: memoryview) -> Header:
         body = payload(buffer, self._header.length)
         body[:KEY_BYTES] = key
-        header = replace(self._header, key=key, crc=crc32c(body), parent=NO_PARENT, created=time.time())
+        header = replace(self._header, key=key, crc=crc32c(body), created=time.time())
         header.pack_into(buffer)
         return header
 
@@ -213,18 +215,11 @@ class _Fio:
 
     async def measure(self, direction: Direction) -> Sample:
         before = _cpu_seconds(resource.RUSAGE_CHILDREN)
-        done = await asyncio.to_thread(
-            subprocess.run, [*self._command, f"--rw={direction}"], check=True, capture_output=True, text=True
-        )
+        command = [*self._command, f"--rw={direction}"]
+        done = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][direction]
         nbytes = result["io_bytes"]
         return Sample(nbytes, nbytes / result["bw_bytes"], _cpu_seconds(resource.RUSAGE_CHILDREN) - before)
-
-
-async def _timed(work: Awaitable[None], nbytes: int, who: int) -> Sample:
-    before, started = _cpu_seconds(who), time.perf_counter()
-    await work
-    return Sample(nbytes, time.perf_counter() - started, _cpu_seconds(who) - before)
 
 
 def _cpu_seconds(who: int) -> float:

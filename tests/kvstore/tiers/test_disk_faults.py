@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disk_files import FailingFiles, find_slot, flip, overwrite
+from structlog.testing import capture_logs
 
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, TierUnavailable
 from kvstore.testing.blocks import SealedBlock, aligned_buffer, random_block, random_chain
@@ -331,7 +333,22 @@ async def test_on_a_filesystem_smaller_than_the_capacity_slots_are_recycled(smal
     assert not list(small_filesystem.glob("*.new"))
 
 
-# Cancellation and closing
+async def test_without_direct_io_the_page_cache_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_open = os.open
+
+    def refuse_direct_io(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return really_open(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse_direct_io)
+    with capture_logs() as logs:
+        chain = await filled(tmp_path)
+    assert any("O_DIRECT" in entry["event"] for entry in logs)
+    await assert_all_there(tmp_path, chain)
+
+
+# Closing
 
 
 async def test_a_closed_tier_says_so(tmp_path: Path) -> None:
