@@ -11,8 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.study import Study
@@ -21,10 +20,14 @@ from kvstore.node.arena import Arena
 
 PAGE_TOKENS = 16
 HEADER_BYTES = 4096
-ARENA_BYTES = 4 << 30
-ROUND_BYTES = 1 << 30
+ARENA_BYTES = 8 << 30
+ROUND_BYTES = 2 << 30
 ROUNDS = 7
-DECODE_SECONDS = 1.5
+DECODE_BATCHES = 10
+QUIET_SECONDS = 0.3
+PREFILL_GBPS = 4.0
+"""What a prefill of an 8B model makes at 30,000 tokens a second and 128 KiB a token."""
+WARM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,13 @@ class Memcpy:
     def out(self, nbytes: int) -> None:
         self._run([(self.host[0], self.device[0])], nbytes)
 
+    def start_out(self, nbytes: int) -> Any:
+        import torch
+
+        with torch.cuda.stream(self.streams[0]):
+            self.host[0][:nbytes].copy_(self.device[0][:nbytes], non_blocking=True)
+        return CopyTransfer(self.streams[0].record_event())
+
     def back(self, nbytes: int) -> None:
         self._run([(self.device[0], self.host[0])], nbytes)
 
@@ -159,6 +169,14 @@ class Memcpy:
             with torch.cuda.stream(stream):
                 target[:nbytes].copy_(source[:nbytes], non_blocking=True)
         torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class CopyTransfer:
+    event: Any
+
+    def done(self) -> bool:
+        return bool(self.event.query())
 
 
 class Decode:
@@ -182,23 +200,21 @@ class Decode:
             hidden = hidden @ weight
             torch.nn.functional.scaled_dot_product_attention(self.queries, self.keys[0], self.keys[1])
 
-    def seconds(self, between: Callable[[], None]) -> float:
-        """Median seconds of a step; ``between`` runs on the host after each is enqueued."""
+    def seconds(self, busy: Callable[[], bool]) -> float:
+        """Mean seconds of a step, stepping while ``busy`` says so."""
         import torch
 
-        events = [torch.cuda.Event(enable_timing=True)]
-        events[0].record()
-        started = time.perf_counter()
-        while time.perf_counter() - started < DECODE_SECONDS:
+        for _ in range(WARM_STEPS):
+            self.step()
+        events = []
+        while len(events) < 2 or busy():
             self.step()
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
-            between()
-            if len(events) > 3:  # an engine runs one or two steps ahead of its GPU, not more
+            if len(events) > 2:  # an engine runs one or two steps ahead of its GPU, not more
                 events[-3].synchronize()
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
-        return statistics.median(times[2:])
+        return events[0].elapsed_time(events[-1]) / 1e3 / (len(events) - 1)
 
 
 def timed(work: Callable[[], object], nbytes: int) -> float:
@@ -230,33 +246,62 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in samples.items()}
 
 
-@dataclass
-class Offloading:
-    """Keeps saves of ``rig`` in flight, as long as it is called again and again."""
+def decode_slowdown(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
+    """A decode loop beside three kinds of traffic, each against the loop alone just before.
 
-    rig: Rig
-    flying: list[Any] = field(default_factory=list)
-    blocks: int = 0
-
-    def __call__(self) -> None:
-        self.flying = [transfer for transfer in self.flying if not transfer.done()]
-        while len(self.flying) < 3:
-            self.flying.append(self.rig.save(slice(0, 16)))
-            self.blocks += 16
-
-
-def decode_slowdown(rig: Rig, decode: Decode) -> dict[str, float]:
-    """A decode loop beside offloading at full rate, against the loop alone, alternately."""
-    ratios, rates = [], []
-    for _ in range(3):
-        quiet = decode.seconds(lambda: None)
-        offloading = Offloading(rig)
+    At full rate offloading, and plain memcpy as the least that any offloading costs; and at the rate at which a prefill of this
+    model makes new KV.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in ("offload", "memcpy", "prefill_rate", "gbps")}
+    for _ in range(ROUNDS):
+        quiet = decode.seconds(Countdown(QUIET_SECONDS))
         started = time.perf_counter()
-        ratios.append(decode.seconds(offloading) / quiet)
-        for transfer in offloading.flying:
-            transfer.wait()
-        rates.append(offloading.blocks * rig.geometry.share / (time.perf_counter() - started) / 1e9)
-    return {"decode_slowdown": statistics.median(ratios), "decode_offload_gbps": statistics.median(rates)}
+        saving = Underway([rig.save() for _ in range(DECODE_BATCHES)])
+        samples["offload"].append(decode.seconds(saving) / quiet)
+        samples["gbps"].append(DECODE_BATCHES * rig.bytes / (time.perf_counter() - started) / 1e9)
+        copying = Underway([memcpy.start_out(rig.bytes) for _ in range(DECODE_BATCHES)])
+        samples["memcpy"].append(decode.seconds(copying) / quiet)
+        samples["prefill_rate"].append(decode.seconds(Paced(rig, QUIET_SECONDS)) / quiet)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        "decode_slowdown": medians["offload"],
+        "decode_slowdown_of_memcpy": medians["memcpy"],
+        "decode_slowdown_at_prefill_rate": medians["prefill_rate"],
+        "decode_offload_gbps": medians["gbps"],
+    }
+
+
+class Underway:
+    """True until the last transfer has arrived."""
+
+    def __init__(self, transfers: Sequence[Any]) -> None:
+        self.last = transfers[-1]
+
+    def __call__(self) -> bool:
+        return not self.last.done()
+
+
+class Paced:
+    """True for ``seconds``, and saves at PREFILL_GBPS meanwhile."""
+
+    def __init__(self, rig: Rig, seconds: float) -> None:
+        self.rig, self.running, self.started, self.moved = rig, Countdown(seconds), time.perf_counter(), 0
+
+    def __call__(self) -> bool:
+        if self.moved < (time.perf_counter() - self.started) * PREFILL_GBPS * 1e9:
+            self.rig.save(slice(0, 4))
+            self.moved += 4 * self.rig.geometry.share
+        return self.running()
+
+
+class Countdown:
+    """True for ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+
+    def __call__(self) -> bool:
+        return time.perf_counter() < self.end
 
 
 def run(args: Any) -> Mapping[str, float]:
@@ -275,7 +320,7 @@ def run(args: Any) -> Mapping[str, float]:
         print(geometry.name, {name: round(value, 1) for name, value in gbps.items()}, file=sys.stderr)
         figures |= {f"{name}_gbps_{geometry.name}": value for name, value in gbps.items()}
         if geometry is GEOMETRIES[0]:
-            figures |= decode_slowdown(rig, Decode())
+            figures |= decode_slowdown(rig, Decode(), memcpy)
             torch.cuda.empty_cache()
         rig.close()
 

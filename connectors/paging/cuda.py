@@ -1,9 +1,8 @@
 """Paging between GPU pages and the pinned arena with CuPy.
 
 A save gathers a few blocks into a staging buffer in device memory and lets a copy engine bring them to their slots; a load is
-the reverse. Every staging buffer has a stream of its own, so its kernels and copies need no synchronisation among themselves
-and those of one buffer overlap with those of the next. The engine's stream is never made to wait: an event is recorded on it,
-and ours wait for that.
+the reverse. Kernels run on one stream and copies on another, so one buffer is on the bus while a kernel works on the next. The
+engine's stream is never made to wait: an event is recorded on it, and ours wait for that.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -19,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from connectors.paging import kernels
 from connectors.paging.base import BlockCopy, Pager
-from connectors.paging.geometry import PagedKV, Share, Strides, strides
-from kvstore.errors import ConfigError, IdentityError
+from connectors.paging.geometry import PagedKV, Share
+from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
 
@@ -31,19 +29,14 @@ try:
     from cupy.cuda import runtime
 
     from connectors.paging.pinned import PinnedArena, pin
+    from connectors.paging.routes import Kernels, Streams, choose
 except ImportError as _missing:
     raise ConfigError(
         "cupy", None, f"GPU pages need CuPy, which does not import: {_missing}", "pip install 'llm-kvstore[gpu]'"
     ) from _missing
 
 STAGING_BUFFERS = 2
-"""Per direction: while one is on the bus, a kernel works on the other."""
-STAGING_BYTES = 24 << 20
-"""Of one buffer; four of them are 96 MiB of device memory."""
-DIRECT_BELOW = 1 << 20
-"""Runs shorter than this go between pages and arena in the kernel: a copy engine pays about 1 microsecond each."""
-THREAD_BLOCKS = 32
-"""Of one kernel: enough for several times the speed of the bus, on a quarter of the GPU."""
+"""Per direction: one on the bus, one under the kernel, which is several times as fast."""
 MAX_AHEAD = 32
 """Groups handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
 
@@ -130,128 +123,21 @@ class CudaPager(Pager):
         return transfer
 
 
-class Kernels:
-    """Gather and scatter for one geometry, compiled on construction (or taken from CuPy's cache on disk)."""
-
-    def __init__(self, pages: PagedKV, share: Share) -> None:
-        self.max_blocks = kernels.max_blocks(pages, share)
-        """Of one launch."""
-        if not self.max_blocks:
-            raise IdentityError(f"a block of {share.block.tokens} tokens has more than {kernels.MAX_PAGES} pages")
-        constants = kernels.defines(pages, share)
-        module = cupy.RawModule(code=kernels.SOURCE, options=tuple(f"-D{k}={v}" for k, v in constants.items()))
-        self._gather = module.get_function("gather")
-        self._scatter = module.get_function("scatter")
-        self._planes = torch.tensor(kernels.addresses(pages), dtype=torch.int64, device=pages.sample.device)
-        self._vectors = share.nbytes // kernels.vector_bytes(pages)
-        self.device = pages.sample.device
-
-    def gather(self, stream: Any, steps: Strides, payloads: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
-        """Pages to payloads at these addresses."""
-        self._launch(self._gather, stream, steps, payloads, rows)
-
-    def scatter(self, stream: Any, steps: Strides, payloads: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
-        """Payloads at these addresses to pages."""
-        self._launch(self._scatter, stream, steps, payloads, rows)
-
-    def _launch(
-        self, kernel: Any, stream: Any, steps: Strides, payloads: Sequence[int], rows: Sequence[Sequence[int]]
-    ) -> None:
-        vectors = len(payloads) * self._vectors
-        grid = min(THREAD_BLOCKS, -(-vectors // (kernels.THREADS * kernels.UNROLL)))
-        with stream:
-            kernel(
-                (grid,),
-                (kernels.THREADS,),
-                (self._planes.data_ptr(), np.uint32(vectors), kernels.batch(steps, payloads, rows)),
-            )
-
-
-class _Staged:
-    """Through a buffer in device memory that holds the shares of a group of blocks, one behind the other."""
-
-    def __init__(self, share: Share, moves: Kernels) -> None:
-        self.blocks = min(moves.max_blocks, STAGING_BYTES // share.nbytes)
-        self._buffer = torch.empty(self.blocks * share.nbytes, dtype=torch.uint8, device=moves.device)
-        self._share = share
-        self._steps = strides(share.compact)
-        self._moves = moves
-
-    def save(
-        self, stream: Any, arena: PinnedArena, offsets: Sequence[int], rows: Sequence[Sequence[int]], engine: Any
-    ) -> None:
-        stream.wait_event(engine)
-        self._moves.gather(stream, self._steps, self._payloads(offsets), rows)
-        for host, device, length in self._pieces(arena, offsets):
-            runtime.memcpyAsync(host, device, length, runtime.memcpyDeviceToHost, stream.ptr)
-
-    def load(
-        self, stream: Any, arena: PinnedArena, offsets: Sequence[int], rows: Sequence[Sequence[int]], engine: Any
-    ) -> None:
-        for host, device, length in self._pieces(arena, offsets):
-            runtime.memcpyAsync(device, host, length, runtime.memcpyHostToDevice, stream.ptr)
-        stream.wait_event(engine)
-        self._moves.scatter(stream, self._steps, self._payloads(offsets), rows)
-
-    def _payloads(self, offsets: Sequence[int]) -> list[int]:
-        return [self._buffer.data_ptr() + index * self._share.nbytes for index in range(len(offsets))]
-
-    def _pieces(self, arena: PinnedArena, offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(address in the arena, address in the buffer, length) of what one copy can move."""
-        for offset, device in zip(offsets, self._payloads(offsets), strict=True):
-            for run in self._share.runs:
-                for piece in arena.pieces(offset + run.offset, run.length):
-                    yield arena.address + piece.offset, device, piece.length
-                    device += piece.length
-
-
-class _Direct:
-    """Straight between pages and the registered arena, over the bus, in the kernel."""
-
-    def __init__(self, share: Share, moves: Kernels) -> None:
-        self.blocks = max(1, min(moves.max_blocks, STAGING_BYTES // share.nbytes))
-        self._steps = strides(share.block)
-        self._first = share.heads[0] * self._steps.head
-        self._moves = moves
-
-    def save(
-        self, stream: Any, arena: PinnedArena, offsets: Sequence[int], rows: Sequence[Sequence[int]], engine: Any
-    ) -> None:
-        stream.wait_event(engine)
-        self._moves.gather(stream, self._steps, self._payloads(arena, offsets), rows)
-
-    def load(
-        self, stream: Any, arena: PinnedArena, offsets: Sequence[int], rows: Sequence[Sequence[int]], engine: Any
-    ) -> None:
-        stream.wait_event(engine)
-        self._moves.scatter(stream, self._steps, self._payloads(arena, offsets), rows)
-
-    def _payloads(self, arena: PinnedArena, offsets: Sequence[int]) -> list[int]:
-        return [arena.address + offset + self._first for offset in offsets]
-
-
-def _route(share: Share, moves: Kernels) -> _Staged | _Direct:
-    short = min(run.length for run in share.runs) < DIRECT_BELOW
-    return _Direct(share, moves) if short or share.nbytes > STAGING_BYTES else _Staged(share, moves)
-
-
 class _Lane:
     """One direction: a thread, a queue of jobs, and the staging buffers with their streams."""
 
     def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels) -> None:
         self._device = pages.sample.device
         self._pages = pages
-        self._share = share
+        self._block = share.block
         self._whole = direction is Direction.SAVE
         self._pinned: PinnedArena | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._ahead: deque[Any] = deque()
-        routes = [_route(share, moves) for _ in range(STAGING_BUFFERS)]
+        routes = [choose(share, moves) for _ in range(STAGING_BUFFERS)]
         self._group = routes[0].blocks
-        self._ring = deque(
-            (cupy.cuda.Stream(non_blocking=True), route.save if direction is Direction.SAVE else route.load)
-            for route in routes
-        )
+        self._ring = deque(route.save if direction is Direction.SAVE else route.load for route in routes)
+        self._streams = Streams(*(cupy.cuda.Stream(non_blocking=True) for _ in range(2)))
+        self._marks = deque(cupy.cuda.Event(block=True, disable_timing=True) for _ in range(MAX_AHEAD))
         self._thread = threading.Thread(target=self._serve, name=f"kv-{direction.value}", daemon=True)
         self._thread.start()
 
@@ -277,18 +163,20 @@ class _Lane:
     def _hand_over(self, job: _Job) -> list[Any]:
         """Enqueue a whole job; returns the events behind it."""
         pinned = self._pin(job.arena)
-        rows = self._pages.view_pages(job.copies, self._share.block.tokens, self._whole)
-        for start in range(0, len(rows), self._group):
+        pages = self._pages.view_pages(job.copies, self._block.tokens, self._whole)
+        offsets = np.array([copy.offset for copy in job.copies], np.int64)
+        if job.copies:
+            pinned.wait(int(offsets.max()) + self._block.nbytes)
+        for start in range(0, len(offsets), self._group):
             group = slice(start, start + self._group)
-            offsets = [copy.offset for copy in job.copies[group]]
-            pinned.wait(max(offsets) + self._share.block.nbytes)
-            stream, move = self._ring[0]
+            mark = self._marks[0]
+            mark.synchronize()
+            self._ring[0](self._streams, pinned, offsets[group], pages[group], job.engine)
+            self._streams.kernels.record(mark)
+            self._marks.rotate(-1)
             self._ring.rotate(-1)
-            move(stream, pinned, offsets, rows[group], job.engine)
-            self._ahead.append(stream.record(cupy.cuda.Event(block=True, disable_timing=True)))
-            if len(self._ahead) > MAX_AHEAD:
-                self._ahead.popleft().synchronize()
-        return [stream.record(cupy.cuda.Event(block=True, disable_timing=True)) for stream, _ in self._ring]
+        streams = (self._streams.kernels, self._streams.copies)
+        return [stream.record(cupy.cuda.Event(disable_timing=True)) for stream in streams]
 
     def _pin(self, arena: Arena) -> PinnedArena:
         if self._pinned is None or self._pinned.arena is not arena:
@@ -299,9 +187,8 @@ class _Lane:
         return self._pinned
 
     def _drain(self) -> None:
-        for stream, _ in self._ring:
-            stream.synchronize()
-        self._ahead.clear()
+        self._streams.kernels.synchronize()
+        self._streams.copies.synchronize()
 
 
 def check_versions() -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from connectors.paging.base import BlockCopy
 from kvstore.errors import IdentityError
 from kvstore.layout import Axis, BlockLayout, Run
+
+Pages = npt.NDArray[np.int32]
 
 ABSENT = -1
 """In the place of a page that a partial load leaves out."""
@@ -64,23 +68,29 @@ class PagedKV:
         """Tokens of one page of the views."""
         return int(self.sample.shape[1])
 
-    def view_pages(self, copies: Sequence[BlockCopy], tokens: int, whole: bool = False) -> list[list[int]]:
-        """Per block of ``tokens`` tokens, the page of the views that holds each of its pages, ABSENT where the copy takes
-        none. ``whole``: every page must be there. Raises IdentityError for pages that are not in the cache or the block.
+    def view_pages(self, copies: Sequence[BlockCopy], tokens: int, whole: bool = False) -> Pages:
+        """The pages of the views that hold each block of ``tokens`` tokens: ``[block, page]``, ABSENT where a copy takes none.
+
+        ``whole``: every page must be there. Raises IdentityError for pages that are not in the cache or not in the block.
         """
-        pages = int(self.sample.shape[0])
+        pages = int(self.sample.shape[0]) // self.subpages
         count = tokens // (self.page_tokens * self.subpages)
-        rows = []
-        for copy in copies:
-            last = copy.first_page + len(copy.pages)
-            if not 0 <= copy.first_page < last <= count or (whole and len(copy.pages) != count):
-                raise IdentityError(f"pages {copy.first_page}:{last} given of a block of {count} pages")
-            row = [page * self.subpages + part for page in copy.pages for part in range(self.subpages)]
-            if min(row) < 0 or max(row) >= pages:
-                raise IdentityError(f"pages {copy.pages} are not all inside a cache of {pages // self.subpages} pages")
-            before, behind = copy.first_page * self.subpages, (count - last) * self.subpages
-            rows.append([ABSENT] * before + row + [ABSENT] * behind)
-        return rows
+        if all(len(copy.pages) == count and not copy.first_page for copy in copies):
+            rows = np.array([copy.pages for copy in copies], np.int32).reshape(len(copies), count)
+        else:
+            rows = np.full((len(copies), count), ABSENT, np.int32)
+            for row, copy in zip(rows, copies, strict=True):
+                last = copy.first_page + len(copy.pages)
+                if whole or not 0 <= copy.first_page < last <= count:
+                    raise IdentityError(f"pages {copy.first_page}:{last} given of a block of {count} pages")
+                row[copy.first_page : last] = copy.pages
+        given = [page for copy in copies for page in copy.pages]
+        if given and not 0 <= min(given) <= max(given) < pages:
+            raise IdentityError(f"pages {min(given)} to {max(given)} are not all inside a cache of {pages} pages")
+        if self.subpages == 1:
+            return rows
+        parts = rows[:, :, None] * self.subpages + np.arange(self.subpages, dtype=np.int32)
+        return np.where(rows[:, :, None] == ABSENT, np.int32(ABSENT), parts).reshape(len(copies), -1)
 
 
 @dataclass(frozen=True, slots=True)

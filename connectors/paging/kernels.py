@@ -14,9 +14,9 @@ import numpy as np
 
 from connectors.paging.geometry import PagedKV, Share, Strides
 
-THREADS = 512
+THREADS = 128
 UNROLL = 4
-"""Independent loads in flight per thread: with fewer, one kernel of few thread blocks cannot keep the bus busy."""
+"""Independent loads in flight per thread. Small, short-lived thread blocks fit beside the engine's, and give way soon."""
 MAX_BLOCKS = 64
 MAX_PAGES = 768
 """With these bounds a batch is 3.6 KB, within the 4 KB that every CUDA version passes to a kernel by value: no table to
@@ -31,19 +31,20 @@ struct Batch {
     int page[MAX_PAGES];             // pages of each block, in token order; negative where a load leaves one out
 };
 
-// Vector i of the batch, counted in the order of the payload so that neighbouring threads touch neighbouring bytes of it.
-// False if its page is left out.
+// Vector i of the batch, counted so that a thread block works on the tokens of one page in few layers: payloads lie in few
+// memory pages whatever the order, but every layer of the engine is a memory region of its own. False if its page is left out.
 __device__ __forceinline__ bool locate(
     unsigned i, const long long* planes, const Batch& batch, Vector*& engine, Vector*& stored)
 {
     const unsigned vector = i % ROW; i /= ROW;
+    const unsigned slot = i % PAGE_TOKENS; i /= PAGE_TOKENS;
     const unsigned layer = i % LAYERS; i /= LAYERS;
-    const unsigned token = i % TOKENS; i /= TOKENS;
+    const unsigned part = i % PAGES; i /= PAGES;
     const unsigned head = i % HEADS; i /= HEADS;
     const unsigned kv = i % KV, block = i / KV;
-    const long long page = batch.page[block * (TOKENS / PAGE_TOKENS) + token / PAGE_TOKENS];
-    engine = (Vector*)(planes[kv * LAYERS + layer] + page * PAGE_STEP + (token % PAGE_TOKENS) * TOKEN_STEP
-                       + head * HEAD_STEP) + vector;
+    const unsigned token = part * PAGE_TOKENS + slot;
+    const long long page = batch.page[block * PAGES + part];
+    engine = (Vector*)(planes[kv * LAYERS + layer] + page * PAGE_STEP + slot * TOKEN_STEP + head * HEAD_STEP) + vector;
     stored = (Vector*)(batch.payload[block] + kv * batch.step[0] + head * batch.step[1] + token * batch.step[2]
                        + layer * batch.step[3]) + vector;
     return page >= 0;
@@ -54,13 +55,13 @@ __device__ __forceinline__ bool locate(
 template <bool GATHER>
 __device__ __forceinline__ void move(const long long* planes, unsigned vectors, const Batch& batch)
 {
-    const unsigned stride = gridDim.x * blockDim.x;
-    for (unsigned first = blockIdx.x * blockDim.x + threadIdx.x; first < vectors; first += stride * UNROLL) {
+    const unsigned chunk = blockDim.x * UNROLL;
+    for (unsigned first = blockIdx.x * chunk + threadIdx.x; first < vectors; first += gridDim.x * chunk) {
         Vector value[UNROLL];
         Vector* target[UNROLL];
         #pragma unroll
         for (unsigned u = 0; u < UNROLL; ++u) {
-            const unsigned i = first + u * stride;
+            const unsigned i = first + u * blockDim.x;
             Vector *engine, *stored;
             target[u] = 0;
             if (i < vectors && locate(i, planes, batch, engine, stored)) {
@@ -100,7 +101,7 @@ def defines(pages: PagedKV, share: Share) -> dict[str, str]:
         "Vector": _VECTOR_TYPES[vector],
         "ROW": f"{pages.row_bytes // vector}u",
         "LAYERS": f"{pages.layers}u",
-        "TOKENS": f"{share.block.tokens}u",
+        "PAGES": f"{share.block.tokens // pages.page_tokens}u",
         "PAGE_TOKENS": f"{pages.page_tokens}u",
         "HEADS": f"{pages.heads}u",
         "KV": f"{len(pages.planes)}u",
@@ -130,13 +131,11 @@ def addresses(pages: PagedKV) -> list[int]:
     return [plane.data_ptr() for half in pages.planes for plane in half]
 
 
-def batch(strides: Strides, payloads: Sequence[int], rows: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """The kernel argument for blocks at ``payloads`` whose pages are ``rows``; at most ``max_blocks`` of them."""
+def batch(steps: Strides, payloads: Sequence[int]) -> np.ndarray[Any, Any]:
+    """The kernel argument for blocks at ``payloads``; their pages go to its field ``page``, block after block."""
     out = np.zeros((), BATCH)
-    out["step"] = (strides.kv, strides.head, strides.token, strides.layer)
+    out["step"] = (steps.kv, steps.head, steps.token, steps.layer)
     out["payload"][: len(payloads)] = payloads
-    flat = [page for row in rows for page in row]
-    out["page"][: len(flat)] = flat
     return out
 
 

@@ -37,7 +37,7 @@ class ReferencePager(Pager):
             rows = self._pages.view_pages(copies, block.tokens, whole=to_arena)
             for copy, pages in zip(copies, rows, strict=True):
                 slot = torch.frombuffer(arena.slot(copy.offset, block.nbytes), dtype=torch.uint8)
-                self._move(slot, pages, to_arena)
+                self._move(slot, pages.tolist(), to_arena)
         except (KVStoreError, ValueError) as error:
             return Finished(error)
         return Finished()

@@ -134,16 +134,16 @@ def cases(draw: st.DrawFn) -> Case:
 
 def random_fill(pages: PagedKV, seed: int) -> PagedKV:
     """Random bytes in every plane: NaNs and infinities of every dtype included."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(pages.sample.device).manual_seed(seed)
     for plane in _all(pages):
         raw = plane.view(torch.uint8)
-        raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=generator))
+        raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, device=raw.device, generator=generator))
     return pages
 
 
 def engine_bytes(pages: PagedKV) -> torch.Tensor:
-    """A copy of everything in the pages: ``[page, plane, token, head, byte]`` on the CPU."""
-    return torch.stack([plane.view(torch.uint8).cpu() for plane in _all(pages)], dim=1)
+    """A copy of everything in the pages: ``[page, plane, token, head, byte]``."""
+    return torch.stack([plane.view(torch.uint8) for plane in _all(pages)], dim=1)
 
 
 def _all(pages: PagedKV) -> Sequence[torch.Tensor]:

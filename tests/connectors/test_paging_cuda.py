@@ -21,7 +21,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
-from connectors.paging import cuda, pinned
+from connectors.paging import pinned, routes
 from connectors.paging.cuda import CudaPager
 
 pytestmark = pytest.mark.gpu
@@ -34,8 +34,8 @@ LLAMA = BlockLayout(tokens=64, layers=32, kv_heads=8, head_dim=128, itemsize=2)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways, in groups so small and slices so short that buffers are used again and copies are cut."""
     name: str = request.param
-    monkeypatch.setattr(cuda, "DIRECT_BELOW", 0 if name == "staged" else 1 << 40)
-    monkeypatch.setattr(cuda, "STAGING_BYTES", 200_000)
+    monkeypatch.setattr(routes, "DIRECT_BELOW", 0 if name == "staged" else 1 << 40)
+    monkeypatch.setattr(routes, "STAGING_BYTES", 200_000)
     monkeypatch.setattr(pinned, "SLICE_BYTES", 12 << 10)
     return name
 
@@ -75,7 +75,7 @@ def test_equals_the_reference(route: str, arena: Arena, case: Case, seed: int) -
 @pytest.mark.parametrize("heads", [(0, 8), (5, 6)])
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC", "BLNHC", "BHLNC", "sglang"])
 def test_pages_of_a_model_come_back_bit_identical(layout: str, heads: tuple[int, int]) -> None:
-    case = Case(LLAMA, heads, torch.bfloat16, layout, page_tokens=16, pages=40 * 4)
+    case = Case(LLAMA, heads, torch.bfloat16, layout, page_tokens=16, pages=300)
     source, sink = random_fill(case.build("cuda"), 1), random_fill(case.build("cuda"), 2)
     slot = LLAMA.nbytes + 4096
     arena = Arena.create(32 * slot, epoch=1)

@@ -76,6 +76,11 @@ def compiled(pages: PagedKV, share: Share, folder: Path) -> Callable[..., None]:
     return function
 
 
+def with_pages(batch: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    batch["page"][: rows.size] = rows.ravel()
+    return batch
+
+
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     arena = Arena.create(1 << 20, epoch=1)
@@ -97,7 +102,7 @@ def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, s
     launch = compiled(pages, share, tmp_path)
 
     def run(forward: int, copies: list[BlockCopy]) -> None:
-        batch = kernels.batch(strides(case.block), payloads, pages.view_pages(copies, case.block.tokens))
+        batch = with_pages(kernels.batch(strides(case.block), payloads), pages.view_pages(copies, case.block.tokens))
         launch(
             forward,
             grid,
@@ -137,7 +142,7 @@ def test_a_compact_share_is_the_runs_of_the_slot(arena: Arena, tmp_path: Path) -
 
     staging = np.zeros(share.nbytes, np.uint8)
     rows = pages.view_pages([copy], case.block.tokens)
-    batch = kernels.batch(strides(share.compact), [staging.ctypes.data], rows)
+    batch = with_pages(kernels.batch(strides(share.compact), [staging.ctypes.data]), rows)
     planes = torch.tensor(kernels.addresses(pages))
     compiled(pages, share, tmp_path)(
         1, 2, 64, ctypes.c_void_p(planes.data_ptr()), ctypes.c_uint(share.nbytes // kernels.vector_bytes(pages)),

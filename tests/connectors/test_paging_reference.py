@@ -31,7 +31,7 @@ def arena() -> Iterator[Arena]:
 def stored_bytes(case: Case, pages: PagedKV, copy: BlockCopy) -> dict[int, int]:
     """Byte offset in the block -> byte, by the definition of the layout alone."""
     block, out = case.block, {}
-    rows = pages.view_pages([copy], block.tokens)[0]
+    rows = pages.view_pages([copy], block.tokens)[0].tolist()
     for kv, planes in enumerate(pages.planes):
         for layer, plane in enumerate(planes):
             for token in range(block.tokens):
@@ -78,7 +78,7 @@ def test_load_returns_the_pages_asked_for_and_touches_no_other(arena: Arena, cas
     pager.load(arena, wanted).wait()
 
     for row in pages.view_pages(wanted, case.block.tokens):
-        there = [page for page in row if page != ABSENT]
+        there = [page for page in row.tolist() if page != ABSENT]
         after[there] = before[there]
     assert torch.equal(engine_bytes(pages), after)
 
