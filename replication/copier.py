@@ -23,7 +23,6 @@ from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found
 from replication.links import Links
 from replication.manifest import HotBlock
-from replication.rate import RateLimit
 
 log = structlog.get_logger(__name__)
 
@@ -42,11 +41,13 @@ class Outcome(Enum):
     """The source does not have it any more."""
     CORRUPT = "corrupt"
     """Its bytes did not verify, twice; nothing was created."""
+    UNPAID = "unpaid"
+    """The money ran out: damaged bytes were paid for, too."""
     ORPHANED = "orphaned"
     """Not created, because an ancestor failed."""
 
 
-FAILED = (Outcome.GONE, Outcome.CORRUPT, Outcome.ORPHANED)
+FAILED = (Outcome.GONE, Outcome.CORRUPT, Outcome.UNPAID, Outcome.ORPHANED)
 
 
 class Transfer(Protocol):
@@ -103,19 +104,26 @@ async def copy(
         raise errors.exceptions[0] from None
 
 
+class Pace(Protocol):
+    """Leave to send bytes."""
+
+    async def take(self, nbytes: int) -> bool:
+        """Wait until they may be sent; False when they may not at all."""
+
+
 class Streamed:
     """Through this process: read, check, create."""
 
-    def __init__(self, source: Links, destination: Links, rate: RateLimit, memory: ByteBudget | None = None) -> None:
+    def __init__(self, source: Links, destination: Links, pace: Pace, memory: ByteBudget | None = None) -> None:
         self._source = source
         self._destination = destination
-        self._rate = rate
+        self._pace = pace
         self._memory = memory or ByteBudget(MEMORY_BYTES)
 
     async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
         name = block_name(block.namespace, block.key)
         async with self._memory.taken(block.nbytes):
-            there = await self._destination.ask(lambda objects: objects.head(name))
+            there = await self._destination.head(name)
             if there is not None and there.size == block.nbytes:
                 return Outcome.PRESENT
             envelope = memoryview(bytearray(block.nbytes))
@@ -124,13 +132,14 @@ class Streamed:
             if not await parent:
                 return Outcome.ORPHANED
             stump = there is not None
-            created = await self._destination.ask(lambda objects: objects.put(name, envelope, create=not stump))
+            created = await self._destination.put(name, envelope, create=not stump)
         return Outcome.COPIED if created else Outcome.PRESENT
 
     async def _fetch(self, block: HotBlock, name: str, into: memoryview) -> Outcome | None:
         """Fill ``into`` with bytes that verify; what was damaged on the way is asked for once more."""
         for attempt in (1, 2):
-            await self._rate.take(block.nbytes)
+            if not await self._pace.take(block.nbytes):
+                return Outcome.UNPAID
             try:
                 header = await self._source.get(name, into, lambda found, body: checked(block, found, body))
             except (BlockCorrupt, BlockTooLarge) as error:
@@ -153,6 +162,7 @@ class ServerSide:
         source_is: ObjectSettings,
         destination: Links,
         destination_is: ObjectSettings,
+        pace: Pace,
     ) -> None:
         """``client`` is boto3's, at the destination."""
         self._client = client
@@ -160,13 +170,14 @@ class ServerSide:
         self._source_is = source_is
         self._destination = destination
         self._destination_is = destination_is
+        self._pace = pace
 
     async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
         name = block_name(block.namespace, block.key)
-        there = await self._destination.ask(lambda objects: objects.head(name))
+        there = await self._destination.head(name)
         if there is not None and there.size == block.nbytes:
             return Outcome.PRESENT
-        found = await self._source.ask(lambda objects: objects.head(name))
+        found = await self._source.head(name)
         start = await self._source.start_of(name, HEADER_BYTES)
         if found is None or start is None:
             return Outcome.GONE
@@ -178,6 +189,8 @@ class ServerSide:
             return Outcome.CORRUPT
         if not await parent:
             return Outcome.ORPHANED
+        if not await self._pace.take(block.nbytes):
+            return Outcome.UNPAID
         return await asyncio.to_thread(self._copy, name, found)
 
     def _copy(self, name: str, found: Found) -> Outcome:

@@ -114,11 +114,10 @@ class Manifest:
                 [stone.to_json() for stone in self.tombstones],
             ]
         )
-        text = _PREFIX.pack(_MAGIC, len(body)) + body
+        text: bytes = _PREFIX.pack(_MAGIC, len(body)) + body
         if len(text) + _SIGNATURE_BYTES > MAX_MANIFEST_BYTES:
             raise ManifestRefused(f"{len(text)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
-        signature: bytes = key.sign(text)
-        return text + signature
+        return text + key.sign(text)
 
 
 def open_manifest(raw: bytes, region: str, key: Ed25519PublicKey, newest: int = 0) -> Manifest:

@@ -18,10 +18,10 @@ class RateLimit:
         self._saved = 0.0
         self._at = time.monotonic()
 
-    async def take(self, nbytes: int) -> None:
-        """Wait until ``nbytes`` may be sent. Served in order of arrival."""
+    async def take(self, nbytes: int) -> bool:
+        """Wait until ``nbytes`` may be sent; always True. Served in order of arrival."""
         if self._rate is None:
-            return
+            return True
         now = time.monotonic()
         self._saved = min(self._saved + (now - self._at) * self._rate, self._rate * self.BURST_SECONDS)
         self._at = now
@@ -29,3 +29,4 @@ class RateLimit:
         self._saved -= nbytes
         if debt > 0:
             await asyncio.sleep(debt / self._rate)
+        return True

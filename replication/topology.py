@@ -123,6 +123,11 @@ class Flow(_Table):
             raise _refusal("money_per_month without a price limits nothing", "Set price_per_gb.")
         return self
 
+    @property
+    def identity(self) -> str:
+        """Tells the flows into one destination apart, over restarts."""
+        return f"{self.source} models={','.join(self.models)} tenants={','.join(self.tenants)}"
+
     def takes(self, label: Labelled) -> bool:
         return _matches(label.model, self.models) and _matches(label.tenant, self.tenants)
 

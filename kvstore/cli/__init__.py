@@ -7,11 +7,13 @@
     blocks.py    ls, get, verify, rm
     checks.py    doctor
 
+Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import typer
@@ -56,6 +58,12 @@ app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
+for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):
+    command = entry.load()
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=entry.name)
+    else:
+        app.command(entry.name)(command)
 
 
 def main() -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+from region_cases import EU_KEY, KEY
 
 from kvstore.testing.servers import S3Server, ServerUnavailable, ministack
 from kvstore.testing.shaping import Shape, ShapedLink, shaped
 from kvstore.tiers.object import Bucket, ObjectSettings
+from replication.keys import public_text
+from replication.links import Links
+from replication.manifest import Manifest
+from replication.publisher import publish
+from replication.replicator import Cycle, Replicator
+from replication.topology import Topology, load_topology
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +42,8 @@ def bucket_on(server: S3Server, name: str) -> ObjectSettings:
         region=server.region,
         access_key_id=server.access_key,
         secret_access_key=server.secret_key,
-        connect_timeout=1.0,
-        read_timeout=1.0,
+        connect_timeout=3.0,
+        read_timeout=3.0,
         request_timeout=30.0,
         retries=0,
     )
@@ -66,3 +74,44 @@ def link(na: ObjectSettings) -> Iterator[ShapedLink]:
 def na_far(na: ObjectSettings, link: ShapedLink) -> ObjectSettings:
     """The source's bucket as the destination reaches it."""
     return replace(na, endpoint=link.endpoint)
+
+
+@dataclass
+class Pair:
+    """A topology of two regions, as a file, and their buckets."""
+
+    file: Path
+    na: ObjectSettings
+    eu: ObjectSettings
+    link: ShapedLink
+
+    def write(self, mode: str = "enforce", flow: str = "", rules: str = "", na_key: str = "") -> Topology:
+        """``flow`` and ``rules`` are lines of TOML."""
+        public = na_key or public_text(KEY.public_key())
+        credentials = self.file.parent / "credentials.toml"
+        credentials.write_text('access_key_id = "test"\nsecret_access_key = "test"\n')
+        self.file.write_text(
+            f'mode = "{mode}"\n'
+            f'[regions.na]\nurl = "{self.na.url}"\nendpoints = ["{self.link.endpoint}"]\n'
+            f'location = "US"\npublic_key = "{public}"\ncredentials_file = "{credentials}"\n'
+            f'[regions.eu]\nurl = "{self.eu.url}"\nendpoints = ["{self.eu.endpoint}"]\n'
+            f'location = "DE"\npublic_key = "{public_text(EU_KEY.public_key())}"\ncredentials_file = "{credentials}"\n'
+            f'[[flows]]\nfrom = "na"\nto = ["eu"]\n{flow}\n{rules}\n'
+        )
+        return load_topology(self.file)
+
+    async def publish(self) -> Manifest:
+        """What na's own service does, on its side of the link."""
+        async with Links.open([self.na]) as bucket:
+            return await publish(bucket, "na", KEY)
+
+    async def cycle(self, topology: Topology) -> Cycle:
+        async with Replicator.open(topology, "eu") as replicator:
+            return await replicator.cycle()
+
+
+@pytest.fixture
+def pair(na: ObjectSettings, eu: ObjectSettings, link: ShapedLink, tmp_path: Path) -> Pair:
+    made = Pair(tmp_path / "regions.toml", na, eu, link)
+    made.write()
+    return made

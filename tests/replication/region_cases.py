@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +19,7 @@ from kvstore.tiers.object.objects import Objects
 from replication.manifest import HotBlock, Label, Manifest
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+EU_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 PAYLOAD_BYTES = 10_000
 LLAMA = Namespace(
     model="llama", weights="1", dtype="bfloat16", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
@@ -27,8 +30,6 @@ LABEL = Label(LLAMA.digest, "llama", "default", 16)
 
 def chain(source: random.Random, blocks: int, payload_bytes: int = PAYLOAD_BYTES) -> list[SealedBlock]:
     """A sealed chain in the namespace ``LLAMA``."""
-    import dataclasses
-
     sealed = []
     for block in random_chain(source, blocks, payload_bytes):
         header = dataclasses.replace(block.header, namespace=LLAMA.digest)
@@ -42,8 +43,6 @@ def store(settings: ObjectSettings, blocks: Iterable[SealedBlock]) -> None:
     bucket = Objects.connect(settings).store
     for block in blocks:
         obstore.put(bucket, block_name(block.header.namespace, block.key), bytes(block.envelope))
-    import json
-
     obstore.put(bucket, namespace_name(LLAMA.digest), json.dumps(LLAMA.to_dict()).encode())
 
 

@@ -27,9 +27,11 @@ from replication.rate import RateLimit
 pytestmark = pytest.mark.s3
 
 
-async def copied(sources: list[ObjectSettings], destination: ObjectSettings, blocks: list[HotBlock]) -> Copied:
+async def copied(
+    sources: list[ObjectSettings], destination: ObjectSettings, blocks: list[HotBlock], patience: float = 5.0
+) -> Copied:
     result = Copied()
-    async with Links.open(sources) as far, Links.open([destination]) as near:
+    async with Links.open(sources, patience) as far, Links.open([destination]) as near:
         await copy(blocks, Streamed(far, near, RateLimit(None)), result.add)
     return result
 
@@ -212,7 +214,7 @@ async def test_with_every_link_cut_the_copy_ends_and_later_goes_on(
     await copied([na_far], eu, hot(blocks)[:5])
     link.cut()
     with pytest.raises(TierUnavailable):
-        await copied([na_far], eu, hot(blocks))
+        await copied([replace(na_far, read_timeout=0.5)], eu, hot(blocks), patience=0.0)
     link.heal()
     result = await copied([na_far], eu, hot(blocks))
     assert result.outcomes == {Outcome.PRESENT: 5, Outcome.COPIED: 7}
@@ -261,9 +263,13 @@ async def test_within_one_server_the_server_copies(
         near, far = replace(mirror, endpoint=link.endpoint), replace(na, endpoint=link.endpoint)
         result = Copied()
         async with Links.open([far]) as source, Links.open([near]) as destination:
-            await copy(hot(blocks), ServerSide(connect(near), source, far, destination, near), result.add)
+            await copy(
+                hot(blocks), ServerSide(connect(near), source, far, destination, near, RateLimit(None)), result.add
+            )
             again = Copied()
-            await copy(hot(blocks)[:3], ServerSide(connect(near), source, far, destination, near), again.add)
+            await copy(
+                hot(blocks)[:3], ServerSide(connect(near), source, far, destination, near, RateLimit(None)), again.add
+            )
         assert result.outcomes == {Outcome.COPIED: 3, Outcome.CORRUPT: 1}
         assert again.outcomes == {Outcome.PRESENT: 3}
         assert stored(mirror) == {b.key: bytes(b.envelope) for b in blocks[:3]}

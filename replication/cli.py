@@ -1,0 +1,362 @@
+"""``kvstore region`` and, from ``replication.warmcli``, ``kvstore warm``. Imports what is heavy when a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstore.cli import options
+from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.errors import ConfigError, KVStoreError
+
+if TYPE_CHECKING:
+    from replication.copier import Outcome
+    from replication.manifest import HotBlock
+    from replication.replicator import Cycle, FlowReport, Progress
+    from replication.topology import Topology
+
+INTERRUPTED = 130
+
+TopologyFile = Annotated[
+    Path,
+    typer.Option("--topology", "-t", metavar="FILE", help="TOML file with all regions.", envvar="KVSTORE_TOPOLOGY"),
+]
+RegionName = Annotated[
+    str, typer.Option("--region", "-r", metavar="NAME", help="The region to act for.", envvar="KVSTORE_REGION")
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Go on until SIGINT or SIGTERM.")]
+Interval = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Pause between rounds of --watch.")]
+
+region = typer.Typer(
+    no_args_is_help=True, help="Replicate hot prompts between regions.", epilog="docs/regions.md walks through it."
+)
+
+
+@region.command()
+def key(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the private key.")]) -> None:
+    """Make the key with which a region signs its manifests, and print the public half for the topology file."""
+    from replication.keys import create_key, public_text
+
+    print(f'public_key = "{public_text(create_key(file).public_key())}"')
+
+
+@region.command()
+def publish(
+    topology: TopologyFile,
+    region: RegionName,
+    signing_key: Annotated[
+        Path, typer.Option("--key", metavar="FILE", help="The region's private key.", envvar="KVSTORE_REGION_KEY")
+    ],
+    watch: Watch = False,
+    interval: Interval = 60.0,
+    json: options.Json = False,
+) -> None:
+    """Publish what is hot in the region's bucket, signed, for the other regions to pull."""
+    from replication.keys import public_text, read_key
+    from replication.lease import hold
+    from replication.links import Links
+    from replication.publisher import publish as publish_once
+
+    regions = _load(topology, region)
+    private = read_key(signing_key, "--key")
+    if public_text(private.public_key()) != regions.regions[region].public_key:
+        problem = "not the private half of the region's public_key"
+        raise ConfigError("--key", str(signing_key), problem, "Put the public half of this key into the topology.")
+
+    async def once() -> int:
+        async with Links.open(regions.links(region)) as bucket, hold(bucket, "publisher"):
+            manifest = await publish_once(bucket, region, private)
+        size = sum(block.nbytes for block in manifest.blocks)
+        _show(
+            json,
+            {"sequence": manifest.sequence, "blocks": len(manifest.blocks), "bytes": size},
+            lambda: f"Published {number(len(manifest.blocks))} blocks ({_human(size)}), sequence {manifest.sequence}.",
+        )
+        return 0
+
+    _repeat(once, watch, interval)
+
+
+@region.command()
+def plan(topology: TopologyFile, region: RegionName, json: options.Json = False) -> None:
+    """Show what a replication would copy now, what it would cost, and what would be left out and why."""
+    from replication.replicator import Replicator
+
+    regions = _load(topology, region)
+
+    async def once() -> int:
+        async with Replicator.open(regions, region) as replicator:
+            cycle = await replicator.plan()
+        _show_cycle(cycle, json, done=False)
+        return int(bool(cycle.problems))
+
+    _repeat(once, False, 0.0)
+
+
+@region.command()
+def replicate(
+    topology: TopologyFile,
+    region: RegionName,
+    watch: Watch = False,
+    interval: Interval = 30.0,
+    json: options.Json = False,
+) -> None:
+    """Pull what is hot elsewhere into the region's bucket. The topology's mode says whether it is only observed."""
+    from replication.lease import hold
+    from replication.replicator import Replicator
+
+    regions = _load(topology, region)
+    if regions.mode == "off":
+        note('Replication is off: mode = "off" in the topology.')
+        return
+
+    async def once() -> int:
+        async with Replicator.open(regions, region) as replicator:
+            if regions.mode == "observe":
+                cycle = await replicator.plan()
+            else:
+                async with hold(replicator.near, "replicator"):
+                    with _progress() as advance:
+                        cycle = await replicator.cycle(advance)
+        _show_cycle(cycle, json, done=regions.mode == "enforce")
+        return int(bool(cycle.problems))
+
+    _repeat(once, watch, interval)
+
+
+@region.command()
+def status(topology: TopologyFile, region: RegionName, json: options.Json = False) -> None:
+    """Show the region's manifest, how far it is with every source, and who holds the leases."""
+    from replication.links import Links
+    from replication.status import look
+
+    regions = _load(topology, region)
+
+    async def once() -> int:
+        async with Links.open(regions.links(region)) as bucket:
+            found = await look(bucket, regions, region)
+        if json:
+            print_json(found)
+        else:
+            _print_status(found)
+        return 0
+
+    _repeat(once, False, 0.0)
+
+
+@region.command()
+def purge(
+    topology: TopologyFile,
+    region: RegionName,
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="All blocks of this tenant.")] = "",
+    model: Annotated[str, typer.Option(metavar="NAME", help="All blocks of this model.")] = "",
+    namespace: Annotated[str, typer.Option(metavar="HEX", help="All blocks of this namespace.")] = "",
+    prefix: Annotated[str, typer.Option(metavar="KEY", help="This block and all that continue it.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Delete blocks here and, with the next manifests, in every region. Options together narrow it down."""
+    import time
+
+    from replication.links import Links
+    from replication.publisher import entomb
+    from replication.tombstones import Tombstone
+
+    regions = _load(topology, region)
+    if not (tenant or model or namespace or prefix):
+        raise ConfigError("purge", "", "nothing is named", "Give --tenant, --model, --namespace or --prefix.")
+    stone = Tombstone(
+        time=time.time(),
+        tenant=tenant,
+        model=model,
+        namespace=_digest("--namespace", namespace),
+        prefix=_digest("--prefix", prefix),
+    )
+    if not yes:
+        named = [f"{kind} {name}" for kind, name in _selectors(tenant, model, namespace, prefix) if name]
+        typer.confirm(f"Delete every block of {', '.join(named)} in all regions?", abort=True, err=True)
+
+    async def once() -> int:
+        async with Links.open(regions.links(region)) as bucket:
+            deleted = await entomb(bucket, [stone])
+        _show(
+            json,
+            {"tombstone": stone.identity, "deleted": deleted},
+            lambda: f"{number(deleted)} blocks deleted here; other regions follow when they see the next manifest.",
+        )
+        return 0
+
+    _repeat(once, False, 0.0)
+
+
+def _selectors(tenant: str, model: str, namespace: str, prefix: str) -> list[tuple[str, str]]:
+    return [("tenant", tenant), ("model", model), ("namespace", namespace), ("prefix", prefix)]
+
+
+def _load(path: Path, region: str) -> Topology:
+    from kvstore.cli.logs import configure
+    from replication.topology import load_topology
+
+    configure("warning")
+    topology = load_topology(path)
+    if region not in topology.regions:
+        known = ", ".join(topology.regions)
+        raise ConfigError("--region", region, f"not in {path}", f"There are: {known}.")
+    return topology
+
+
+def _repeat(once: Callable[[], Awaitable[int]], watch: bool, interval: float) -> None:
+    """Run once, or until a signal; then a round that fails is said and tried again."""
+    import asyncio
+    import signal
+
+    async def run() -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+        while True:
+            try:
+                status = await once()
+            except ConfigError:
+                raise
+            except KVStoreError as error:
+                if not watch:
+                    raise
+                note(f"{type(error).__name__}: {error}")
+            if not watch:
+                return status
+            await asyncio.sleep(interval)
+
+    try:
+        status = asyncio.run(run())
+    except asyncio.CancelledError:
+        raise typer.Exit(0 if watch else INTERRUPTED) from None
+    if status:
+        raise typer.Exit(status)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each flow on a terminal; yields what is to be called for each block."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Bars(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(report: FlowReport, block: HotBlock, outcome: Outcome) -> None:
+            if report.flow not in tasks:
+                tasks[report.flow] = bars.add_task(f"from {report.source}", total=report.plan.nbytes)
+            bars.advance(tasks[report.flow], block.nbytes)
+
+        yield advance
+
+
+def _show_cycle(cycle: Cycle, json: bool, done: bool) -> None:
+    if json:
+        print_json(
+            {
+                "flows": [_flow_json(report, done) for report in cycle.flows],
+                "problems": cycle.problems,
+                "lag_seconds": cycle.lag,
+                "buried": cycle.buried,
+            }
+        )
+        return
+    columns = ["from", "flow", ">blocks", ">bytes", ">cost", "left out"]
+    rows = []
+    for report in cycle.flows:
+        left = ", ".join(f"{number(t.blocks)} {reason.value}" for reason, t in report.plan.left_out.items())
+        row = [
+            report.source,
+            report.flow.partition(" ")[2],
+            number(len(report.plan.blocks)),
+            _human(report.plan.nbytes),
+        ]
+        rows.append([*row, f"{report.cost:.4f}", left or "-"])
+        if done:
+            rows[-1] += [", ".join(f"{number(n)} {o.value}" for o, n in report.copied.outcomes.items()) or "-"]
+    print_table(columns + (["done"] if done else []), rows)
+    for source, lag in cycle.lag.items():
+        print(f"{source}: {'never level yet' if lag is None else f'{ago(lag)} behind'}")
+    if cycle.buried:
+        print(f"{number(cycle.buried)} blocks deleted because of tombstones")
+    for source, problem in cycle.problems.items():
+        note(f"{source}: {problem}")
+
+
+def _flow_json(report: FlowReport, done: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "source": report.source,
+        "flow": report.flow,
+        "planned": {"blocks": len(report.plan.blocks), "bytes": report.plan.nbytes, "cost": report.cost},
+        "left_out": {r.value: {"blocks": t.blocks, "bytes": t.nbytes} for r, t in report.plan.left_out.items()},
+    }
+    if done:
+        outcomes = {outcome.value: count for outcome, count in report.copied.outcomes.items()}
+        document["copied"] = {"bytes": report.copied.nbytes, "seconds": report.seconds, **outcomes}
+    return document
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    import time
+
+    now = time.time()
+    own = found["manifest"]
+    if own:
+        print(
+            f"{found['region']} ({found['mode']}): manifest {own['sequence']} of {ago(now - own['published'])} ago, "
+            f"{number(own['blocks'])} blocks, {_human(own['bytes'])}"
+        )
+    else:
+        print(f"{found['region']} ({found['mode']}): no manifest published")
+    for role, lease in found["leases"].items():
+        print(f"{role}: {lease['holder'] if lease['held'] else 'nobody'}")
+    print_table(
+        ("source", ">sequence", ">behind", ">blocks", ">bytes", ">this month", ">cost", "problem"),
+        [
+            (
+                source,
+                str(row["sequence"]),
+                ago(row["lag_seconds"]) if row["lag_seconds"] is not None else "never level",
+                number(row["blocks"]),
+                _human(row["bytes"]),
+                _human(row["month_bytes"]),
+                f"{row['month_cost']:.4f}",
+                row["problem"] or "-",
+            )
+            for source, row in found["sources"].items()
+        ],
+        title="Sources",
+    )
+
+
+def _show(json: bool, document: dict[str, Any], text: Callable[[], str]) -> None:
+    if json:
+        print_json(document)
+    else:
+        print(text())
+
+
+def _human(nbytes: int) -> str:
+    from kvstore.units import human_bytes
+
+    return human_bytes(nbytes)
+
+
+def _digest(option: str, text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b"?"
+    if digest and len(digest) != 16:
+        raise ConfigError(option, text, "not 32 hexadecimal digits", "Copy it from kvstore ls or kvstore status.")
+    return digest

@@ -1,0 +1,202 @@
+"""What is hot in a bucket, found from the bucket alone.
+
+Scores come from the snapshots that nodes leave there (``hotness/``). Without any, the blocks stored last count as the hottest:
+1 for a block stored now, half of it for each day since. Parents and times of creation come from the blocks' headers; those
+that an earlier manifest listed are not read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from kvstore.envelope import HEADER_BYTES, Header
+from kvstore.errors import BlockCorrupt, BlockTooLarge, IdentityError, ProtocolError
+from kvstore.identity import NO_PARENT, BlockKey, Namespace
+from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot, merged
+from kvstore.tiers.object.names import (
+    BLOCKS,
+    HOTNESS,
+    NAMESPACES,
+    block_name,
+    namespace_name,
+    parse_block_name,
+    parse_namespace_name,
+)
+from kvstore.tiers.object.objects import Found
+from replication.links import Links
+from replication.manifest import BLOCK_BYTES, MAX_MANIFEST_BYTES, HotBlock, Label
+from replication.names import TOMBSTONES
+from replication.tombstones import Tombstone
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+MOST_BLOCKS = (MAX_MANIFEST_BYTES * 3 // 4) // BLOCK_BYTES
+"""Of a hot set; the rest of a manifest is for namespaces and tombstones."""
+RECENCY_HALF_LIFE = 86_400.0
+MAX_SMALL_BYTES = 64 << 10
+"""Bound of an object with text in it."""
+READS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A block as the bucket's listing shows it."""
+
+    namespace: bytes
+    size: int
+    modified: float
+
+
+@dataclass(frozen=True, slots=True)
+class HotSet:
+    """Hot blocks, parents first, and the names of their namespaces."""
+
+    blocks: Sequence[HotBlock]
+    labels: Mapping[bytes, Label]
+
+
+async def list_blocks(bucket: Links) -> dict[BlockKey, Listed]:
+    """Every block in a bucket. Raises TierUnavailable."""
+    blocks = {}
+    for found in await bucket.listing(BLOCKS):
+        if (parsed := parse_block_name(found.name)) is not None:
+            blocks[parsed[1]] = Listed(parsed[0], found.size, found.modified)
+    return blocks
+
+
+async def read_namespaces(bucket: Links) -> dict[bytes, Namespace]:
+    """Namespaces that were written down, by digest. Raises TierUnavailable."""
+
+    def parse(found: Found, body: bytes) -> Namespace:
+        namespace = Namespace.from_dict(json.loads(body))
+        if namespace.digest != parse_namespace_name(found.name):
+            raise IdentityError("its digest is not its name")
+        return namespace
+
+    return {namespace.digest: namespace for namespace in await _read_all(bucket, NAMESPACES, MAX_SMALL_BYTES, parse)}
+
+
+async def read_tombstones(bucket: Links) -> list[Tombstone]:
+    """Everything that was deleted for good. Raises TierUnavailable."""
+    return await _read_all(bucket, TOMBSTONES, MAX_SMALL_BYTES, lambda _, body: Tombstone.from_json(body))
+
+
+def label_of(namespace: Namespace) -> Label:
+    return Label(namespace.digest, namespace.model, namespace.tenant, namespace.block_tokens)
+
+
+async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, most: int = MOST_BLOCKS) -> HotSet:
+    """The hottest blocks that can be used: whole chains, at most ``most`` blocks. ``known`` spares reading headers.
+
+    Raises TierUnavailable.
+    """
+    listing = await list_blocks(bucket)
+    namespaces = await read_namespaces(bucket)
+    snapshots = await _read_all(bucket, HOTNESS, MAX_SNAPSHOT_BYTES, lambda _, body: HotnessSnapshot.unpack(body))
+    if snapshots:
+        scores = {key: score for key, score in merged(snapshots, now).items() if key in listing}
+    else:
+        scores = {k: 0.5 ** (max(0.0, now - block.modified) / RECENCY_HALF_LIFE) for k, block in listing.items()}
+    hottest = sorted(scores, key=lambda key: -scores[key])[:most]
+    found: dict[BlockKey, HotBlock] = {block.key: block for block in known if block.key in listing}
+    await _read_chains(bucket, listing, found, hottest)
+    chosen: dict[BlockKey, HotBlock] = {}
+    for key in hottest:
+        path = _path(key, found, chosen)
+        if path is not None and len(chosen) + len(path) <= most:
+            chosen.update((block.key, block) for block in path)
+    blocks = [
+        HotBlock(b.key, b.parent, b.namespace, b.length, b.created, scores.get(b.key, 0.0))
+        for b in chosen.values()
+        if b.namespace in namespaces
+    ]
+    used = {block.namespace for block in blocks}
+    return HotSet(blocks, {digest: label_of(namespaces[digest]) for digest in used})
+
+
+async def read_headers(bucket: Links, blocks: Mapping[BlockKey, Listed]) -> dict[BlockKey, Header]:
+    """Headers of listed blocks; of those that are gone or damaged, none. Raises TierUnavailable."""
+
+    async def read(key: BlockKey, listed: Listed) -> Header | None:
+        start = await bucket.start_of(block_name(listed.namespace, key), HEADER_BYTES)
+        try:
+            header = Header.unpack(start or b"")
+        except BlockCorrupt:
+            return None
+        sound = header.key == key and header.namespace == listed.namespace and header.envelope_bytes == listed.size
+        return header if sound else None
+
+    headers: dict[BlockKey, Header] = {}
+    wanted = list(blocks.items())
+    for start in range(0, len(wanted), READS_AT_ONCE):
+        batch = wanted[start : start + READS_AT_ONCE]
+        read_now = await asyncio.gather(*(read(key, listed) for key, listed in batch))
+        headers.update((header.key, header) for header in read_now if header is not None)
+    return headers
+
+
+def hot_block(header: Header, score: float = 0.0) -> HotBlock:
+    return HotBlock(header.key, header.parent, header.namespace, header.length, header.created, score)
+
+
+async def share_namespaces(source: Links, destination: Links, digests: Iterable[bytes]) -> None:
+    """Write down in the destination what these namespaces are, so that its nodes can name them."""
+    for digest in digests:
+        name = namespace_name(digest)
+        if await destination.head(name) is not None:
+            continue
+        body = await source.read(name, MAX_SMALL_BYTES)
+        try:
+            if body is not None and Namespace.from_dict(json.loads(body)).digest == digest:
+                await destination.put(name, body, create=True)
+        except (ValueError, IdentityError) as error:
+            log.warning("unreadable namespace in the source", name=name, error=str(error))
+
+
+async def _read_chains(
+    bucket: Links, listing: Mapping[BlockKey, Listed], found: dict[BlockKey, HotBlock], keys: Iterable[BlockKey]
+) -> None:
+    """Add to ``found`` the blocks named by ``keys`` and all their ancestors."""
+    wanted = {key for key in keys if key not in found}
+    seen = set(wanted)
+    while wanted:
+        headers = await read_headers(bucket, {key: listing[key] for key in wanted})
+        found.update((key, hot_block(header)) for key, header in headers.items())
+        parents = {header.parent for header in headers.values()}
+        wanted = {key for key in parents if key in listing and key not in found and key not in seen}
+        seen |= wanted
+
+
+def _path(
+    key: BlockKey, found: Mapping[BlockKey, HotBlock], chosen: Mapping[BlockKey, HotBlock]
+) -> list[HotBlock] | None:
+    """The blocks from the head of the chain, or from below a chosen one, to ``key``; None when one is missing."""
+    path: list[HotBlock] = []
+    while key != NO_PARENT and key not in chosen:
+        block = found.get(key)
+        if block is None or len(path) > len(found):
+            return None
+        path.append(block)
+        key = block.parent
+    return path[::-1]
+
+
+async def _read_all(bucket: Links, folder: str, limit: int, parse: Callable[[Found, bytes], T]) -> list[T]:
+    """Every object of a folder, parsed; what cannot be read is left out and logged."""
+    results = []
+    for found in await bucket.listing(folder):
+        try:
+            body = await bucket.read(found.name, limit)
+            if body is not None:
+                results.append(parse(found, body))
+        except (ValueError, IdentityError, ProtocolError, BlockTooLarge) as error:
+            log.warning("unreadable object", name=found.name, error=str(error))
+    return results

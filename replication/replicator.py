@@ -1,0 +1,260 @@
+"""The work of a destination region: pull manifests, bury, plan, copy, write down how far it came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+import structlog
+
+from kvstore.errors import BlockTooLarge, TierUnavailable
+from kvstore.identity import BlockKey
+from kvstore.tiers.object import ObjectSettings
+from kvstore.tiers.object.budget import ByteBudget
+from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, copy
+from replication.cursor import Cursor, Ledger
+from replication.hotset import list_blocks, read_tombstones, share_namespaces
+from replication.links import Links
+from replication.manifest import MAX_MANIFEST_BYTES, HotBlock, Label, Manifest, ManifestRefused, open_manifest
+from replication.names import manifest_name
+from replication.planner import GB, LeftOut, Limits, Plan, affordable, plan
+from replication.publisher import entomb
+from replication.rate import RateLimit
+from replication.tombstones import Tombstone
+from replication.topology import Flow, Topology
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[["FlowReport", HotBlock, Outcome], None]
+
+
+@dataclass
+class FlowReport:
+    """What one flow would bring, and what it brought."""
+
+    source: str
+    flow: str
+    price_per_gb: float
+    plan: Plan = field(default_factory=lambda: Plan(()))
+    copied: Copied = field(default_factory=Copied)
+    seconds: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """Of the plan."""
+        return self.plan.nbytes / GB * self.price_per_gb
+
+
+@dataclass
+class Cycle:
+    """One round over all sources."""
+
+    flows: list[FlowReport] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    """By source: why its manifest was refused, or its copy broke off."""
+    lag: dict[str, float | None] = field(default_factory=dict)
+    """By source, in seconds."""
+    buried: int = 0
+    """Blocks deleted because of tombstones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    manifest: Manifest
+    raw: bytes
+    cursor: Cursor
+
+
+class Replicator:
+    """Brings hot blocks to one region. Open it with ``Replicator.open``; all calls in one event loop."""
+
+    def __init__(self, topology: Topology, region: str, near: Links, far: Mapping[str, Links]) -> None:
+        """``near`` leads to the region's own bucket, ``far`` to those of all others."""
+        self.topology = topology
+        self.region = region
+        self.near = near
+        self._far = far
+        self._memory = ByteBudget(MEMORY_BYTES)
+        self._settings = {name: topology.links(name) for name in (region, *far)}
+        self._rates = {flow.identity: RateLimit(flow.bytes_per_second) for flow in topology.flows_to(region)}
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, topology: Topology, region: str) -> AsyncIterator[Self]:
+        """Connect to the region and to every other one whose key is known. Raises ConfigError."""
+        async with AsyncExitStack() as stack:
+            near = await stack.enter_async_context(Links.open(topology.links(region)))
+            far = {
+                name: await stack.enter_async_context(Links.open(topology.links(name)))
+                for name, table in topology.regions.items()
+                if name != region and table.public_key
+            }
+            yield cls(topology, region, near, far)
+
+    async def plan(self) -> Cycle:
+        """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
+        cycle = Cycle()
+        pulled = await self._pull(cycle)
+        stones = await self._tombstones(pulled)
+        await self._plan(cycle, pulled, stones)
+        return cycle
+
+    async def cycle(self, progress: Progress = lambda report, block, outcome: None) -> Cycle:
+        """Do it. A source that fails is left for the next cycle. Raises TierUnavailable, as ``plan`` does."""
+        cycle = Cycle()
+        pulled = await self._pull(cycle)
+        known = set(await read_tombstones(self.near))
+        stones = await self._tombstones(pulled)
+        if new := [stone for stone in stones if stone not in known]:
+            cycle.buried = await entomb(self.near, new)
+        for source, one in pulled.items():
+            await self._believe(source, one)
+        await self._plan(cycle, pulled, stones)
+        sources = {report.source for report in cycle.flows}
+        await asyncio.gather(*(self._copy(cycle, source, pulled[source], progress) for source in sources))
+        now = time.time()
+        cycle.lag = {source: pulled[source].cursor.lag(now) for source in sources}
+        return cycle
+
+    # --- manifests
+
+    async def _pull(self, cycle: Cycle) -> dict[str, _Pulled]:
+        """Manifests of all other regions: those without a flow may still have tombstones for us."""
+
+        async def pull(source: str) -> None:
+            cursor = await Cursor.load(self.near, source)
+            try:
+                raw = await self._far[source].read(manifest_name(source), MAX_MANIFEST_BYTES)
+                if raw is None:
+                    if source in {flow.source for flow in self.topology.flows_to(self.region)}:
+                        cycle.problems[source] = "it has not published a manifest yet"
+                    return
+                manifest = open_manifest(raw, source, self.topology.key_of(source), cursor.sequence)
+                pulled[source] = _Pulled(manifest, raw, cursor)
+            except (ManifestRefused, BlockTooLarge, TierUnavailable) as error:
+                log.warning("no manifest", source=source, error=str(error))
+                cycle.problems[source] = str(error)
+
+        pulled: dict[str, _Pulled] = {}
+        await asyncio.gather(*(pull(source) for source in self._far))
+        return {source: pulled[source] for source in self._far if source in pulled}
+
+    async def _believe(self, source: str, pulled: _Pulled) -> None:
+        """Remember the manifest: against replays, and as the hot set for warming nodes here."""
+        cursor, manifest = pulled.cursor, pulled.manifest
+        if manifest.sequence > cursor.sequence:
+            await self.near.put(manifest_name(source), pulled.raw, create=False)
+            cursor.sequence, cursor.published = manifest.sequence, manifest.published
+            await cursor.save(self.near)
+
+    async def _tombstones(self, pulled: Mapping[str, _Pulled]) -> list[Tombstone]:
+        stones = dict.fromkeys(await read_tombstones(self.near))
+        for one in pulled.values():
+            stones.update(dict.fromkeys(one.manifest.tombstones))
+        return list(stones)
+
+    # --- planning
+
+    async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
+        have: set[BlockKey] = set(await list_blocks(self.near))
+        now = time.time()
+        for flow in self.topology.flows_to(self.region):
+            if flow.source not in pulled:
+                continue
+            manifest, cursor = pulled[flow.source].manifest, pulled[flow.source].cursor
+            limits = Limits(
+                min_score=flow.min_score,
+                held_bytes=flow.max_bytes,
+                copied_bytes=_affordable(flow, cursor, now),
+            )
+            report = FlowReport(flow.source, flow.identity, flow.price_per_gb)
+            report.plan = plan(manifest.blocks, manifest.labels, have, limits, stones, partial(self._wants, flow))
+            have.update(block.key for block in report.plan.blocks)
+            cycle.flows.append(report)
+
+    def _wants(self, flow: Flow, label: Label) -> LeftOut | None:
+        if not flow.takes(label):
+            return LeftOut.OTHER_FLOW
+        return None if self.topology.permits(label, self.region) else LeftOut.RESIDENCY
+
+    # --- copying
+
+    async def _copy(self, cycle: Cycle, source: str, pulled: _Pulled, progress: Progress) -> None:
+        """All flows from one source, one after the other: they share its links."""
+        cursor = pulled.cursor
+        cursor.problem = ""
+        try:
+            for report in cycle.flows:
+                if report.source == source and report.plan.blocks:
+                    await self._copy_flow(report, cursor, progress)
+                    if failed := sum(
+                        n for o, n in report.copied.outcomes.items() if o not in (Outcome.COPIED, Outcome.PRESENT)
+                    ):
+                        cursor.problem = f"{failed} blocks were not copied"
+        except TierUnavailable as error:
+            cursor.problem = str(error)
+        if cursor.problem:
+            cycle.problems[source] = cursor.problem
+        else:
+            cursor.caught_up = pulled.manifest.published
+        await cursor.save(self.near)
+
+    async def _copy_flow(self, report: FlowReport, cursor: Cursor, progress: Progress) -> None:
+        flow = next(flow for flow in self.topology.flows_to(self.region) if flow.identity == report.flow)
+        started = time.monotonic()
+        ledger = Ledger(self.near, cursor, flow.identity, _affordable(flow, cursor, time.time()))
+        far = self._far[flow.source]
+        await share_namespaces(far, self.near, {block.namespace for block in report.plan.blocks})
+
+        def done(block: HotBlock, outcome: Outcome) -> None:
+            report.copied.add(block, outcome)
+            cursor.blocks += outcome is Outcome.COPIED
+            cursor.nbytes += block.nbytes * (outcome is Outcome.COPIED)
+            progress(report, block, outcome)
+
+        try:
+            await copy(
+                report.plan.blocks, self._transfer(flow.source, _Paced(ledger, self._rates[flow.identity])), done
+            )
+        finally:
+            report.seconds = time.monotonic() - started
+            await ledger.settle()
+
+    def _transfer(self, source: str, pace: _Paced) -> Transfer:
+        far, near = self._settings[source][0], self._settings[self.region][0]
+        if not _same_provider(far, near):
+            return Streamed(self._far[source], self.near, pace, self._memory)
+        from kvstore.tiers.object.bucket import connect
+
+        return ServerSide(connect(near), self._far[source], far, self.near, near, pace)
+
+
+class _Paced:
+    """Paid for first, then sent at the flow's rate."""
+
+    def __init__(self, ledger: Ledger, rate: RateLimit) -> None:
+        self._ledger = ledger
+        self._rate = rate
+
+    async def take(self, nbytes: int) -> bool:
+        return await self._ledger.spend(nbytes) and await self._rate.take(nbytes)
+
+
+def _affordable(flow: Flow, cursor: Cursor, now: float) -> int | None:
+    """Bytes that the rest of the month's money pays for."""
+    whole = affordable(flow.money_per_month, flow.price_per_gb)
+    return None if whole is None else max(0, whole - cursor.spending(flow.identity, now).nbytes)
+
+
+def _same_provider(source: ObjectSettings, destination: ObjectSettings) -> bool:
+    """One endpoint, one account: the server can copy by itself."""
+    return (
+        bool(source.bucket and destination.bucket)
+        and source.endpoint == destination.endpoint
+        and source.access_key_id == destination.access_key_id
+    )
