@@ -310,3 +310,29 @@ def test_a_running_node_finds_what_another_one_put_in_the_bucket(tmp_path: Path)
             assert writer.call("drain", 10.0, timeout=9.0)["drained"]
             wait_for(lambda: reader.lookup(keys).blocks == 3, seconds=30)
             assert loaded(reader, keys) == [payload_of(key) for key in keys]
+
+
+def test_a_block_that_went_bad_on_disk_is_a_miss_and_heals_with_the_next_save(tmp_path: Path) -> None:
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        blocks = chain(client, 3)
+        keys = [block.key for block in blocks]
+        save(client, blocks)
+        assert client.call("drain", 10.0, timeout=9.0)["drained"]
+    damaged = 0
+    for segment in (tmp_path / "disk").glob("segment-*"):
+        data = bytearray(segment.read_bytes())
+        at = data.find(payload_of(keys[1]))
+        if at >= 0:
+            data[at + 5000] ^= 1
+            segment.write_bytes(data)
+            damaged += 1
+    assert damaged == 1
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        chain(client, 3)
+        acquired = client.acquire(keys, 10.0)
+        assert (len(acquired.offsets), acquired.miss) == (1, Miss.CORRUPT)
+        client.release(keys[:1])
+        assert client.lookup(keys).blocks == 1
+        assert client.call("status")["tiers"][1]["quarantined"] == 1
+        assert save(client, blocks) == (keys[1],)
+        assert loaded(client, keys) == [payload_of(key) for key in keys]
