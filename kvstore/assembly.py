@@ -20,8 +20,10 @@ from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 
 if TYPE_CHECKING:
+    from kvstore.catalog import Catalog
+    from kvstore.catalog.sharing import Sharing
     from kvstore.tiers.disk import DiskTier
-    from kvstore.tiers.object import ObjectSettings, ObjectTier
+    from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
 
 log = structlog.get_logger(__name__)
 
@@ -37,9 +39,12 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook) ->
         if config.disk.enabled:
             lower.append(Metered(await open_disk(config), measured))
         if config.object.url:
-            bucket = await open_object(config)
+            sharing = await open_sharing(config)
+            bucket = await open_object(config, sharing)
             lower.append(Metered(Breaker(bucket), measured))
-            probe = bucket.probe
+            probe = bucket.probe if sharing is None else sharing.probe
+            if sharing is not None:
+                sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
         return Store(host, lower, metrics, config.queue_bytes, probe=probe)
     except BaseException:
@@ -86,11 +91,36 @@ async def open_disk(config: Config) -> DiskTier:
     )
 
 
-async def open_object(config: Config) -> ObjectTier:
-    """The object tier as configured. Raises ConfigError."""
+async def open_object(config: Config, peers: Peers | None = None) -> ObjectTier:
+    """The object tier as configured. Raises ConfigError; ``peers`` are closed then."""
     from kvstore.tiers.object import ObjectTier
 
-    return await ObjectTier.open(object_settings(config))
+    try:
+        return await ObjectTier.open(object_settings(config), peers=peers)
+    except BaseException:
+        if peers is not None:
+            await peers.close()
+        raise
+
+
+async def open_catalog(config: Config) -> Catalog | None:
+    """The region's catalog, if one is configured. Raises ConfigError; a server that does not answer is no error."""
+    from kvstore import catalog
+
+    settings = config.catalog
+    if not settings.url:
+        return None
+    return await catalog.open_catalog(settings.url, config.object.url, settings.password.get_secret_value(), settings.ca_file)
+
+
+async def open_sharing(config: Config) -> Sharing | None:
+    """What joins the object tier to the catalog, if one is configured. Raises ConfigError."""
+    catalog = await open_catalog(config)
+    if catalog is None:
+        return None
+    from kvstore.catalog.sharing import Sharing
+
+    return Sharing(catalog, config.object.bytes, config.host.extent_bytes)
 
 
 def object_settings(config: Config) -> ObjectSettings:

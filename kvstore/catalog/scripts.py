@@ -112,11 +112,29 @@ local caught_up = page == '-' and since == seq
 return {epoch, since, page, restarted and 1 or 0, caught_up and 1 or 0, get('complete'), get('bytes'), found}
 """)
 
-# ARGV: name, holder, milliseconds (0: give back).
-CLAIM = Script("""
-local name, holder, lasts = ARGV[2], ARGV[3], tonumber(ARGV[4])
+_CLAIMS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function living()
+  local all, found = redis.call('HGETALL', claims), {}
+  for i = 1, #all, 2 do
+    local token, expires, holder = string.match(all[i + 1], '^(%d+) (%d+) (.*)$')
+    if token and tonumber(expires) > now then
+      found[#found + 1] = {all[i], holder, tonumber(token), tonumber(expires)}
+    else
+      redis.call('HDEL', claims, all[i])
+    end
+  end
+  return found
+end
+"""
+
+# ARGV: name, holder, milliseconds (0: give back).
+CLAIM = Script(
+    _CLAIMS
+    + """
+local name, holder, lasts = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local token, expires, held_by = string.match(redis.call('HGET', claims, name) or '', '^(%d+) (%d+) (.*)$')
 local held = token and tonumber(expires) > now
 if held and held_by ~= holder then return false end
@@ -124,25 +142,18 @@ if lasts == 0 then
   redis.call('HDEL', claims, name)
   return false
 end
-if not held then token = redis.call('HINCRBY', meta, 'token', 1) end
+if not held then
+  living()
+  token = redis.call('HINCRBY', meta, 'token', 1)
+end
 redis.call('HSET', claims, name, string.format('%.0f %.0f %s', token, now + lasts, holder))
 return {tonumber(token), now + lasts}
-""")
+"""
+)
 
-STATUS = Script("""
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local all, living = redis.call('HGETALL', claims), {}
-for i = 1, #all, 2 do
-  local token, expires, holder = string.match(all[i + 1], '^(%d+) (%d+) (.*)$')
-  if token and tonumber(expires) > now then
-    living[#living + 1] = {all[i], holder, tonumber(token), tonumber(expires)}
-  else
-    redis.call('HDEL', claims, all[i])
-  end
-end
-return {epoch, get('complete'), redis.call('HLEN', blocks), get('bytes'), get('seq'), living}
-""")
+STATUS = Script(
+    _CLAIMS + "return {epoch, get('complete'), redis.call('HLEN', blocks), get('bytes'), get('seq'), living()}"
+)
 
 RESET = Script("return begin_epoch()")
 

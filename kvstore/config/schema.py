@@ -162,6 +162,36 @@ class ObjectSection(_Section):
         return self
 
 
+class CatalogSection(_Section):
+    """The index of the bucket that the nodes of a region share."""
+
+    url: str = Field(
+        "",
+        description="sqlite:///path, redis://host:port/db or rediss:// (TLS), redis+sentinel://hosts/service, "
+        "redis+cluster://hosts; empty: no catalog, each node lists the bucket.",
+    )
+    password: SecretStr = Field(SecretStr(""), description="Password of the Redis or Valkey server.")
+    ca_file: Path | None = Field(None, description="PEM file of the authority that signed the server's certificate.")
+
+    @model_validator(mode="after")
+    def _check(self) -> CatalogSection:
+        if self.url and not re.fullmatch(r"sqlite:///[^?#]+|rediss?(\+sentinel|\+cluster)?://[^?#]+", self.url):
+            raise ConfigError(
+                "catalog.url",
+                re.sub(r"//.*@", "//...@", self.url),
+                "not sqlite:///path, redis:// or rediss://",
+                "Write redis://host:6379/0.",
+            )
+        if re.match(r"[^/]*//[^/@]*:[^/@]*@", self.url):
+            raise ConfigError(
+                "catalog.url",
+                re.sub(r"//.*@", "//...@", self.url),
+                "has a password in it, and addresses are shown and logged",
+                "Set catalog.password.",
+            )
+        return self
+
+
 class IdentitySection(_Section):
     """Whose blocks these are."""
 
@@ -228,6 +258,7 @@ class Config(_Section):
     host: HostSection = HostSection()
     disk: DiskSection = DiskSection()
     object: ObjectSection = ObjectSection()
+    catalog: CatalogSection = CatalogSection()
     identity: IdentitySection = IdentitySection()
     write: WriteSection = WriteSection()
 
@@ -243,6 +274,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.catalog.url and not self.object.url:
+            raise _refuse("catalog.url", "there is no bucket for it to index", "Set object.url too.")
         if self.queue_bytes > self.host.bytes // 4:
             raise _refuse(
                 "write.queue_bytes",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvstore.envelope import Header
 from kvstore.identity import BlockKey
+
+if TYPE_CHECKING:
+    from kvstore.tiers.object.tier import ObjectTier
 
 
 class Peers:
@@ -16,6 +20,9 @@ class Peers:
 
     keep_room = False
     """Whether they, and not each tier by itself, keep the bucket under its capacity; a tier that sees it full refuses then."""
+
+    def join(self, tier: ObjectTier) -> None:
+        """Called once, before anything else."""
 
     async def stock(self) -> bool:
         """Fill the tier's index with what they know. False when that may not be the whole bucket: it is listed then."""

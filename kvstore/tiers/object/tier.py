@@ -82,6 +82,7 @@ class ObjectTier(Tier):
         that this cannot work: wrong credentials, no such bucket.
         """
         tier = cls(await asyncio.to_thread(Objects.connect, settings), settings, policy, peers)
+        tier._peers.join(tier)
         try:
             await tier._reach()
         except TierUnavailable as error:

@@ -1,0 +1,188 @@
+"""A node's part in its region: it tells the catalog what it stores, learns what others store, and does its share of duties."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import structlog
+from prometheus_client import CollectorRegistry, Gauge
+
+from kvstore.catalog.base import Catalog, Entry
+from kvstore.catalog.follower import Follower
+from kvstore.catalog.publisher import Publisher
+from kvstore.catalog.rebuild import ROLE as REBUILD
+from kvstore.catalog.rebuild import ROLE_SECONDS as REBUILD_SECONDS
+from kvstore.catalog.rebuild import fill
+from kvstore.envelope import Header
+from kvstore.errors import CatalogUnavailable, KVStoreError
+from kvstore.identity import BlockKey
+from kvstore.tiers.object import ObjectTier, Peers
+
+log = structlog.get_logger(__name__)
+
+FOLLOW_SECONDS = 0.2
+"""How often others' changes are asked for: one small script each time."""
+DUTY_SECONDS = 2.0
+LEASE_SECONDS = 15.0
+"""A node that is silent for so long is gone, and its roles are free."""
+UNPUBLISH_SECONDS = 1.0
+"""How long a deletion waits for the catalog to know of it. After that, others may meet a block that is gone: a miss."""
+CLOSE_SECONDS = 2.0
+LAST_RETRY_SECONDS = 5.0
+EVICT = "role/evictor"
+FREE_SHARE = 1 / 16
+"""Part of the capacity that the evictor keeps free, for what several nodes write before they see each other's blocks."""
+
+
+class Sharing(Peers):
+    """Joins an object tier to a catalog.
+
+    While the catalog is away, the node works with what it knows: it serves and stores blocks, its changes wait in a bounded
+    queue, and it asks the bucket itself for blocks that others may have stored.
+    """
+
+    def __init__(self, catalog: Catalog, capacity: int | None, largest_block: int) -> None:
+        """``capacity``: bytes that the nodes of the region keep the bucket under together; None: no limit.
+
+        ``largest_block``: envelope bytes that the node can load.
+        """
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+        self.name = f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.keep_room = capacity is not None
+        self._catalog = catalog
+        self._publisher = Publisher(catalog)
+        self._capacity = capacity
+        self._largest_block = largest_block
+        self._tier: ObjectTier
+        self._follower: Follower
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def watch(self, registry: CollectorRegistry) -> None:
+        """Show the state of the link in ``registry``."""
+
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"kvstore_catalog_{name}", text, registry=registry).set_function(value)
+
+        gauge("reachable", "1 while the catalog answers", lambda: self._publisher.reachable)
+        gauge("pending", "Changes that wait to be published", lambda: len(self._publisher.pending))
+        gauge("published", "Changes published since the start", lambda: self._publisher.published)
+        gauge("applied", "Changes learnt from the catalog since the start", lambda: self._follower.applied)
+
+    # --- what the tier asks and tells
+
+    def join(self, tier: ObjectTier) -> None:
+        self._tier = tier
+        self._follower = Follower(self._catalog, tier, self._publisher, self._largest_block)
+        works = [
+            self._publisher.run(),
+            self._forever(self._follow, FOLLOW_SECONDS),
+            self._forever(self._do_duties, DUTY_SECONDS),
+        ]
+        self._tasks = [asyncio.create_task(work) for work in works]
+
+    async def stock(self) -> bool:
+        try:
+            await self._follower.catch_up()
+        except CatalogUnavailable as error:
+            self._publisher.heard(error)
+            return False
+        return self._follower.complete
+
+    def stored(self, header: Header) -> None:
+        self._publisher.offer(header.key, Entry.of(header))
+
+    def lost(self, key: BlockKey) -> None:
+        self._publisher.offer(key, None)
+
+    async def deleting(self, keys: Sequence[BlockKey]) -> None:
+        for key in keys:
+            self._publisher.offer(key, None)
+        await self._publisher.flush(set(keys), UNPUBLISH_SECONDS)
+
+    async def close(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        if tasks:
+            await self._publisher.flush(set(self._publisher.pending), CLOSE_SECONDS)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            with suppress(CatalogUnavailable):  # what is not given back runs out
+                for name in (self._heartbeat, EVICT, REBUILD):
+                    await self._catalog.claim(name, self.name, 0)
+        await self._catalog.close()
+
+    # --- what the store asks
+
+    async def probe(self, keys: Sequence[BlockKey]) -> None:
+        """Look for blocks that the tier does not list: in the catalog, or in the bucket while that is no help.
+
+        Raises TierUnavailable.
+        """
+        if self._publisher.reachable and self._follower.complete:
+            try:
+                await self._follower.ask([key for key in keys if key not in self._tier.keys()])
+                return
+            except CatalogUnavailable as error:
+                self._publisher.heard(error)
+        await self._tier.probe(keys)
+
+    # --- in the background
+
+    @property
+    def _heartbeat(self) -> str:
+        return f"node/{self.name}"
+
+    async def _forever(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        delay = seconds
+        while True:
+            try:
+                await work()
+                delay = seconds
+            except CatalogUnavailable as error:
+                self._publisher.heard(error)
+                delay = min(2 * delay, LAST_RETRY_SECONDS)
+            except KVStoreError as error:
+                log.warning("a duty of the region failed", error=str(error))
+            await asyncio.sleep(delay)
+
+    async def _follow(self) -> None:
+        await self._follower.catch_up()
+        self._publisher.heard()
+
+    async def _do_duties(self) -> None:
+        await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
+        if self._publisher.dropped or not self._follower.complete:
+            await self._fill()
+        if self._capacity is not None and self._tier.ready.is_set():
+            await self._evict(self._capacity)
+
+    async def _fill(self) -> None:
+        """Bring the catalog in line with the bucket, if no other node is at it."""
+        if await self._catalog.claim(REBUILD, self.name, REBUILD_SECONDS) is None:
+            return
+        dropped, status = self._publisher.dropped, await self._catalog.status()
+        if dropped or not status.complete:  # else another node was faster
+            log.info("filling the catalog from the bucket")
+            blocks = await fill(self._catalog, self._tier.objects, status.epoch, self._keep_claims)
+            if blocks is not None:
+                log.info("the catalog covers the bucket", blocks=blocks)
+                self._publisher.dropped -= dropped
+        await self._catalog.claim(REBUILD, self.name, 0)
+
+    async def _keep_claims(self, _: int) -> None:
+        await self._catalog.claim(REBUILD, self.name, REBUILD_SECONDS)
+        await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
+
+    async def _evict(self, capacity: int) -> None:
+        """Keep some of the bucket free, if no other node does. Two who believe to be the evictor do no harm but evict more."""
+        if await self._catalog.claim(EVICT, self.name, LEASE_SECONDS) is None:
+            return
+        evicted = await self._tier.make_room(max(int(capacity * FREE_SHARE), min(self._largest_block, capacity // 4)))
+        if evicted:
+            log.info("made room in the bucket", blocks=evicted)
