@@ -31,6 +31,9 @@ from kvstore.tiers.disk.tasks import run, uninterrupted
 MAX_BATCH = 32
 """Puts that share one sync of data and journal."""
 
+BATCH_DUE = 8
+"""Puts that are synced although others are still being written."""
+
 MAX_ENTRIES = 1024
 """Deletes and touches in one append."""
 
@@ -120,6 +123,7 @@ class DiskTier(Tier):
         self._committing: asyncio.Task[None] | None = None
         self._logging = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._slot_writes = 0
         self._admit_after = 0.0
         self._closed = False
         self._evicted = self._refused = self._quarantined = 0
@@ -139,7 +143,7 @@ class DiskTier(Tier):
         present = [key for key in keys if key in self._index]
         self._index.touch(present, time.time())
         self._touched.update(present)
-        if len(self._touched) >= MAX_ENTRIES and not self._closed:
+        if not self._closed:
             self._commit_soon()
 
     def stats(self) -> TierStats:
@@ -235,8 +239,16 @@ class DiskTier(Tier):
         offset = await self._room.allocate(len(envelope))
         if offset is None:
             return False
+        self._slot_writes += 1
         try:
             await run(self._pool, self._segments.write, offset, len(envelope), envelope)
+        except OSError:
+            self._slots.free(offset)
+            raise
+        finally:
+            self._slot_writes -= 1
+            self._commit_soon()
+        try:
             await self._commit(Put(header, offset, time.time()))
         except OSError:
             self._slots.free(offset)
@@ -251,23 +263,31 @@ class DiskTier(Tier):
         await committed
 
     def _commit_soon(self) -> None:
-        if self._committing is None or self._committing.done():
+        if self._is_commit_due() and (self._committing is None or self._committing.done()):
             self._committing = self._spawn(self._commit_all())
 
+    def _is_commit_due(self) -> bool:
+        """A sync holds up the writes beside it, so it pays to wait for those that are about to end."""
+        if len(self._uncommitted) >= BATCH_DUE or len(self._touched) >= MAX_ENTRIES:
+            return True
+        return bool(self._uncommitted) and not self._slot_writes
+
     async def _commit_all(self) -> None:
-        while self._uncommitted or self._touched:
-            async with self._logging:
-                batch = [self._uncommitted.popleft() for _ in range(min(MAX_BATCH, len(self._uncommitted)))]
-                blocks = [block for block, _ in batch]
-                try:
-                    await self._record([*blocks, *self._touches()], sync=bool(blocks))
-                except Exception as error:
-                    for _, committed in batch:
-                        committed.set_exception(error)
-                else:
-                    for block, committed in batch:
-                        self._list(block)
-                        committed.set_result(None)
+        while self._is_commit_due():
+            await self._commit_batch()
+
+    async def _commit_batch(self) -> None:
+        async with self._logging:
+            batch = [self._uncommitted.popleft() for _ in range(min(MAX_BATCH, len(self._uncommitted)))]
+            try:
+                await self._record([*(block for block, _ in batch), *self._touches()], sync=bool(batch))
+            except Exception as error:
+                for _, committed in batch:
+                    committed.set_exception(error)
+            else:
+                for block, committed in batch:
+                    self._list(block)
+                    committed.set_result(None)
 
     def _touches(self) -> list[Touch]:
         index = self._index
@@ -360,8 +380,8 @@ class DiskTier(Tier):
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._room.close()
-        if self._touched:
-            await self._commit_all()
+        while self._touched:
+            await self._commit_batch()
         await asyncio.to_thread(self._log_pool.shutdown)
         await asyncio.to_thread(self._resources.close)
 
