@@ -41,15 +41,21 @@ def chain_values(index: BlockIndex, rows: Rows, values: Values) -> Values:
         return values
     full = np.full(len(index.location), -np.inf)
     full[rows] = values
-    by_depth = rows[np.argsort(-index.depth[rows].astype(np.int64), kind="stable")]
-    starts = np.flatnonzero(np.diff(index.depth[by_depth], prepend=-1))
-    for level in np.split(by_depth, starts[1:]):
-        children = level[index.parent_row[level] >= 0]
-        np.maximum.at(full, index.parent_row[children], full[children])
+    parent = index.parent_row
+    below = np.flatnonzero(parent >= 0)
+    if (full[below] <= full[parent[below]]).all():
+        return values
+    # After step k a block has the highest value of its descendants up to 2**k levels down.
+    ancestor = parent.astype(np.intp)
+    while len(below):
+        np.maximum.at(full, ancestor[below], full[below])
+        ancestor = np.where(ancestor >= 0, ancestor[ancestor], -1)
+        below = below[ancestor[below] >= 0]
     return full[rows]
 
 
 def eviction_order(index: BlockIndex, policy: EvictionPolicy, rows: Rows, now: float) -> Rows:
     """``rows`` in the order in which to give them up: least valuable first, deepest first among equals."""
     values = chain_values(index, rows, policy.values(index, rows, now))
-    return rows[np.lexsort((-index.depth[rows].astype(np.int64), values))]
+    order: Rows = rows[np.lexsort((-index.depth[rows].astype(np.int64), values))]
+    return order

@@ -1,0 +1,128 @@
+"""How soon blocks of a kind are used again, learnt as they are: hazard rates by age, and what keeping a block is worth.
+
+The hazard of a kind at an age is the chance per second that a block of that kind which was not used for so long is used now.
+It is estimated as uses ÷ time at risk, in age bins of half an octave. Few data are stretched in three steps, each shrunk
+towards the one before: one curve for all kinds, times a factor per level of each trait that makes up the kind, times a
+factor per kind, and last the single cell.
+
+A block is worth the best rate of uses per second of storage that any holding time gives it: the highest, over all horizons,
+of P(used before the horizon) ÷ E[time until use or horizon]. This is the Gittins index of the block; ranking by it needs no
+horizon of its own and sees that a conversation which rests will come back later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
+
+BINS = 48
+_FINEST = 2.0**-4  # seconds; 48 bins of half an octave end at 12 days
+_EDGES = np.concatenate([[0.0], _FINEST * 2.0 ** (np.arange(1, BINS + 1) / 2)])
+_WIDTHS = np.diff(_EDGES)
+_MIDDLES = np.sqrt(np.maximum(_EDGES[:-1], _FINEST / 2) * _EDGES[1:])
+_PRIOR = 0.3 / _MIDDLES  # before anything is known: a use is the less likely the older a block is
+
+SHRINK = 30.0
+"""Uses that an estimate weighs against what it is shrunk to. About the blocks of one prompt, which come and go together."""
+
+
+def age_bin(age: Floats) -> Ints:
+    bins: Ints = np.clip(np.log2(np.maximum(age, 1e-9) / _FINEST) * 2, 0, BINS - 1).astype(np.intp)
+    return bins
+
+
+class Hazards:
+    """Counts of uses and times at risk per kind and age bin.
+
+    ``traits[j][kind]`` is the level of trait ``j`` that the kind has; levels are numbered from 0.
+    """
+
+    def __init__(self, traits: Sequence[Ints], weight: float = 1.0) -> None:
+        """``weight``: blocks that each watched one stands for."""
+        self.weight = weight
+        self.traits = [np.asarray(levels) for levels in traits]
+        self.kinds = len(traits[0])
+        shape = self.kinds * BINS
+        self.used = np.zeros(shape)
+        """Ended by a use, per cell of kind and bin."""
+        self.lost = np.zeros(shape)
+        """Ended without one: no longer watched."""
+        self.inside = np.zeros(shape)
+        """Seconds that those of ``used`` and ``lost`` spent in the bin in which they ended."""
+
+    def end(self, kind: npt.NDArray[np.integer], age: Floats, used: bool) -> None:
+        """Watched blocks were used, or are no longer watched, at this age since their last use."""
+        bins = age_bin(age)
+        cells = kind.astype(np.intp) * BINS + bins
+        np.add.at(self.used if used else self.lost, cells, self.weight)
+        np.add.at(self.inside, cells, (age - _EDGES[bins]) * self.weight)
+
+    def fade(self, keep: float) -> None:
+        """Let the past count less."""
+        for column in (self.used, self.lost, self.inside):
+            column *= keep
+
+    def rates(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
+        """Uses per second and the seconds at risk behind them, shapes (kinds, BINS).
+
+        ``kind`` and ``age`` are of the blocks that are watched now.
+        """
+        uses, risk = self._data(kind, age)
+        common, factor = self._factors(uses, risk)
+        rates = factor[:, None] * common
+        rates *= ((uses.sum(1) + SHRINK) / ((risk * rates).sum(1) + SHRINK))[:, None]
+        cells = 3 * SHRINK
+        return (uses + cells) / (risk + cells / rates), risk
+
+    def _data(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
+        shape, size = (self.kinds, BINS), self.kinds * BINS
+        bins = age_bin(age)
+        cells = kind.astype(np.intp) * BINS + bins
+        ended_here = self.used + self.lost + np.bincount(cells, minlength=size) * self.weight
+        inside = self.inside + np.bincount(cells, age - _EDGES[bins], minlength=size) * self.weight
+        ended_here = ended_here.reshape(shape)
+        passed = np.cumsum(ended_here[:, ::-1], axis=1)[:, ::-1] - ended_here
+        return self.used.reshape(shape), passed * _WIDTHS + inside.reshape(shape)
+
+    def _factors(self, uses: Floats, risk: Floats) -> tuple[Floats, Floats]:
+        """The common curve and each kind's factor, by iterative proportional fitting."""
+        by_kind, by_bin = uses.sum(1), uses.sum(0)
+        factor = np.ones(self.kinds)
+        common = (by_bin + SHRINK) / (risk.sum(0) + SHRINK / _PRIOR)
+        for _ in range(6):
+            for levels in self.traits:
+                expected = (risk @ common) * factor
+                found = np.bincount(levels, by_kind)
+                factor = factor * ((found + SHRINK) / (np.bincount(levels, expected) + SHRINK))[levels]
+            common = (by_bin + SHRINK) / (factor @ risk + SHRINK / _PRIOR)
+        return common, factor
+
+
+def worth(rates: Floats) -> Floats:
+    """The index of each kind at the start of each age bin, in uses per second. Shape as ``rates``."""
+    chance = -np.expm1(-rates * _WIDTHS)
+    seconds = np.where(rates * _WIDTHS > 1e-9, chance / rates, _WIDTHS)
+    best = np.zeros_like(rates)
+    left, gained, spent = np.ones_like(rates), np.zeros_like(rates), np.zeros_like(rates)
+    for further in range(BINS):
+        n = BINS - further
+        gained[:, :n] += left[:, :n] * chance[:, further:]
+        spent[:, :n] += left[:, :n] * seconds[:, further:]
+        left[:, :n] *= 1 - chance[:, further:]
+        np.maximum(best[:, :n], gained[:, :n] / spent[:, :n], out=best[:, :n])
+    return best
+
+
+def interpolate(table: Floats, kind: npt.NDArray[np.integer], age: Floats) -> Floats:
+    """Entries of a (kinds, BINS) table at any age."""
+    position = np.clip(np.log2(np.maximum(age, 1e-9) / _FINEST) * 2, 0, BINS - 1.001)
+    low = position.astype(np.intp)
+    part = position - low
+    rows = kind.astype(np.intp)
+    values: Floats = table[rows, low] * (1 - part) + table[rows, low + 1] * part
+    return values

@@ -1,0 +1,150 @@
+"""Eviction by learnt reuse: keep what is most likely to be used soon, as this node's own traffic shows.
+
+Every request tells what followed from earlier ones. A block's kind is what was known when it was last used:
+
+* how often it was used before (a system prompt, a conversation, or nothing yet),
+* how many blocks of the request nobody had sent before: a conversation adds a few to a known chain, a one-off prompt or a
+  long document brings many,
+* whether it was the last block of the prompt, which the next turn seldom repeats,
+* how long the answer was, where the engine says so.
+
+``Traffic`` watches requests and learns how soon blocks of each kind return (``kvstore.policy.hazard``), whether or not any
+tier kept them. ``Reuse`` ranks a tier's blocks by it. Nothing is tuned to a workload, and what was learnt long ago fades.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.identity import BlockKey
+from kvstore.index import BlockIndex, Rows
+from kvstore.policy.eviction import EvictionPolicy, Values
+from kvstore.policy.hazard import BINS, Floats, Hazards, interpolate, worth
+from kvstore.policy.sightings import WAYS, Sightings, words_of
+
+Kinds = npt.NDArray[np.intp]
+
+USES = 4  # 0, 1, 2, 3 or more
+FRESH = 13  # 0, 1, 2-3, 4-7, ... 1024-2047, more
+ANSWER = 7  # unknown, then 0-1, 2-7, 8-31, 32-127, 128-511 tokens, more
+_SHAPE = (USES, FRESH + 1, 2, ANSWER)
+_UNKNOWN_FRESH = FRESH
+
+WATCHED = 1 << 18
+"""Entries of the table whose fate is learnt from, at most; an estimate from so many takes some 30 ms."""
+
+REFIT_EVERY = 256
+"""Requests between two estimates, at most."""
+
+MEMORY = 1 << 20
+"""Uses after which what was learnt is halved, so that it follows a change of traffic."""
+
+
+def kind_of(uses: npt.NDArray[np.integer], fresh: int, last: npt.NDArray[np.bool_], answer: int) -> Kinds:
+    """Kind of blocks used in one request, of which ``fresh`` blocks were new."""
+    many = np.minimum(uses.astype(np.intp), USES - 1)
+    level = min(fresh.bit_length(), FRESH - 1) if fresh >= 0 else _UNKNOWN_FRESH
+    return ((many * (FRESH + 1) + level) * 2 + last) * ANSWER + answer
+
+
+def answer_level(tokens: int | None) -> int:
+    return 0 if tokens is None else min(1 + max(tokens, 1).bit_length() // 2, ANSWER - 1)
+
+
+def _known_or_not(rates: Floats, risk: Floats) -> Floats:
+    """Rates in which the level "unknown" of a trait stands for the mean of all its levels."""
+    rate, weight = rates.reshape(*_SHAPE, BINS).copy(), risk.reshape(*_SHAPE, BINS) + 1e-6
+    for axis, unknown in ((1, _UNKNOWN_FRESH), (3, 0)):
+        total = weight.sum(axis)
+        mean = (rate * weight).sum(axis) / total
+        np.moveaxis(rate, axis, 0)[unknown] = mean
+        np.moveaxis(weight, axis, 0)[unknown] = total
+    return rate.reshape(rates.shape)
+
+
+class Traffic:
+    """What this node's requests teach about reuse. One per node, shared by its tiers; not thread-safe.
+
+    Bounded: ``entries`` of 21 bytes, and the tables of the estimate (under 1 MB). ``entries`` should be some times the
+    number of blocks that the tiers hold, so that a use is recognised after the block was evicted.
+    """
+
+    def __init__(self, entries: int = 1 << 18) -> None:
+        self._table = Sightings(entries)
+        watched = min(self._table.buckets, max(1, WATCHED // WAYS))
+        self._watched = watched * WAYS
+        traits = [levels.ravel() for levels in np.indices(_SHAPE)]
+        self._hazards = Hazards(traits, weight=self._table.buckets / watched)
+        self._worth = worth(self._hazards.rates(np.zeros(0, dtype=np.intp), np.zeros(0))[0])
+        self._requests = self._fitted = 0
+        self._now = -np.inf
+
+    def observe(self, keys: Sequence[BlockKey], now: float) -> None:
+        """A request asks for this chain, from its head. Call once per request, before anything is evicted for it.
+
+        ``now``: seconds, of a clock that does not go back; the one by which the tiers' indices count.
+        """
+        if not keys:
+            return
+        self._now = now = max(now, self._now)
+        self._requests += 1
+        words = words_of(b"".join(keys))
+        slots = self._table.find(words)
+        known = slots >= 0
+        prefix = int(np.argmin(known)) if not known.all() else len(keys)
+        old = slots[known]
+        watched = old[old < self._watched]
+        self._hazards.end(self._table.kind[watched], now - self._table.seen[watched], used=True)
+        if not known.all():
+            slots[~known], displaced = self._table.insert(words[~known], now)
+            gone = displaced.slots < self._watched
+            self._hazards.end(displaced.kind[gone], now - displaced.seen[gone], used=False)
+        last = np.zeros(len(keys), dtype=bool)
+        last[-1] = True
+        uses = self._table.count[slots]
+        self._table.kind[slots] = kind_of(uses, len(keys) - prefix, last, 0)
+        self._table.seen[slots] = now
+        self._table.count[slots] = np.minimum(uses, 254) + 1
+
+    def answered(self, keys: Sequence[BlockKey], output_tokens: int) -> None:
+        """The request of this chain is finished. Optional; without it the length of answers is not used."""
+        slots = self._table.find(words_of(b"".join(keys)))
+        slots = slots[slots >= 0]
+        kind = self._table.kind[slots]
+        self._table.kind[slots] = kind - kind % ANSWER + answer_level(output_tokens)
+
+    def values(self, keys: bytes, uses: npt.NDArray[np.integer], age: Values) -> Values:
+        """Expected uses per second of storage of blocks (their joined keys) last used ``age`` seconds ago.
+
+        ``uses`` stands in for what is not known of blocks that were last seen before a restart, or too long ago.
+        """
+        self._refit()
+        slots = self._table.find(words_of(keys))
+        unseen = kind_of(uses, -1, np.zeros(len(slots), dtype=bool), 0)
+        kind = np.where(slots >= 0, self._table.kind[slots], unseen)
+        return interpolate(self._worth, kind, age)
+
+    def _refit(self) -> None:
+        if self._requests < min(self._fitted + REFIT_EVERY, 16 + self._fitted * 5 // 4):
+            return
+        self._fitted = self._requests
+        watched = np.flatnonzero(np.isfinite(self._table.seen[: self._watched]))
+        age = self._now - self._table.seen[watched]
+        self._worth = worth(_known_or_not(*self._hazards.rates(self._table.kind[watched], age)))
+        if self._hazards.used.sum() > MEMORY:
+            self._hazards.fade(0.5)
+
+
+class Reuse(EvictionPolicy):
+    """Blocks that are expected back soonest, for the time they are held, are worth most."""
+
+    name = "reuse"
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+
+    def values(self, index: BlockIndex, rows: Rows, now: float) -> Values:
+        return self._traffic.values(index.key_bytes(rows), index.hits[rows], now - index.accessed[rows])
