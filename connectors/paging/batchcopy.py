@@ -7,6 +7,7 @@ One by one, a copy engine stands idle for about a microsecond between copies: pi
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,16 +34,19 @@ _ATTRIBUTES_AT = ctypes.addressof(_ATTRIBUTES)
 _FROM_FIRST = ctypes.c_size_t(0)
 _FROM_FIRST_AT = ctypes.addressof(_FROM_FIRST)
 
-# CuPy does not wrap it, and the driver's library is there wherever CUDA runs. Drivers before CUDA 13 have another signature.
-_batch = getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync_v2", None)
-if _batch is not None:
-    _batch.argtypes = [
-        *[ctypes.c_void_p] * 3,
-        ctypes.c_size_t,
-        *[ctypes.c_void_p] * 2,
-        ctypes.c_size_t,
-        ctypes.c_void_p,
-    ]
+
+def _driver_function() -> Any:
+    """``cuMemcpyBatchAsync`` as of CUDA 13, which CuPy does not wrap; None where the driver is older."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuMemcpyBatchAsync_v2
+    except (OSError, AttributeError):
+        return None
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = [address, address, address, size, address, address, size, address]
+    return function
+
+
+_batch = _driver_function()
 
 
 def copy_batch(targets: Column, sources: Column, sizes: Column, stream: int) -> None:

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -154,7 +155,8 @@ class _Lane:
                 try:
                     job.transfer.handed_over(self._hand_over(job))
                 except Exception as error:  # whatever it is, the engine recomputes
-                    self._drain()
+                    with suppress(Exception):
+                        self._drain()  # the pages and slots may be used again once the transfer is done
                     job.transfer.fail(error)
             self._drain()
             if self._pinned is not None:

@@ -21,7 +21,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
-from connectors.paging import pinned, routes
+from connectors.paging import batchcopy, pinned, routes
 from connectors.paging.cuda import CudaPager
 
 pytestmark = pytest.mark.gpu
@@ -30,11 +30,13 @@ LLAMA = BlockLayout(tokens=64, layers=32, kv_heads=8, head_dim=128, itemsize=2)
 """8 MiB a block."""
 
 
-@pytest.fixture(params=["staged", "direct"])
+@pytest.fixture(params=["staged", "one_by_one", "direct"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways, in groups so small and slices so short that buffers are used again and copies are cut."""
+    """Every way, in groups so small and slices so short that buffers are used again and copies are cut."""
     name: str = request.param
-    monkeypatch.setattr(routes, "DIRECT_BELOW", 0 if name == "staged" else 1 << 40)
+    monkeypatch.setattr(routes, "DIRECT_BELOW", 1 << 40 if name == "direct" else 0)
+    if name == "one_by_one":  # as with a driver that knows no batches
+        monkeypatch.setattr(batchcopy, "_batch", None)
     monkeypatch.setattr(routes, "STAGING_BYTES", 200_000)
     monkeypatch.setattr(pinned, "SLICE_BYTES", 12 << 10)
     return name

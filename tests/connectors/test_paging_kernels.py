@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import random
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cupy_on_cpu import Launcher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paging_cases import Case, cases, engine_bytes, random_fill
@@ -27,53 +25,9 @@ from kvstore.node.arena import Arena
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
-PRELUDE = r"""
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct Dim { unsigned x; };
-static Dim gridDim, blockDim, blockIdx, threadIdx;
-#define __device__
-#define __global__
-#define __grid_constant__
-#define __forceinline__ inline
-#define __launch_bounds__(threads)
-template <class T> T __ldcs(const T* address) { return *address; }
-"""
-LAUNCH = r"""
-extern "C" void launch(int forward, unsigned grid, unsigned threads, const long long* planes, unsigned vectors,
-                       const Batch* batch)
-{
-    gridDim.x = grid, blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
-            (forward ? gather : scatter)(planes, vectors, *batch);
-}
-"""
 
-
-def compiled(pages: PagedKV, share: Share, folder: Path) -> Callable[..., None]:
-    constants = "".join(f"#define {name} {value}\n" for name, value in kernels.defines(pages, share).items())
-    text = PRELUDE + constants + kernels.SOURCE + LAUNCH
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]  # a library that is loaded must not be written again
-    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
-    source.write_text(text)
-    command = [
-        "g++",
-        "-x",
-        "c++",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        "-fno-strict-aliasing",
-        "-o",
-        str(library),
-        str(source),
-    ]
-    if not library.exists():
-        subprocess.run(command, check=True, capture_output=True)
-    function: Callable[..., None] = ctypes.CDLL(str(library)).launch
-    return function
+def compiled(pages: PagedKV, share: Share, folder: Path) -> Launcher:
+    return Launcher(kernels.SOURCE, kernels.defines(pages, share), folder)
 
 
 def with_pages(batch: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -101,23 +55,16 @@ def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, s
     vectors = len(copies) * share.nbytes // kernels.vector_bytes(pages)
     launch = compiled(pages, share, tmp_path)
 
-    def run(forward: int, copies: list[BlockCopy]) -> None:
+    def run(forward: bool, copies: list[BlockCopy]) -> None:
         batch = with_pages(kernels.batch(strides(case.block), payloads), pages.view_pages(copies, case.block.tokens))
-        launch(
-            forward,
-            grid,
-            64,
-            ctypes.c_void_p(planes.data_ptr()),
-            ctypes.c_uint(vectors),
-            ctypes.c_void_p(batch.ctypes.data),
-        )
+        launch(forward, grid, 64, planes.data_ptr(), vectors, batch)
 
     reference = ReferencePager(pages, case.block, case.heads)
     arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
     reference.save(arena, copies).wait()
     expected = bytes(arena.buffer)
     arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
-    run(1, copies)
+    run(True, copies)
     assert bytes(arena.buffer) == expected
 
     random_fill(pages, seed + 1)
@@ -127,7 +74,7 @@ def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, s
     loaded = engine_bytes(pages)
     random_fill(pages, seed + 1)
     assert torch.equal(engine_bytes(pages), before)
-    run(0, wanted)
+    run(False, wanted)
     assert torch.equal(engine_bytes(pages), loaded)
 
 
@@ -144,10 +91,8 @@ def test_a_compact_share_is_the_runs_of_the_slot(arena: Arena, tmp_path: Path) -
     rows = pages.view_pages([copy], case.block.tokens)
     batch = with_pages(kernels.batch(strides(share.compact), [staging.ctypes.data]), rows)
     planes = torch.tensor(kernels.addresses(pages))
-    compiled(pages, share, tmp_path)(
-        1, 2, 64, ctypes.c_void_p(planes.data_ptr()), ctypes.c_uint(share.nbytes // kernels.vector_bytes(pages)),
-        ctypes.c_void_p(batch.ctypes.data),
-    )  # fmt: skip
+    vectors = share.nbytes // kernels.vector_bytes(pages)
+    compiled(pages, share, tmp_path)(True, 2, 64, planes.data_ptr(), vectors, batch)
     assert staging.tobytes() == b"".join(slot[run.offset : run.offset + run.length] for run in share.runs)
 
 

@@ -1,0 +1,138 @@
+"""The CUDA pager's own logic (groups, buffers, slices, errors, registrations), with CuPy played by the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import cupy_on_cpu
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from paging_cases import Case, cases, engine_bytes, random_fill
+
+from connectors.paging.base import BlockCopy
+from connectors.paging.reference import ReferencePager
+from kvstore.errors import ConfigError, IdentityError
+from kvstore.layout import BlockLayout
+from kvstore.node.arena import Arena
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+OURS = ("batchcopy", "pinned", "routes", "cuda")
+SMALL = Case(BlockLayout(4, 2, 2, 8, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=2, pages=4)
+
+
+@pytest.fixture
+def registry() -> Iterator[cupy_on_cpu.Registry]:
+    registry = cupy_on_cpu.Registry()
+    yield registry
+    assert not registry.ranges, "an arena stayed registered"
+
+
+@pytest.fixture(params=["staged", "direct"])
+def cuda(
+    request: pytest.FixtureRequest,
+    registry: cupy_on_cpu.Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ModuleType]:
+    """``connectors.paging.cuda``, in groups so small and slices so short that buffers are used again and copies are cut."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in cupy_on_cpu.modules(registry, tmp_path_factory.mktemp("kernels")).items():
+            patch.setitem(sys.modules, name, module)
+        for name in OURS:
+            patch.delitem(sys.modules, f"connectors.paging.{name}", raising=False)
+        loaded = {name: importlib.import_module(f"connectors.paging.{name}") for name in OURS}
+        patch.setattr(loaded["batchcopy"], "_batch", None)
+        patch.setattr(loaded["routes"], "DIRECT_BELOW", 0 if request.param == "staged" else 1 << 40)
+        patch.setattr(loaded["routes"], "STAGING_BYTES", 200_000)
+        patch.setattr(loaded["pinned"], "SLICE_BYTES", 12 << 10)
+        yield loaded["cuda"]
+        for name in OURS:
+            sys.modules.pop(f"connectors.paging.{name}", None)
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena.create(1 << 20, epoch=1)
+    yield arena
+    arena.close()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_equals_the_reference(cuda: ModuleType, arena: Arena, case: Case, seed: int) -> None:
+    pages = random_fill(case.build("cpu"), seed)
+    copies = case.copies(random.Random(seed))
+    wanted = case.partial(random.Random(seed), copies)
+    reference, pager = ReferencePager(pages, case.block, case.heads), cuda.CudaPager(pages, case.block, case.heads)
+    try:
+        arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+        reference.save(arena, copies).wait()
+        expected = bytes(arena.buffer)
+        arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+        pager.save(arena, copies).wait()
+        assert bytes(arena.buffer) == expected
+
+        random_fill(pages, seed + 1)
+        reference.load(arena, wanted).wait()
+        loaded = engine_bytes(pages)
+        random_fill(pages, seed + 1)
+        pager.load(arena, wanted).wait()
+        assert torch.equal(engine_bytes(pages), loaded)
+    finally:
+        pager.close()
+
+
+def test_a_bad_batch_fails_alone(cuda: ModuleType, arena: Arena) -> None:
+    pager = cuda.CudaPager(random_fill(SMALL.build("cpu"), 1), SMALL.block, SMALL.heads)
+    bad, good = (pager.save(arena, [BlockCopy(pages, 0)]) for pages in ((0, 4), (0, 1)))
+    with pytest.raises(IdentityError, match="not all inside"):
+        bad.wait()
+    good.wait()
+    assert bad.done()
+    assert good.done()
+    pager.close()
+
+
+def test_pagers_share_a_registration_and_the_last_one_ends_it(
+    cuda: ModuleType, arena: Arena, registry: cupy_on_cpu.Registry
+) -> None:
+    one, two = (cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads) for _ in range(2))
+    restarted = Arena.create(1 << 20, epoch=2)
+    for pager in (one, two):
+        pager.save(arena, [BlockCopy((0, 1), 0)]).wait()
+    one.save(restarted, [BlockCopy((0, 1), 0)]).wait()
+    one.close()
+    assert registry.ranges
+    two.load(arena, [BlockCopy((2, 3), 0)]).wait()
+    two.close()
+    assert not registry.ranges
+    restarted.close()
+
+
+def test_an_arena_that_cannot_be_pinned_fails_the_transfer(
+    cuda: ModuleType, arena: Arena, registry: cupy_on_cpu.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: int) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sys.modules["cupy.cuda.runtime"], "hostRegister", refuse)
+    pager = cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads)
+    with pytest.raises(ConfigError, match="cannot pin the arena: out of memory"):
+        pager.save(arena, [BlockCopy((0, 1), 0)]).wait()
+    pager.close()
+
+
+def test_a_mismatch_of_cuda_versions_is_named(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ConfigError, match=r"built for CUDA 13\.0, torch for 12\.8\. Install cupy-cuda12x"):
+        cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads)
