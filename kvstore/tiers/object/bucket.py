@@ -29,6 +29,7 @@ _REFUSED = {
     "TokenRefreshRequired",
 }
 _MISSING = {"404", "NoSuchBucket"}
+_ELSEWHERE = {"301", "307", "AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect"}
 
 
 class Bucket:
@@ -163,4 +164,7 @@ def _explain(error: Any, settings: ObjectSettings) -> Exception:
     if code in _MISSING:
         remedy = "Create the bucket, or set create_bucket."
         return ConfigError("object.url", settings.url, "there is no such bucket", remedy)
+    if code in _ELSEWHERE:
+        remedy = "Set region to the bucket's region."
+        return ConfigError("object.region", settings.region, f"the bucket is in another region ({code})", remedy)
     return TierUnavailable(f"{settings.endpoint or 'AWS S3'} answered {code}")

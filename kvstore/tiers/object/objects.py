@@ -23,7 +23,7 @@ from kvstore.tiers.object.settings import ObjectSettings
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ClientConfig, S3Config
+    from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3CredentialProvider
 
 T = TypeVar("T")
 
@@ -136,25 +136,23 @@ def _s3_store(settings: ObjectSettings) -> S3Store:
         client["read_timeout"] = timedelta(seconds=settings.read_timeout)
     if settings.ca_file is not None:
         client["root_certificate"] = read_ca(settings)
-    provider = None
-    if settings.access_key_id:
-        config["access_key_id"] = settings.access_key_id
-        config["secret_access_key"] = settings.secret_access_key
-        if settings.session_token:
-            config["session_token"] = settings.session_token
-    else:
-        provider = _ambient_credentials()
-    return S3Store(
-        prefix=settings.prefix or None,
-        config=config,
-        client_options=client,
-        retry_config={
-            "max_retries": settings.retries,
-            "retry_timeout": timedelta(seconds=settings.request_timeout),
-            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
-        },
-        credential_provider=provider,
-    )
+    retry: RetryConfig = {
+        "max_retries": settings.retries,
+        "retry_timeout": timedelta(seconds=settings.request_timeout),
+        "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
+    }
+    provider = _own_credentials(settings) if settings.access_key_id else _ambient_credentials()
+    try:
+        return S3Store(
+            prefix=settings.prefix or None,
+            config=config,
+            client_options=client,
+            retry_config=retry,
+            credential_provider=provider,
+        )
+    except BaseError as error:
+        remedy = "Check the endpoint and the ca_file."
+        raise ConfigError("object.url", settings.url, _first_line(error), remedy) from error
 
 
 def read_ca(settings: ObjectSettings) -> bytes:
@@ -170,7 +168,18 @@ def read_ca(settings: ObjectSettings) -> bytes:
     return pem
 
 
-def _ambient_credentials() -> Any:
+def _own_credentials(settings: ObjectSettings) -> S3CredentialProvider:
+    """Exactly the settings' credentials: given as options, obstore would join them with a token of the environment."""
+    credential: S3Credential = {
+        "access_key_id": settings.access_key_id,
+        "secret_access_key": settings.secret_access_key,
+        "token": settings.session_token or None,
+        "expires_at": None,
+    }
+    return lambda: credential
+
+
+def _ambient_credentials() -> S3CredentialProvider:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     try:

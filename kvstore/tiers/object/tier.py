@@ -10,9 +10,10 @@ from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 
 import structlog
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from kvstore.envelope import HEADER_BYTES, Header, verify
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, IdentityError, TierUnavailable
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, IdentityError, TierUnavailable
 from kvstore.identity import BlockKey, Namespace
 from kvstore.policy.eviction import LRU, EvictionPolicy
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
@@ -398,7 +399,13 @@ class ObjectTier(Tier):
     async def _reach(self) -> None:
         if self._bucket is not None:
             await asyncio.to_thread(self._bucket.check)
-        self.features = await probe(self._objects, self._bucket)
+        try:
+            self.features = await probe(self._objects, self._bucket)
+        except TierUnavailable as error:
+            if isinstance(error.__cause__, (PermissionDeniedError, UnauthenticatedError)):
+                remedy = "Give it the right to put, get and delete objects under the prefix."
+                raise ConfigError("object.access_key_id", self.settings.access_key_id, str(error), remedy) from error
+            raise
         if not self.features.conditional_put:
             log.warning("the server ignores conditional PUT: asking before each write", url=self.settings.url)
 

@@ -376,6 +376,13 @@ class TestSettings:
         async with listed(dataclasses.replace(s3_settings, access_key_id="", secret_access_key="")) as tier:
             assert tier.features is not None
 
+    async def test_given_credentials_are_not_joined_with_the_environment(
+        self, s3_settings: ObjectSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "of another account")
+        async with listed(s3_settings) as tier:
+            assert tier.features is not None
+
     async def test_no_credentials_at_all_are_named(
         self, s3_settings: ObjectSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -453,7 +460,13 @@ class NaiveServer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     objects: ClassVar[dict[str, bytes]] = {}
 
+    read_only: ClassVar[bool] = False
+
     def do_PUT(self) -> None:
+        if self.read_only:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(403)
+            return
         self.objects[urlsplit(self.path).path] = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(200)
 
@@ -522,6 +535,13 @@ class TestNaiveServer:
         async with listed(settings) as tier:
             assert tier.features is not None
             assert dataclasses.astuple(tier.features) == (False, False, False)
+
+    async def test_credentials_that_may_only_read_are_named(
+        self, settings: ObjectSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(NaiveServer, "read_only", True)
+        with pytest.raises(ConfigError, match=r"object\.access_key_id"):
+            await ObjectTier.open(settings)
 
     async def test_a_present_block_is_not_written_again(self, settings: ObjectSettings, source: random.Random) -> None:
         block = random_block(source, PAYLOAD_BYTES)

@@ -82,6 +82,13 @@ class TestSettings:
         with pytest.raises(ConfigError, match=r"missing\.pem"):
             await ObjectTier.open(settings)
 
+    async def test_a_ca_file_with_rubbish_is_refused(self, tmp_path: Path) -> None:
+        rubbish = tmp_path / "rubbish.pem"
+        rubbish.write_text("-----BEGIN CERTIFICATE-----\nrubbish\n-----END CERTIFICATE-----\n")
+        settings = ObjectSettings(url="s3://bucket", access_key_id="a", secret_access_key="b", ca_file=rubbish)
+        with pytest.raises(ConfigError):
+            await ObjectTier.open(settings)
+
     async def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=r"object\.url"):
