@@ -7,6 +7,7 @@ A test holds the files to what this prints.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,20 @@ def settings() -> str:
 
 def commands() -> str:
     """Arguments and options of every command; those that all share stand in the text before."""
-    group: Any = typer.main.get_command(app)
     parts = []
-    for name, command in group.commands.items():
+    for name, command in _commands("kvstore", typer.main.get_command(app)):
         own = [f"| `{_usage(p)}` | {p.help} |" for p in command.params if p.name not in SHARED]
         table = "\n".join(("| | |", "|---|---|", *own)) if own else ""
-        parts += [f"## `kvstore {name}`", command.help, table]
+        parts += [f"## `{name}`", command.help, table]
     return "\n\n".join(part for part in parts if part)
+
+
+def _commands(name: str, group: Any) -> Iterator[tuple[str, Any]]:
+    """Every command by its whole name; a group comes before its commands."""
+    for part, command in group.commands.items():
+        yield f"{name} {part}", command
+        if hasattr(command, "commands"):
+            yield from _commands(f"{name} {part}", command)
 
 
 def _usage(parameter: Any) -> str:

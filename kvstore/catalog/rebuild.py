@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from kvstore.catalog.base import BATCH, Catalog, Entry
+from kvstore.errors import CatalogUnavailable
 from kvstore.tiers.object.contents import plausible_size, size_only
 from kvstore.tiers.object.names import BLOCKS, parse_block_name
 from kvstore.tiers.object.objects import Found, Objects
@@ -37,3 +38,24 @@ async def fill(
 def _entry(found: Found) -> Entry | None:
     parsed = parse_block_name(found.name)
     return Entry.of(size_only(*parsed, found)) if parsed is not None and plausible_size(found.size) else None
+
+
+async def rebuild(catalog: Catalog, objects: Objects, holder: str, progress: Callable[[int], None]) -> int:
+    """Drop the index and fill it again; how many blocks. Nodes go on with what they know meanwhile.
+
+    ``holder`` names the caller. Raises CatalogUnavailable, also when a node is at it already, and TierUnavailable.
+    """
+
+    async def take_turn(blocks: int) -> None:
+        if await catalog.claim(ROLE, holder, ROLE_SECONDS) is None:
+            raise CatalogUnavailable(
+                "another process is filling the catalog from the bucket; see kvstore catalog status"
+            )
+        progress(blocks)
+
+    await take_turn(0)
+    blocks = await fill(catalog, objects, await catalog.reset(), take_turn)
+    await catalog.claim(ROLE, holder, 0)
+    if blocks is None:
+        raise CatalogUnavailable("the catalog was dropped while it was filled; try again")
+    return blocks

@@ -6,6 +6,7 @@
     node.py      node, status
     blocks.py    ls, get, verify, rm
     checks.py    doctor
+    catalog.py   catalog status, catalog rebuild
 
 Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
@@ -19,7 +20,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import blocks, checks, node, settings
+from kvstore.cli import blocks, catalog, checks, node, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -58,6 +59,7 @@ app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
+app.add_typer(catalog.app, name="catalog")
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):
     command = entry.load()
     if isinstance(command, typer.Typer):

@@ -1,0 +1,99 @@
+"""``kvstore catalog``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kvstore.cli import options
+from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvstore.catalog import Catalog
+    from kvstore.config import Config
+
+app = typer.Typer(no_args_is_help=True, help="The index of the bucket that the nodes of a region share.")
+
+
+@app.command()
+def status(config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False) -> None:
+    """Show what the catalog holds, which nodes are alive, and who does the region's duties."""
+    from kvstore.units import human_bytes
+
+    async def ask(catalog: Catalog) -> Any:
+        return await catalog.status()
+
+    found = asyncio.run(_with_catalog(options.load(config, overrides).config, ask))
+    now = time.time()
+    claims = [(claim.name, claim.holder, max(0.0, claim.expires - now)) for claim in found.claims]
+    if json:
+        print_json(
+            {
+                "epoch": found.epoch,
+                "complete": found.complete,
+                "blocks": found.blocks,
+                "used_bytes": found.used_bytes,
+                "changes": found.changes,
+                "claims": [
+                    {"name": name, "holder": holder, "seconds_left": round(left, 1)} for name, holder, left in claims
+                ],
+            }
+        )
+        return
+    covers = "covers the bucket" if found.complete else "does not cover the whole bucket yet"
+    print(f"{number(found.blocks)} blocks, {human_bytes(found.used_bytes)}; {covers}")
+    print(f"epoch {found.epoch}, {number(found.changes)} changes")
+    if claims:
+        print_table(("claim", "holder", ">runs out in"), [(name, holder, ago(left)) for name, holder, left in claims])
+
+
+@app.command()
+def rebuild(config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False) -> None:
+    """Drop the catalog's index and fill it again from a listing of the bucket. Nodes go on serving meanwhile."""
+    from rich.console import Console
+
+    from kvstore.assembly import object_settings
+    from kvstore.catalog.rebuild import rebuild
+    from kvstore.tiers.object import Bucket
+    from kvstore.tiers.object.objects import Objects
+
+    settings = options.load(config, overrides).config
+    started = time.monotonic()
+
+    async def work(catalog: Catalog) -> int:
+        place = object_settings(settings)
+        if place.folder is None:
+            await asyncio.to_thread(Bucket(place).check)
+        objects = await asyncio.to_thread(Objects.connect, place)
+        try:
+            with Console(stderr=True).status("listing the bucket") as shown:
+                return await rebuild(
+                    catalog, objects, f"rebuild:{os.getpid()}", lambda blocks: shown.update(f"{number(blocks)} blocks")
+                )
+        finally:
+            await objects.close()
+
+    blocks = asyncio.run(_with_catalog(settings, work))
+    seconds = time.monotonic() - started
+    if json:
+        print_json({"blocks": blocks, "seconds": round(seconds, 3)})
+    else:
+        note(f"Catalog rebuilt: {number(blocks)} blocks in {seconds:.1f} s.")
+
+
+async def _with_catalog(config: Config, work: Any) -> Any:
+    """What ``work`` makes of the configured catalog. Raises ConfigError when there is none."""
+    from kvstore.assembly import open_catalog
+
+    catalog = await open_catalog(config)
+    if catalog is None:
+        raise ConfigError("catalog.url", "", "no catalog is configured", "Set it to redis://host:6379/0, for example.")
+    try:
+        return await work(catalog)
+    finally:
+        await catalog.close()
