@@ -180,7 +180,7 @@ def _refusal(error: ValidationError, values: Mapping[str, tuple[object, str]]) -
 
 def _is_secret(name: str) -> bool:
     """Whether a value must not be shown; also for a name with a slip of the pen in it."""
-    return ("secret" in name or "token" in name) and name != "identity.secret_file"
+    return any(word in name for word in ("secret", "token", "password")) and name != "identity.secret_file"
 
 
 def _text(name: str, value: object) -> str:

@@ -83,7 +83,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 SECRET = "correct horse battery staple"
 
 
-@pytest.mark.parametrize("name", ["identity.secret", "object.secret_access_key", "object.session_token"])
+@pytest.mark.parametrize(
+    "name", ["identity.secret", "object.secret_access_key", "object.session_token", "catalog.password"]
+)
 def test_secrets_are_masked_wherever_a_setting_is_shown(name: str) -> None:
     loaded = load(
         overrides=[f"{name}={SECRET}", "object.access_key_id=id", "object.secret_access_key=" + SECRET], environ={}
@@ -92,7 +94,10 @@ def test_secrets_are_masked_wherever_a_setting_is_shown(name: str) -> None:
     assert SECRET not in repr(loaded)
 
 
-@pytest.mark.parametrize("override", ["identity.secret=tiny", "identity.secrets=tiny", "object.secret_access_key=tiny"])
+@pytest.mark.parametrize(
+    "override",
+    ["identity.secret=tiny", "identity.secrets=tiny", "object.secret_access_key=tiny", "catalog.passwords=tiny"],
+)
 def test_an_error_does_not_show_a_secret(override: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         load(overrides=[override], environ={})
