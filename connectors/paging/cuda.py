@@ -21,7 +21,7 @@ import torch
 
 from connectors.paging.base import BlockCopy, Pager
 from connectors.paging.geometry import PagedKV, Share
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, IdentityError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
 
@@ -29,6 +29,7 @@ try:
     import cupy
     from cupy.cuda import runtime
 
+    from connectors.paging.batchcopy import Column
     from connectors.paging.pinned import PinnedArena, pin
     from connectors.paging.routes import Kernels, Streams, choose
 except ImportError as _missing:
@@ -38,6 +39,8 @@ except ImportError as _missing:
 
 STAGING_BUFFERS = 2
 """Per direction: one on the bus, one under the kernel, which is several times as fast."""
+ALIGNMENT = 16
+"""Bytes, of payloads: the widest access of a kernel. Slots are aligned to 4 KiB."""
 MAX_AHEAD = 32
 """Groups handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
 
@@ -166,9 +169,8 @@ class _Lane:
         """Enqueue a whole job; returns the events behind it."""
         pinned = self._pin(job.arena)
         pages = self._pages.view_pages(job.copies, self._block.tokens, self._whole)
-        offsets = np.array([copy.offset for copy in job.copies], np.int64)
-        if job.copies:
-            pinned.wait(int(offsets.max()) + self._block.nbytes)
+        offsets = self._offsets(job)
+        pinned.wait(int(offsets.max(initial=-self._block.nbytes)) + self._block.nbytes)
         for start in range(0, len(offsets), self._group):
             group = slice(start, start + self._group)
             mark = self._marks[0]
@@ -179,6 +181,16 @@ class _Lane:
             self._ring.rotate(-1)
         streams = (self._streams.kernels, self._streams.copies)
         return [stream.record(cupy.cuda.Event(disable_timing=True)) for stream in streams]
+
+    def _offsets(self, job: _Job) -> Column:
+        """Of each block in the arena. Checked: a kernel that leaves the arena, or is misaligned, costs the engine its GPU."""
+        offsets = np.array([copy.offset for copy in job.copies], np.int64)
+        outside = (offsets < 0) | (offsets > job.arena.nbytes - self._block.nbytes)
+        if outside.any() or (offsets % ALIGNMENT).any():
+            raise IdentityError(
+                f"not every block at {offsets.tolist()} is inside the arena and aligned to {ALIGNMENT} bytes"
+            )
+        return offsets
 
     def _pin(self, arena: Arena) -> PinnedArena:
         if self._pinned is None or self._pinned.arena is not arena:

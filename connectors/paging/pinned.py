@@ -6,13 +6,11 @@ import threading
 
 import cupy
 import numpy as np
-import numpy.typing as npt
 from cupy.cuda import runtime
 
+from connectors.paging.batchcopy import Column
 from kvstore.errors import ConfigError
 from kvstore.node.arena import Arena
-
-Column = npt.NDArray[np.int64]
 
 SLICE_BYTES = 64 << 20
 """Registering takes up to 0.7 s a GiB, under a lock of the driver: a slice holds an engine's launch up by 45 ms at most."""

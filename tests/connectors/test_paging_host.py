@@ -103,6 +103,15 @@ def test_a_bad_batch_fails_alone(cuda: ModuleType, arena: Arena) -> None:
     pager.close()
 
 
+@pytest.mark.parametrize("offset", [-16, 8, 1 << 20, (1 << 20) - SMALL.block.nbytes + 16])
+def test_a_place_outside_the_arena_fails_the_transfer(cuda: ModuleType, arena: Arena, offset: int) -> None:
+    pager = cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads)
+    for move in (pager.save, pager.load):
+        with pytest.raises(IdentityError, match="inside the arena"):
+            move(arena, [BlockCopy((0, 1), offset)]).wait()
+    pager.close()
+
+
 def test_pagers_share_a_registration_and_the_last_one_ends_it(
     cuda: ModuleType, arena: Arena, registry: cupy_on_cpu.Registry
 ) -> None:
