@@ -7,7 +7,7 @@ tier        the tier: puts, gets, deletes, admission
 ├── budget      bytes in flight
 ├── peers       others who write to the same bucket
 └── objects     verbs on named objects, over obstore
-names, settings, probe (what the server really does), bucket (boto3: set-up, credentials, lifecycle)
+names, settings, documents (namespaces), probe (what the server really does), bucket (boto3: set-up, credentials, lifecycle)
 """
 
 from kvstore.tiers.object.bucket import Bucket

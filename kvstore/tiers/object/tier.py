@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,14 +12,15 @@ import structlog
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from kvstore.envelope import HEADER_BYTES, Header, verify
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, IdentityError, TierUnavailable
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, TierUnavailable
 from kvstore.identity import BlockKey, Namespace
 from kvstore.policy.eviction import LRU, EvictionPolicy
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.object.bucket import Bucket
 from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.contents import Contents, plausible_size
-from kvstore.tiers.object.names import NAMESPACES, block_name, namespace_name, parse_namespace_name
+from kvstore.tiers.object.documents import read_namespaces, write_namespace
+from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found, Objects
 from kvstore.tiers.object.peers import Peers
 from kvstore.tiers.object.probe import ServerFeatures, probe
@@ -30,8 +30,6 @@ from kvstore.tiers.object.survey import Survey
 
 log = structlog.get_logger(__name__)
 
-MAX_NAMESPACES = 10_000
-MAX_NAMESPACE_BYTES = 64 << 10
 DELETED_AT_ONCE = 1000
 """A deletion of more goes in steps: what is left of it after a failure stays listed."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 30.0
@@ -198,12 +196,17 @@ class ObjectTier(Tier):
         """
         return await self._survey.probe(keys, tuple(self._namespaces))
 
-    def learn(self, blocks: Iterable[Header]) -> None:
-        """List blocks that others know to be in the bucket, or correct what is known of them. No I/O."""
+    def learn(self, blocks: Iterable[Header], wanted: bool = False) -> None:
+        """List blocks that others know to be in the bucket, or correct what is known of them. No I/O.
+
+        When the index is full, blocks make others forgotten only if they are ``wanted``: ranking all of it takes a while.
+        """
         for header in blocks:
             if header.key in self._quarantine or self._contents.agrees(header):
                 continue
-            if self._contents.full:
+            if self._contents.full and header.key not in self._contents.index:
+                if not wanted:
+                    continue
                 self._forget_some()
             self._survey.appeared(header.key)
             self._contents.add(header, header.created)
@@ -220,11 +223,11 @@ class ObjectTier(Tier):
 
     async def make_room(self, nbytes: int) -> int:
         """Delete the least valuable blocks until ``nbytes`` fit under the capacity; how many went. Raises TierUnavailable."""
+        if self._contents.fits(nbytes):
+            return 0
+        if self.features and self.features.ranged_get:
+            await self._survey.read_headers()
         async with self._admission:
-            if self._contents.fits(nbytes):
-                return 0
-            if self.features and self.features.ranged_get:
-                await self._survey.read_headers()
             return await self._evict(self._contents.victims(nbytes))
 
     async def put_namespace(self, namespace: Namespace) -> None:
@@ -233,29 +236,12 @@ class ObjectTier(Tier):
         if self._namespaces.get(digest):
             return
         self._namespaces[digest] = False
-        body = json.dumps(namespace.to_dict(), indent=1).encode()
-        await self._objects.put(namespace_name(digest), body, create=False)
+        await write_namespace(self._objects, namespace)
         self._namespaces[digest] = True
 
     async def namespaces(self) -> dict[bytes, Namespace]:
         """Namespaces that were written down, by digest; unreadable ones are left out. Raises TierUnavailable."""
-        known: dict[bytes, Namespace] = {}
-        async for page in self._objects.walk(NAMESPACES):
-            for found in page:
-                digest = parse_namespace_name(found.name)
-                if digest is None or found.size > MAX_NAMESPACE_BYTES or len(known) >= MAX_NAMESPACES:
-                    continue
-                body = await self._objects.get(
-                    found.name, memoryview(bytearray(found.size)), lambda _, text: bytes(text)
-                )
-                try:
-                    namespace = Namespace.from_dict(json.loads(body or b""))
-                except (ValueError, IdentityError) as error:
-                    log.warning("unreadable namespace", name=found.name, error=str(error))
-                    continue
-                if namespace.digest == digest:
-                    known[digest] = namespace
-        return known
+        return await read_namespaces(self._objects)
 
     # --- writing
 
