@@ -1,4 +1,4 @@
-"""``kvstore region`` and, from ``replication.warmcli``, ``kvstore warm``. Imports what is heavy when a command runs."""
+"""``kvstore region``. Imports what is heavy when a command runs."""
 
 from __future__ import annotations
 

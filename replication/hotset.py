@@ -1,6 +1,7 @@
 """What is hot in a bucket, found from the bucket alone.
 
-Scores come from the snapshots that nodes leave there (``hotness/``). Without any, the blocks stored last count as the hottest:
+Scores come from the snapshots that nodes leave there (``hotness/``): each names the deepest blocks of hot prefixes, whose
+ancestors inherit the score. Without any, the blocks stored last count as the hottest:
 1 for a block stored now, half of it for each day since. Parents and times of creation come from the blocks' headers; those
 that an earlier manifest listed are not read again.
 """
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -30,9 +31,17 @@ from kvstore.tiers.object.names import (
 )
 from kvstore.tiers.object.objects import Found
 from replication.links import Links
-from replication.manifest import BLOCK_BYTES, MAX_MANIFEST_BYTES, HotBlock, Label
-from replication.names import TOMBSTONES
-from replication.tombstones import Tombstone
+from replication.manifest import (
+    BLOCK_BYTES,
+    MAX_MANIFEST_BYTES,
+    HotBlock,
+    Label,
+    Manifest,
+    ManifestRefused,
+    read_trusted,
+)
+from replication.names import MANIFESTS, TOMBSTONES, manifest_name
+from replication.tombstones import Tombstone, buried
 
 T = TypeVar("T")
 
@@ -93,6 +102,16 @@ def label_of(namespace: Namespace) -> Label:
     return Label(namespace.digest, namespace.model, namespace.tenant, namespace.block_tokens)
 
 
+async def kept_manifest(bucket: Links, region: str) -> Manifest | None:
+    """The manifest of ``region`` that lies in a bucket of ours; None when there is none that can be read."""
+    try:
+        raw = await bucket.read(manifest_name(region), MAX_MANIFEST_BYTES)
+        return None if raw is None else read_trusted(raw)
+    except (ManifestRefused, BlockTooLarge) as error:
+        log.warning("unreadable manifest", region=region, error=str(error))
+        return None
+
+
 async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, most: int = MOST_BLOCKS) -> HotSet:
     """The hottest blocks that can be used: whole chains, at most ``most`` blocks. ``known`` spares reading headers.
 
@@ -113,13 +132,41 @@ async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, mos
         path = _path(key, found, chosen)
         if path is not None and len(chosen) + len(path) <= most:
             chosen.update((block.key, block) for block in path)
-    blocks = [
-        HotBlock(b.key, b.parent, b.namespace, b.length, b.created, scores.get(b.key, 0.0))
-        for b in chosen.values()
-        if b.namespace in namespaces
-    ]
+    for block in reversed(chosen.values()):  # what is continued is at least as hot as what continues it
+        scores[block.parent] = max(scores.get(block.parent, 0.0), scores.get(block.key, 0.0))
+    blocks = [replace(b, score=scores[b.key]) for b in chosen.values() if b.namespace in namespaces]
     used = {block.namespace for block in blocks}
     return HotSet(blocks, {digest: label_of(namespaces[digest]) for digest in used})
+
+
+async def usual_hot_set(bucket: Links, now: float) -> HotSet:
+    """What a node here should be warm with: the manifests in the bucket, of this region and of those it pulls from.
+
+    Without a manifest, what ``find_hot_set`` finds. Only blocks that the bucket has, and none that are dead. Raises
+    TierUnavailable.
+    """
+    found = await bucket.listing(MANIFESTS)
+    manifests = [m for one in found if (m := await kept_manifest(bucket, one.name.split("/")[1])) is not None]
+    if manifests:
+        listing = await list_blocks(bucket)
+        hot = merge_hot_sets([HotSet(m.blocks, m.labels) for m in manifests], listing.keys())
+    else:
+        hot = await find_hot_set(bucket, (), now)
+    dead = buried(hot.blocks, hot.labels, await read_tombstones(bucket))
+    return HotSet([block for block in hot.blocks if block.key not in dead], hot.labels)
+
+
+def merge_hot_sets(sets: Iterable[HotSet], held: Container[BlockKey]) -> HotSet:
+    """All blocks of the sets that are ``held``, parents first, each with its highest score."""
+    blocks: dict[BlockKey, HotBlock] = {}
+    labels: dict[bytes, Label] = {}
+    for one in sets:
+        labels.update(one.labels)
+        for block in one.blocks:
+            known = blocks.get(block.key)
+            if block.key in held and (known is None or known.score < block.score):
+                blocks[block.key] = block
+    return HotSet(list(blocks.values()), labels)
 
 
 async def read_headers(bucket: Links, blocks: Mapping[BlockKey, Listed]) -> dict[BlockKey, Header]:

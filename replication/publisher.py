@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 
-import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from kvstore.errors import BlockTooLarge
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tiers.object.names import block_name
 from replication.hotset import (
     Listed,
     find_hot_set,
     hot_block,
+    kept_manifest,
     label_of,
     list_blocks,
     read_headers,
@@ -21,11 +20,9 @@ from replication.hotset import (
     read_tombstones,
 )
 from replication.links import Links
-from replication.manifest import MAX_MANIFEST_BYTES, MAX_TOMBSTONES, HotBlock, Manifest, ManifestRefused, read_trusted
+from replication.manifest import MAX_TOMBSTONES, HotBlock, Manifest
 from replication.names import manifest_name, tombstone_name
 from replication.tombstones import Tombstone, buried
-
-log = structlog.get_logger(__name__)
 
 DELETED_AT_ONCE = 1000
 CLOCK_MARGIN_SECONDS = 300.0
@@ -58,16 +55,6 @@ async def publish(bucket: Links, region: str, key: Ed25519PrivateKey) -> Manifes
     )
     await bucket.put(manifest_name(region), manifest.sealed(key), create=False)
     return manifest
-
-
-async def kept_manifest(bucket: Links, region: str) -> Manifest | None:
-    """The manifest of ``region`` that lies in a bucket of ours; None when there is none that can be read."""
-    try:
-        raw = await bucket.read(manifest_name(region), MAX_MANIFEST_BYTES)
-        return None if raw is None else read_trusted(raw)
-    except (ManifestRefused, BlockTooLarge) as error:
-        log.warning("unreadable manifest", region=region, error=str(error))
-        return None
 
 
 async def entomb(bucket: Links, stones: list[Tombstone]) -> int:

@@ -20,13 +20,17 @@ class RateLimit:
 
     async def take(self, nbytes: int) -> bool:
         """Wait until ``nbytes`` may be sent; always True. Served in order of arrival."""
+        if (seconds := self.reserve(nbytes)) > 0:
+            await asyncio.sleep(seconds)
+        return True
+
+    def reserve(self, nbytes: int) -> float:
+        """Take ``nbytes`` now; the seconds to wait before they are sent."""
         if self._rate is None:
-            return True
+            return 0.0
         now = time.monotonic()
         self._saved = min(self._saved + (now - self._at) * self._rate, self._rate * self.BURST_SECONDS)
         self._at = now
         debt = -self._saved
         self._saved -= nbytes
-        if debt > 0:
-            await asyncio.sleep(debt / self._rate)
-        return True
+        return max(0.0, debt / self._rate)

@@ -7,9 +7,9 @@ from typing import Any
 
 from replication import lease
 from replication.cursor import Cursor
+from replication.hotset import kept_manifest
 from replication.links import Links
 from replication.planner import GB
-from replication.publisher import kept_manifest
 from replication.topology import Topology
 
 ROLES = ("publisher", "replicator")

@@ -1,19 +1,21 @@
-"""What a node tells its region of the blocks that are asked for most: one small object, overwritten now and then.
+"""What a node tells its region of the prompts that are asked for most: one small object, overwritten now and then.
 
-Scores decay with time, so snapshots of different age are brought to one moment before they are added up.
+It names the deepest block of each hot prefix; the ancestors are found through the blocks' headers. Scores decay with time, so snapshots of different age are brought to one moment before they are added up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import msgpack
 import numpy as np
 
 from kvstore.errors import ProtocolError
 from kvstore.identity import KEY_BYTES, BlockKey
+from kvstore.policy.hotness import Hotness
 
 MAX_BLOCKS = 200_000
 """20 bytes each: 4 MB."""
@@ -24,14 +26,20 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class HotnessSnapshot:
-    """Scores of a node's hottest blocks at one time."""
+    """A node's hottest prefixes at one time."""
 
     taken: float
     """Seconds since the epoch."""
     half_life: float
     """Seconds in which a score falls to half."""
     scores: Mapping[BlockKey, float]
-    """Prefill seconds that the block is expected to save; never negative."""
+    """Prefill seconds that each block of the prefix is expected to save, by the key of the deepest; never negative."""
+
+    @classmethod
+    def of(cls, hotness: Hotness, now: float, prefill_seconds: Callable[[int], float], most: int = 4096) -> Self:
+        """The best ``most`` prefixes; ``prefill_seconds`` as for ``Hotness.top``."""
+        chains = hotness.top(most, now, prefill_seconds)
+        return cls(now, hotness.half_life, {c.key: c.hits * c.seconds_saved / c.extent.blocks for c in chains})
 
     def pack(self) -> bytes:
         """At most ``MAX_BLOCKS``; beyond, the coldest are left out."""
