@@ -124,6 +124,9 @@ def kill_a_writer(
 async def check(
     directory: Path, capacity: int, reported: Reported, *, evicting: bool, journal_lost: bool
 ) -> None:
+    # Before its first record the journal is as good as lost: a scan may list a torn write that nobody acknowledged.
+    journal = directory / "journal"
+    journal_lost = journal_lost or not journal.exists() or not journal.read_bytes().strip(b"\0")
     tier = await open_tier(directory, capacity)
     try:
         keys = set(tier.keys())
