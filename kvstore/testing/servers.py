@@ -43,6 +43,8 @@ class Daemon:
     ) -> None:
         """``ready`` is asked until it says that the server answers."""
         self.argv = tuple(argv)
+        with_parent = ["setpriv", "--pdeathsig", "KILL", "--"]  # a killed test run leaves no server behind
+        self._command = [*(with_parent if shutil.which("setpriv") else []), *argv]
         self.log = log
         self._ready = ready
         self._environ = {**os.environ, **(environ or {})}
@@ -52,7 +54,12 @@ class Daemon:
         """Start and wait until it answers. Raises ServerUnavailable with the end of its log."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self.argv, env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._command,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._ready():

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -96,6 +99,25 @@ def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
     daemon = Daemon(["sh", "-c", "echo no luck; exit 3"], tmp_path / "log", lambda: False)
     with pytest.raises(ServerUnavailable, match="no luck"):
         daemon.start()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed")
+def test_a_server_does_not_outlive_the_process_that_started_it() -> None:
+    program = """
+import time
+from kvstore.testing.servers import ministack
+with ministack() as server:
+    print(server.endpoint, flush=True)
+    time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    port = int(parent.stdout.readline().rsplit(":", 1)[1])
+    assert listens(port)
+    parent.kill()
+    parent.wait()
+    while listens(port):  # until the test's time is over
+        time.sleep(0.01)
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
