@@ -362,7 +362,9 @@ class DiskTier(Tier):
         rows = self._index.rows(keys)
         deepest_first = rows[np.argsort(-self._index.depth[rows].astype(np.int64), kind="stable")]
         unlisted = [self._unlist(self._index.key(row)) for row in deepest_first.tolist()]
-        batches = [unlisted[start : start + MAX_ENTRIES] for start in range(0, len(unlisted), MAX_ENTRIES)]
+        # One batch at least, even if empty: a key that is just being evicted must be journalled before this returns.
+        starts = range(0, max(1, len(unlisted)), MAX_ENTRIES)
+        batches = [unlisted[start : start + MAX_ENTRIES] for start in starts]
         outcomes = await asyncio.gather(
             *(self._drop(batch, sync=True) for batch in batches), return_exceptions=True
         )
