@@ -66,6 +66,13 @@ class EngineProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of the engine's process so far, all threads."""
+        with open(f"/proc/{self._process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def ready(self) -> None:
         """Wait until the engine is up. Raises RuntimeError if it never will be."""
         self._call({"ready": True})

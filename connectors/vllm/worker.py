@@ -163,24 +163,28 @@ class Mover:
 
     def _acquired(self, parts: Sequence[LoadPart], deadline: float) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
         """Chunks with their slots, acquired one chunk ahead and released when the next is asked for. Ends after a miss."""
-        chunks = [parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)]
-        ahead: Future[Acquired] | None = self._acquires.submit(self._acquire, chunks[0], deadline)
+        chunks = iter([parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)])
+        ahead = self._begin_acquire(next(chunks), deadline)
         try:
-            for number, chunk in enumerate(chunks):
-                assert ahead is not None
-                acquired = ahead.result()
+            while ahead is not None:
+                chunk, answer = ahead
                 ahead = None
-                if len(acquired.offsets) == len(chunk) and number + 1 < len(chunks):
-                    ahead = self._acquires.submit(self._acquire, chunks[number + 1], deadline)
+                acquired = answer.result()
+                if len(acquired.offsets) == len(chunk) and (following := next(chunks, None)):
+                    ahead = self._begin_acquire(following, deadline)
                 try:
                     yield chunk, acquired
                 finally:
                     self._release(chunk, acquired)
-                if ahead is None:
-                    return
         finally:
             if ahead is not None:
-                self._release(chunks[number + 1], ahead.result())
+                with suppress(KVStoreError):
+                    self._release(ahead[0], ahead[1].result())
+
+    def _begin_acquire(
+        self, chunk: Sequence[LoadPart], deadline: float
+    ) -> tuple[Sequence[LoadPart], Future[Acquired]] | None:
+        return chunk, self._acquires.submit(self._acquire, chunk, deadline)
 
     def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:
         left = deadline - time.monotonic()
