@@ -110,7 +110,9 @@ async def open_catalog(config: Config) -> Catalog | None:
     settings = config.catalog
     if not settings.url:
         return None
-    return await catalog.open_catalog(settings.url, config.object.url, settings.password.get_secret_value(), settings.ca_file)
+    return await catalog.open_catalog(
+        settings.url, config.object.url.rstrip("/"), settings.password.get_secret_value(), settings.ca_file
+    )
 
 
 async def open_sharing(config: Config) -> Sharing | None:

@@ -36,10 +36,11 @@ class Follower:
             while not await self._advance():
                 pass
 
-    async def ask(self, keys: Sequence[BlockKey]) -> int:
-        """List those of ``keys`` that the catalog knows; how many. Raises CatalogUnavailable."""
+    async def ask(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """List those of ``keys`` that the catalog knows; those of which it knows only nonsense. Raises CatalogUnavailable."""
         entries = [entry for entry in await self._catalog.lookup(keys[:BATCH]) if entry is not None]
-        return self._learn(entries)
+        self._learn(entries, wanted=True)
+        return [entry.key for entry in entries if entry.envelope_bytes > self._largest_block]
 
     async def _advance(self) -> bool:
         """Apply one batch; whether it was the last."""
@@ -63,10 +64,8 @@ class Follower:
         if self._unseen is not None:
             self._unseen.difference_update(batch.changes)
 
-    def _learn(self, entries: Iterable[Entry]) -> int:
-        known = [entry.header for entry in entries if entry.envelope_bytes <= self._largest_block]
-        self._tier.learn(known)
-        return len(known)
+    def _learn(self, entries: Iterable[Entry], wanted: bool = False) -> None:
+        self._tier.learn((e.header for e in entries if e.envelope_bytes <= self._largest_block), wanted)
 
     def _forget_unseen(self) -> None:
         """After an absence: blocks that a complete catalog does not have were deleted meanwhile."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -42,6 +42,8 @@ T = TypeVar("T")
 CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 """For one call from its start to its end, with what is repeated after a lost connection."""
+CONNECTIONS = 4
+"""Calls at a time, and so connections: a node's loops and a few questions. To open many at once takes longer than to wait."""
 _READING = "-"
 """Stands for ``Cursor.page`` None on the wire."""
 
@@ -125,8 +127,10 @@ class RedisCatalog(Catalog):
     def __init__(self, client: Redis | RedisCluster, scope: str) -> None:
         """``scope`` says whose catalog it is: the URL of the bucket. Catalogs of several may share a server."""
         self._client = client
+        self._turns = asyncio.Semaphore(CONNECTIONS)
         tag = "{kvstore:" + blake2b(scope.encode(), digest_size=8).hexdigest() + "}"
-        self._keys = [tag + name for name in ("meta", "blocks", "changes", "claims")]
+        self.names = [tag + name for name in ("meta", "blocks", "changes", "claims")]
+        """Keys on the server."""
 
     @classmethod
     async def open(cls, settings: RedisSettings, scope: str) -> RedisCatalog:
@@ -164,9 +168,11 @@ class RedisCatalog(Catalog):
     async def lookup(self, keys: Sequence[BlockKey]) -> list[Entry | None]:
         if not keys:
             return []
-        values = await self._answer(
-            cast("Awaitable[list[bytes | None]]", self._client.hmget(self._keys[1], list(keys)))
-        )
+
+        async def run() -> list[bytes | None]:
+            return await cast("Awaitable[list[bytes | None]]", self._client.hmget(self.names[1], list(keys)))
+
+        values = await self._answer(run)
         return [None if value is None else Entry.unpack(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def claim(self, name: str, holder: str, seconds: float) -> Claim | None:
@@ -199,20 +205,20 @@ class RedisCatalog(Catalog):
 
     async def _call(self, script: scripts.Script, *arguments: str | bytes | int) -> Any:
         """Run a script; the server may have to be given its source first."""
-        everything = [*self._keys, secrets.token_hex(8), *arguments]
+        everything = [*self.names, secrets.token_hex(8), *arguments]
 
         async def run() -> Any:
             try:
-                return await self._client.evalsha(script.sha, len(self._keys), *everything)
+                return await self._client.evalsha(script.sha, len(self.names), *everything)
             except NoScriptError:
-                return await self._client.eval(script.source, len(self._keys), *everything)
+                return await self._client.eval(script.source, len(self.names), *everything)
 
-        return await self._answer(run())
+        return await self._answer(run)
 
-    async def _answer(self, work: Awaitable[T]) -> T:
+    async def _answer(self, work: Callable[[], Awaitable[T]]) -> T:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                return await work
+            async with asyncio.timeout(ANSWER_SECONDS), self._turns:
+                return await work()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             raise CatalogUnavailable(str(error) or "no answer in time") from error
 

@@ -61,6 +61,7 @@ class Sharing(Peers):
         self._largest_block = largest_block
         self._tier: ObjectTier
         self._follower: Follower
+        self._evictor = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def watch(self, registry: CollectorRegistry) -> None:
@@ -70,6 +71,7 @@ class Sharing(Peers):
             Gauge(f"kvstore_catalog_{name}", text, registry=registry).set_function(value)
 
         gauge("reachable", "1 while the catalog answers", lambda: self._publisher.reachable)
+        gauge("complete", "1 while the catalog covers the whole bucket", lambda: self._follower.complete)
         gauge("pending", "Changes that wait to be published", lambda: len(self._publisher.pending))
         gauge("published", "Changes published since the start", lambda: self._publisher.published)
         gauge("applied", "Changes learnt from the catalog since the start", lambda: self._follower.applied)
@@ -82,7 +84,9 @@ class Sharing(Peers):
         works = [
             self._publisher.run(),
             self._forever(self._follow, FOLLOW_SECONDS),
-            self._forever(self._do_duties, DUTY_SECONDS),
+            self._forever(self._renew_claims, DUTY_SECONDS),
+            self._forever(self._fill, DUTY_SECONDS),
+            self._forever(self._evict, DUTY_SECONDS),
         ]
         self._tasks = [asyncio.create_task(work) for work in works]
 
@@ -126,11 +130,11 @@ class Sharing(Peers):
         """
         if self._publisher.reachable and self._follower.complete:
             try:
-                await self._follower.ask([key for key in keys if key not in self._tier.keys()])
-                return
+                keys = await self._follower.ask([key for key in keys if key not in self._tier.keys()])
             except CatalogUnavailable as error:
                 self._publisher.heard(error)
-        await self._tier.probe(keys)
+        if keys:
+            await self._tier.probe(keys)
 
     # --- in the background
 
@@ -155,34 +159,37 @@ class Sharing(Peers):
         await self._follower.catch_up()
         self._publisher.heard()
 
-    async def _do_duties(self) -> None:
-        await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
-        if self._publisher.dropped or not self._follower.complete:
-            await self._fill()
-        if self._capacity is not None and self._tier.ready.is_set():
-            await self._evict(self._capacity)
+    async def _renew_claims(self) -> None:
+        try:
+            await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
+            if self._capacity is not None:
+                self._evictor = await self._catalog.claim(EVICT, self.name, LEASE_SECONDS) is not None
+        except CatalogUnavailable:
+            self._evictor = False
+            raise
 
     async def _fill(self) -> None:
-        """Bring the catalog in line with the bucket, if no other node is at it."""
+        """Bring the catalog in line with the bucket, if that is needed and no other node is at it."""
+        if self._follower.complete and not self._publisher.dropped:
+            return
         if await self._catalog.claim(REBUILD, self.name, REBUILD_SECONDS) is None:
             return
         dropped, status = self._publisher.dropped, await self._catalog.status()
         if dropped or not status.complete:  # else another node was faster
             log.info("filling the catalog from the bucket")
-            blocks = await fill(self._catalog, self._tier.objects, status.epoch, self._keep_claims)
+            blocks = await fill(self._catalog, self._tier.objects, status.epoch, self._keep_filling)
             if blocks is not None:
                 log.info("the catalog covers the bucket", blocks=blocks)
                 self._publisher.dropped -= dropped
         await self._catalog.claim(REBUILD, self.name, 0)
 
-    async def _keep_claims(self, _: int) -> None:
+    async def _keep_filling(self, _: int) -> None:
         await self._catalog.claim(REBUILD, self.name, REBUILD_SECONDS)
-        await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
 
-    async def _evict(self, capacity: int) -> None:
-        """Keep some of the bucket free, if no other node does. Two who believe to be the evictor do no harm but evict more."""
-        if await self._catalog.claim(EVICT, self.name, LEASE_SECONDS) is None:
+    async def _evict(self) -> None:
+        """Keep some of the bucket free. Two who believe to be the evictor do no harm but evict more."""
+        if self._capacity is None or not self._evictor or not self._tier.ready.is_set():
             return
-        evicted = await self._tier.make_room(max(int(capacity * FREE_SHARE), min(self._largest_block, capacity // 4)))
-        if evicted:
+        free = max(int(self._capacity * FREE_SHARE), min(self._largest_block, self._capacity // 4))
+        if evicted := await self._tier.make_room(free):
             log.info("made room in the bucket", blocks=evicted)

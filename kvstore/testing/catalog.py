@@ -104,6 +104,31 @@ class CatalogConformance:
             await catalog.record({entry.key: other})
             assert await catalog.lookup([entry.key]) == [other]
 
+    async def test_what_cannot_be_an_entry_is_absent_until_it_is_recorded_again(
+        self, catalog: Catalog, source: random.Random
+    ) -> None:
+        entries = random_entries(source, 8)
+        await catalog.record(entries)
+        good = next(iter(entries.values())).pack()
+        nonsense = [b"", b"x", good[:-1], good + b"x", bytes(4) + good[4:], b"\xff" * 4 + good[4:]]
+        for key, value in zip(entries, nonsense, strict=False):
+            if not await self.damage(catalog, key, value):
+                pytest.skip("this catalog cannot be damaged")
+        keys = list(entries)
+        sound = {key: entries[key] for key in keys[len(nonsense) :]}
+        assert await catalog.lookup(keys) == [sound.get(key) for key in keys]
+        index: Index = {}
+        await follow(catalog, START, index)
+        assert index == sound
+        await catalog.record(entries)
+        assert await catalog.lookup(keys) == list(entries.values())
+        await catalog.record(dict.fromkeys(keys))
+        assert (await catalog.status()).blocks == 0
+
+    async def damage(self, catalog: Catalog, key: BlockKey, value: bytes) -> bool:
+        """Replace the packed entry of a key behind the catalog's back. False: that cannot be done."""
+        return False
+
     # Following
 
     async def test_a_follower_sees_the_index_and_then_every_change(

@@ -84,7 +84,7 @@ class Survey:
             if found is not None and plausible_size(found.size) and key not in self._quarantine:
                 self.appeared(key)
                 if key not in self._contents.index:
-                    self._contents.note(namespace, key, found)
+                    self._peers.stored(self._contents.note(namespace, key, found))
                 return True
         self._absent.pop(key, None)
         self._absent[key] = time.monotonic() + ABSENT_SECONDS

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from kvstore.catalog import Catalog, open_catalog, sqlite
 from kvstore.catalog import redis as redis_catalog
+from kvstore.identity import BlockKey
 from kvstore.testing.catalog import CatalogConformance
 from kvstore.testing.redis import RedisServer, redis_cluster, redis_sentinel, redis_server
 from kvstore.testing.servers import ServerUnavailable
@@ -26,6 +29,11 @@ class TestSQLite(CatalogConformance):
 
     def bounded_modules(self) -> list[object]:
         return [sqlite]
+
+    async def damage(self, catalog: Catalog, key: BlockKey, value: bytes) -> bool:
+        with closing(sqlite3.connect(urlsplit(self.url).path)) as db, db:
+            db.execute("UPDATE blocks SET value = ? WHERE key = ?", (value, key))
+        return True
 
 
 class RedisConformance(CatalogConformance):
@@ -55,6 +63,12 @@ class RedisConformance(CatalogConformance):
 
     def bounded_modules(self) -> list[object]:
         return [redis_catalog]
+
+    async def damage(self, catalog: Catalog, key: BlockKey, value: bytes) -> bool:
+        assert isinstance(catalog, redis_catalog.RedisCatalog)
+        with self.server.client() as client:
+            client.hset(catalog.names[1], key, value)
+        return True
 
 
 class TestRedis(RedisConformance):

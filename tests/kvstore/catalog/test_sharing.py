@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.catalog import open_catalog
+from kvstore.catalog.base import Entry
 from kvstore.identity import BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
 from kvstore.node.client import Client
@@ -18,7 +22,9 @@ from kvstore.testing.node import RunningNode
 from kvstore.testing.redis import RedisServer, redis_server
 from kvstore.testing.servers import ServerUnavailable
 from kvstore.tiers.base import Medium
+from kvstore.tiers.object import ObjectTier
 from kvstore.tiers.object.names import block_name
+from kvstore.tiers.wrappers import Wrapped
 
 BLOCK_BYTES = 50_000
 SPACE = Namespace(
@@ -32,6 +38,7 @@ class Region:
 
     def __init__(self, folder: Path, catalog: str, stack: ExitStack) -> None:
         self.folder = folder
+        self.bucket = f"file://{folder}/bucket"
         self.catalog = catalog
         self._stack = stack
         self._nodes = 0
@@ -39,7 +46,7 @@ class Region:
     def node(self, *overrides: str) -> Peer:
         self._nodes += 1
         directory = self.folder / f"node-{self._nodes}"
-        settings = [f"object.url=file://{self.folder}/bucket", f"catalog.url={self.catalog}", "disk.enabled=false"]
+        settings = [f"object.url={self.bucket}", f"catalog.url={self.catalog}", "disk.enabled=false"]
         running = RunningNode(directory, *settings, *overrides)
         self._stack.callback(running.stop)
         client = Client(running.socket, name="test")
@@ -64,6 +71,12 @@ class Peer:
 
     def save(self, seed: int, blocks: int = 3) -> list[BlockKey]:
         """A chain, durable in the bucket on return."""
+        keys, durable = self.offer(seed, blocks)
+        assert durable == tuple(keys)
+        return keys
+
+    def offer(self, seed: int, blocks: int = 3) -> tuple[list[BlockKey], tuple[BlockKey, ...]]:
+        """Save a chain; its blocks, and those that the bucket took."""
         keys = self.chain(seed, blocks)
         parents = [BlockKey(bytes(16)), *keys]
         new = [NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(keys, parents, strict=False))]
@@ -71,8 +84,7 @@ class Peer:
         for key, offset in zip(keys, reserved.offsets, strict=True):
             assert offset is not None
             reserved.arena.slot(offset, BLOCK_BYTES)[:] = payload(key)
-        assert self.client.commit(keys, durable=Medium.OBJECT, timeout=20) == tuple(keys)
-        return keys
+        return keys, self.client.commit(keys, durable=Medium.OBJECT, timeout=20)
 
     def load(self, keys: list[BlockKey]) -> int:
         """How many of a prefix are delivered; each as it was saved."""
@@ -84,8 +96,16 @@ class Peer:
 
     def lists(self, keys: list[BlockKey]) -> int:
         """How many of a prefix the bucket's tier of this node lists."""
+        return sum(key in self.bucket.keys() for key in keys)
+
+    @property
+    def bucket(self) -> ObjectTier:
+        """To look at, not to call: it belongs to the node's thread."""
         (tier,) = (tier for tier in self.running.node.store.tiers if tier.medium is Medium.OBJECT)
-        return sum(key in tier.keys() for key in keys)
+        while isinstance(tier, Wrapped):
+            tier = tier.inner
+        assert isinstance(tier, ObjectTier)
+        return tier
 
 
 def payload(key: BlockKey) -> bytes:
@@ -225,8 +245,81 @@ def test_a_lost_bucket_is_a_miss(region: Region) -> None:
     wait_for(lambda: a.lists(keys) == 0)  # b told of what it missed
 
 
+class TestWrongEntries:
+    """Nothing that stands in a catalog makes a node deliver wrong bytes, and reading or saving the block mends the entry."""
+
+    def recorded(self, region: Region, change: Callable[[Entry], Entry]) -> tuple[Peer, list[BlockKey]]:
+        """A node that has met a chain of one block, whose entry was changed, and of which it holds nothing."""
+        a = region.node()
+        keys = a.save(1, blocks=1)
+        catalog_is_complete(a)
+        wait_for(lambda: asyncio.run(self.entry(region, keys[0])))
+        a.running.stop()
+        asyncio.run(self.spoil(region, keys[0], change))
+        b = region.node("host.extent_bytes=256KiB")
+        catalog_is_complete(b)
+        return b, keys
+
+    async def spoil(self, region: Region, key: BlockKey, change: Callable[[Entry], Entry]) -> None:
+        catalog = await open_catalog(region.catalog, region.bucket)
+        (entry,) = await catalog.lookup([key])
+        assert entry is not None
+        await catalog.record({key: change(entry)})
+        await catalog.close()
+
+    async def entry(self, region: Region, key: BlockKey) -> Entry | None:
+        catalog = await open_catalog(region.catalog, region.bucket)
+        try:
+            return (await catalog.lookup([key]))[0]
+        finally:
+            await catalog.close()
+
+    @pytest.mark.parametrize(
+        "length", [1, BLOCK_BYTES - 1, 3 * BLOCK_BYTES, 1 << 20, 1 << 30], ids=lambda length: f"{length} bytes"
+    )
+    def test_a_wrong_length(self, region: Region, length: int) -> None:
+        node, keys = self.recorded(region, lambda entry: dataclasses.replace(entry, length=length))
+
+        def delivered() -> bool:
+            node.client.lookup(keys)  # a miss sends the node to look for it
+            return node.load(keys) == 1
+
+        wait_for(delivered)
+        wait_for(lambda: asyncio.run(self.entry(region, keys[0])).envelope_bytes == 13 * 4096 + 4096)
+
+    def test_a_wrong_namespace(self, region: Region) -> None:
+        node, keys = self.recorded(region, lambda entry: dataclasses.replace(entry, namespace=b"w" * 16))
+        wait_for(lambda: node.lists(keys) == 1)
+        assert node.load(keys) == 0
+        node.save(1, blocks=1)
+        assert node.load(keys) == 1
+        wait_for(lambda: asyncio.run(self.entry(region, keys[0])).namespace == SPACE.digest)
+
+
+def test_the_region_keeps_the_bucket_under_its_capacity(region: Region) -> None:
+    capacity = 1 << 20
+    nodes = [region.node(f"object.bytes={capacity}") for _ in range(2)]
+    taken: list[list[BlockKey]] = []
+
+    def one_takes_more(node: Peer) -> bool:
+        keys, durable = node.offer(len(taken), blocks=4)
+        taken.append(keys)
+        return len(durable) == 4
+
+    for turn in range(16):  # more than three times the capacity
+        wait_for(lambda: one_takes_more(nodes[turn % 2]))  # noqa: B023
+
+    def settled() -> bool:
+        files = {path.name for path in (region.folder / "bucket" / "blocks").rglob("*") if path.is_file()}
+        return all({key.hex() for key in list(node.bucket.keys())} == files for node in nodes)
+
+    wait_for(settled)
+    sizes = [path.stat().st_size for path in (region.folder / "bucket" / "blocks").rglob("*") if path.is_file()]
+    assert 0 < sum(sizes) <= capacity
+    for keys in taken:
+        present = [region.object(key).exists() for key in keys]
+        assert present == sorted(present, reverse=True), "a suffix was orphaned"
+
+
 def catalog_is_complete(peer: Peer) -> None:
-    (tier,) = (tier for tier in peer.running.node.store.tiers if tier.medium is Medium.OBJECT)
-    while hasattr(tier, "inner"):
-        tier = tier.inner
-    wait_for(lambda: tier._peers._follower.complete)
+    wait_for(lambda: peer.client.call("status")["counters"]["kvstore_catalog_complete"] == 1)
