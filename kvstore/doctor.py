@@ -25,6 +25,7 @@ from kvstore.node.arena import SHM_DIRECTORY
 from kvstore.units import human_bytes
 
 if TYPE_CHECKING:
+    from kvstore.catalog.base import CatalogStatus
     from kvstore.tiers.object import ServerFeatures
 
 SAMPLE_BYTES = 256 << 20
@@ -62,6 +63,7 @@ def examine(config: Config) -> Iterator[Finding]:
         ("disk", check_disk),
         ("disk speed", check_disk_speed),
         ("object store", check_object_store),
+        ("catalog", check_catalog),
         ("tenant secret", check_secret),
         ("GPU", check_gpu),
     ]
@@ -214,6 +216,31 @@ async def _ask_bucket(config: Config) -> tuple[ServerFeatures | None, float]:
             bucket.check()
             seconds.append(time.perf_counter() - started)
     return tier.features, sorted(seconds)[len(seconds) // 2]
+
+
+def check_catalog(config: Config) -> Finding:
+    """Whether the catalog answers and covers the bucket."""
+    name = "catalog"
+    if not config.catalog.url:
+        return Finding(name, Verdict.OK, "none configured; each node lists the bucket")
+    found = asyncio.run(_ask_catalog(config))
+    text = f"{config.catalog.url} knows {found.blocks} blocks"
+    if not found.complete:
+        return Finding(
+            name, Verdict.WARN, f"{text}, not yet all of the bucket", "A node completes it, or: kvstore catalog rebuild"
+        )
+    return Finding(name, Verdict.OK, text)
+
+
+async def _ask_catalog(config: Config) -> CatalogStatus:
+    from kvstore.assembly import open_catalog
+
+    catalog = await open_catalog(config)
+    assert catalog is not None
+    try:
+        return await catalog.status()
+    finally:
+        await catalog.close()
 
 
 def check_secret(config: Config) -> Finding:

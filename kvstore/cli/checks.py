@@ -16,7 +16,7 @@ def doctor(
     socket: options.Socket = None,
     json: options.Json = False,
 ) -> None:
-    """Check this machine against the configuration: memory, disk, bucket, secret, node, GPU."""
+    """Check this machine against the configuration: node, memory, disk, bucket, catalog, secret, GPU."""
     from kvstore.doctor import Verdict, examine
 
     results = []

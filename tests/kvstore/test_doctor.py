@@ -75,3 +75,12 @@ def test_a_folder_as_object_store(tmp_path: Path) -> None:
     (tmp_path / "bucket").mkdir()
     found = findings(tmp_path, [f"object.url=file://{tmp_path}/bucket", "disk.enabled=false"])
     assert found["object store"].verdict is Verdict.OK
+
+
+def test_a_catalog_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    folder = [f"object.url=file://{tmp_path}/bucket", "disk.enabled=false"]
+    finding = findings(tmp_path, [*folder, f"catalog.url=sqlite://{tmp_path}/catalog.db"])["catalog"]
+    assert "0 blocks" in finding.finding
+    finding = findings(tmp_path, [*folder, "catalog.url=redis://127.0.0.1:9/0"])["catalog"]
+    assert finding.verdict is Verdict.FAIL
