@@ -64,10 +64,11 @@ class Store:
         lower: Sequence[Tier],
         metrics: StoreMetrics,
         queue_bytes: int,
-        writers: int = 8,
+        writers: int = 32,
         probe: Probe | None = None,
     ) -> None:
-        """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them.
+        """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
+        ``writers`` how many blocks are on their way to it (enough to share the disk's syncs).
 
         ``probe`` is told of keys that no tier listed, to look for them off the caller's path.
         """
