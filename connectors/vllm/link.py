@@ -27,6 +27,8 @@ class Link:
         self._block_bytes = block_bytes
         self._start_node = start_node
         self._keyring: Keyring | None = None
+        self._on_node: Callable[[], None] | None = None
+        self._epoch = 0
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvstore-link", daemon=True)
@@ -36,6 +38,12 @@ class Link:
     def keyring(self) -> Keyring | None:
         """Makes the namespace's block keys; None while no node is known to answer."""
         return self._keyring
+
+    def on_node(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` in the link's thread for every run of a node that is found."""
+        self._on_node = callback
+        self._epoch = 0
+        self._wake.set()
 
     def lost(self) -> None:
         """A call found the node gone."""
@@ -54,6 +62,9 @@ class Link:
             try:
                 self._keyring = self.client.open_namespace(self._namespace, self._block_bytes)
                 silent = False
+                if self._on_node is not None and self.client.epoch != self._epoch:
+                    self._epoch = self.client.epoch
+                    self._on_node()
             except KVStoreError as error:
                 self._keyring = None
                 if not silent:

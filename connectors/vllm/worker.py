@@ -43,6 +43,7 @@ RESERVATION_WAIT = 0.05
 MAX_UNPUBLISHED = 1024
 """Blocks saved but not published yet, beyond which saves are dropped."""
 
+PREPARE_TIMEOUT = 5.0
 PUBLISH_TIMEOUT = 10.0
 
 
@@ -72,6 +73,13 @@ class Mover:
         self._unpublished = 0
         self._received: set[str] = set()
         self._bad_pages: set[int] = set()
+        link.on_node(self._prepare)
+
+    def _prepare(self) -> None:
+        """Show the pager a node's arena before it is needed: pinning it takes seconds."""
+        arena = self._client.acquire([], PREPARE_TIMEOUT).arena
+        with self._pager_lock:
+            self._pager.load(arena, [])
 
     # Saves
 
@@ -133,8 +141,8 @@ class Mover:
         """Finish what was started, within its deadlines, and let the node go."""
         for executor in (self._loads, self._acquires, self._reserves, self._publishes):
             executor.shutdown(wait=True)
-        self._pager.close()
         self._link.close()
+        self._pager.close()
 
     def _load(self, load: Load, deadline: float) -> None:
         """Copy block after block until one is missing. Never raises."""

@@ -74,6 +74,9 @@ class FakeLink:
     def keyring(self) -> Any:
         return self.client.open_namespace(NAMESPACE, GEOMETRY.block_bytes)
 
+    def on_node(self, callback: Any) -> None:
+        pass
+
     def lost(self) -> None:
         pass
 

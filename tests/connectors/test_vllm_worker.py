@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 import connectors.vllm.worker as worker
 from connectors.paging.base import Pager
-from connectors.paging.torch import OpaquePager
+from connectors.paging.torch import Finished, OpaquePager
 from connectors.vllm.keys import Geometry
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
@@ -166,12 +166,15 @@ class SlowPager(Pager):
 
     def __init__(self) -> None:
         self.transfers: list[SlowTransfer] = []
+        self.loads: list[Any] = []
 
     def save(self, arena: Any, copies: Any) -> SlowTransfer:
         self.transfers.append(SlowTransfer())
         return self.transfers[-1]
 
-    load = save
+    def load(self, arena: Any, copies: Any) -> Finished:
+        self.loads.append(list(copies))
+        return Finished()
 
     def close(self) -> None:
         pass
@@ -180,6 +183,7 @@ class SlowPager(Pager):
 def test_pages_are_protected_only_while_they_are_copied(rigs: Any) -> None:
     pager = SlowPager()
     rig = rigs(InProcessNode(1 << 20), pager=pager)
+    wait(lambda: pager.loads == [[]])  # it was shown the arena before there was anything to copy
     rig.save(1, 2)
     rig.mover.protect(frozenset({3}))  # other pages: returns at once
     assert not rig.node.keys
