@@ -96,6 +96,11 @@ class Store:
             self._look_further(keys[end : end + PROBED_AFTER_MISS])
         return Lookup(blocks, tuple(runs), self._promoter.estimate(keys[start:end], runs))
 
+    async def find(self, keys: Sequence[BlockKey]) -> None:
+        """Look in the bucket for blocks that no tier lists, as others may have stored them; a bounded number of them."""
+        if self._probe is not None:
+            await _quietly(self._probe(keys))
+
     async def acquire(self, session: Session, keys: Sequence[BlockKey], timeout: float) -> Delivery:
         """Lease a prefix of ``keys``, fetching what is not in the arena; at the deadline, what has arrived.
 

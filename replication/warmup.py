@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError, IdentityError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import Miss
 from kvstore.node.client import Client
+from kvstore.node.protocol import join_keys
 from kvstore.tiers.base import Medium
 from replication.hotset import HotSet, label_of
 from replication.manifest import HotBlock
@@ -28,9 +29,10 @@ HOST_SHARE, DISK_SHARE = 0.8, 0.9
 """Of a tier's capacity that a warm-up fills, unless told otherwise: traffic needs some room as well."""
 ACQUIRE_SECONDS = 60.0
 DRAIN_SECONDS = 60.0
+FIND_SECONDS = 30.0
 TRIES = 5
-"""A bucket that hiccups, or a block that the node has not heard of yet."""
-RETRY_SECONDS = 0.3
+"""For a bucket that hiccups, or a node that is busy."""
+RETRY_SECONDS = 1.0
 
 
 @dataclass
@@ -131,7 +133,7 @@ class Warmer:
         undrained = 0
         for batch in _batches(blocks, self._host_bytes // 16):
             batch = [block for block in batch if not self._orphaned(block, failed)]
-            where = {block.key: self._where(block.key) for block in batch}
+            where = self._where([block.key for block in batch])
             far = sum(block.nbytes for block in batch if where[block.key] not in (Medium.HOST, Medium.DISK))
             time.sleep(self._rate.reserve(far))
             missing = [block for block in batch if where[block.key] not in (Medium.HOST, Medium.DISK)]
@@ -160,10 +162,9 @@ class Warmer:
         for attempt in range(TRIES):
             acquired = self._client.acquire(keys, ACQUIRE_SECONDS)
             self._client.release(keys[: len(acquired.media)])
-            if acquired.media or acquired.miss in (None, Miss.CORRUPT):
+            if acquired.media or acquired.miss not in (Miss.UNAVAILABLE, Miss.NO_ROOM):
                 break
             if attempt < TRIES - 1:
-                self._client.lookup(keys)  # a node that misses a block looks for it in the bucket
                 time.sleep(RETRY_SECONDS)
         return acquired.media, None if len(acquired.media) == len(keys) else acquired.miss
 
@@ -182,10 +183,16 @@ class Warmer:
             keys = [block.key for block in batch]
             self._client.release(keys[: len(self._client.acquire(keys, ACQUIRE_SECONDS).media)])
 
-    def _where(self, key: BlockKey) -> Medium | None:
-        """The fastest tier that holds a block. Does not count as a use."""
-        media = [Medium(name) for name in self._client.call("inspect", key=key)["media"]]
-        return media[0] if media else None
+    def _where(self, keys: Sequence[BlockKey]) -> dict[BlockKey, Medium | None]:
+        """The fastest tier that holds each block. Does not count as a use."""
+        where = {key: self._inspect(key) for key in keys}
+        if unheard := [key for key, medium in where.items() if medium is None]:
+            self._client.call("find", FIND_SECONDS, keys=join_keys(unheard))
+        return where
+
+    def _inspect(self, key: BlockKey) -> Medium | None:
+        media = self._client.call("inspect", key=key)["media"]
+        return Medium(media[0]) if media else None
 
     def _count(self, block: HotBlock, medium: Medium | None, tokens: Mapping[bytes, int]) -> None:
         assert medium is not None

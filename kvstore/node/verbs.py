@@ -6,6 +6,7 @@ ProtocolError. Keys and digests are raw bytes; media are the values of ``Medium`
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from bisect import bisect_right
@@ -14,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import kvstore
+from kvstore.demand import Demand
 from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
 from kvstore.identity import KEY_BYTES, BlockKey, Namespace
-from kvstore.namespaces import NamespaceBook
+from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.store import Session, Store
@@ -40,16 +42,21 @@ class Caller:
     pid: int
     session: Session
     since: float
+    namespace: KnownNamespace | None = None
+    """The one it opened last: what its lookups are about."""
 
 
 class Verbs:
     """The verbs by name, over one store. Called in the node's event loop."""
 
-    def __init__(self, store: Store, namespaces: NamespaceBook, tenant: str, tenant_secret: bytes, epoch: int) -> None:
+    def __init__(
+        self, store: Store, namespaces: NamespaceBook, demand: Demand, tenant: str, tenant_secret: bytes, epoch: int
+    ) -> None:
         self.callers: set[Caller] = set()
         self.draining = False
         self._store = store
         self._namespaces = namespaces
+        self._demand = demand
         self._tenant = tenant
         self._secret = tenant_secret
         self._epoch = epoch
@@ -67,13 +74,19 @@ class Verbs:
             "inspect": self.inspect,
             "verify": self.verify,
             "delete": self.delete,
+            "find": self.find,
             "drain": self.drain,
+            "hot": self.hot,
         }
 
     # --- engines
 
     def lookup(self, caller: Caller, args: Arguments) -> Any:
-        found = self._store.lookup(split_keys(args.get("keys")), _integer(args, "start", 0, 1 << 31))
+        keys = split_keys(args.get("keys"))
+        found = self._store.lookup(keys, _integer(args, "start", 0, 1 << 31))
+        if (known := caller.namespace) is not None and known.block_bytes is not None:
+            tokens, nbytes = known.fields.block_tokens, known.block_bytes
+            asyncio.get_running_loop().call_soon(self._demand.observe, caller, keys, tokens, nbytes)
         return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
@@ -134,7 +147,7 @@ class Verbs:
                 f"a block of {namespace.model} needs {envelope_bytes(block_bytes)} bytes with its header",
                 "Raise host.extent_bytes, or lower the connector's block_tokens.",
             )
-        self._namespaces.open(namespace, block_bytes)
+        caller.namespace = self._namespaces.open(namespace, block_bytes)
         return [namespace.digest, namespace.keyring(self._secret).secret]
 
     # --- operators
@@ -214,6 +227,30 @@ class Verbs:
             keys = [key for key in every if self._namespace_of(key) == namespace]
         deleted = await self._store.delete(keys)
         return {"deleted": {medium.value: count for medium, count in deleted.items()}}
+
+    async def find(self, caller: Caller, args: Arguments) -> None:
+        await self._store.find(split_keys(args.get("keys")))
+
+    def hot(self, caller: Caller, args: Arguments) -> Any:
+        """The hottest prompts, by the key of their deepest shared block."""
+        prompts = []
+        for chain in self._demand.top(_integer(args, "limit", 1, MAX_PAGE)):
+            stats = [
+                (tier.medium.value, stat) for tier in self._store.tiers if (stat := tier.stat(chain.key)) is not None
+            ]
+            prompts.append(
+                {
+                    "key": chain.key,
+                    "namespace": next((stat.namespace for _, stat in stats if stat.namespace), b""),
+                    "tokens": chain.extent.tokens,
+                    "bytes": chain.extent.bytes,
+                    "hits": chain.hits,
+                    "seconds_saved": chain.seconds_saved,
+                    "last_used": chain.last_used,
+                    "media": [medium for medium, _ in stats],
+                }
+            )
+        return {"prompts": prompts}
 
     async def drain(self, caller: Caller, args: Arguments) -> Any:
         drained = await self._store.drain(_seconds(args, "timeout"))
