@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
+import uuid
 from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from kvstore.config import Config
+from kvstore.demand import Demand
 from kvstore.errors import TierError
 from kvstore.identity import Namespace
 from kvstore.namespaces import NamespaceBook
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook) -> Store:
+async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, demand: Demand) -> Store:
     """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again."""
     metrics = StoreMetrics()
     measured = TierMetrics(metrics.registry)
@@ -46,6 +52,7 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook) ->
             if sharing is not None:
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
+            demand.publish = partial(bucket.put_hotness, node_name(config.node.directory))
         return Store(host, lower, metrics, config.queue_bytes, probe=probe)
     except BaseException:
         for tier in reversed([host, *lower]):
@@ -79,6 +86,18 @@ def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:
     for known in namespaces:
         spawn(announce(known.fields))
     spawn(learn())
+
+
+def node_name(directory: Path) -> str:
+    """What this node is called in its region: the machine's name, and a mark that survives restarts."""
+    mark = directory / "node-id"
+    try:
+        if not mark.exists():
+            mark.write_text(uuid.uuid4().hex[:8])
+        text = mark.read_text().strip()
+    except OSError:
+        text = uuid.uuid4().hex[:8]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{text}")[:128]
 
 
 async def open_disk(config: Config) -> DiskTier:

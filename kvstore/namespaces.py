@@ -54,7 +54,7 @@ class NamespaceBook:
         """Remember a namespace that somebody else's blocks are in."""
         self._known.setdefault(namespace.digest, KnownNamespace(namespace, namespace.digest))
 
-    def open(self, namespace: Namespace, block_bytes: int) -> None:
+    def open(self, namespace: Namespace, block_bytes: int) -> KnownNamespace:
         """A client is about to use the namespace. Raises IdentityError when another block size is in use already."""
         known = self._known.get(namespace.digest)
         if known is not None and known.block_bytes not in (None, block_bytes):
@@ -67,6 +67,7 @@ class NamespaceBook:
             self.announce(namespace)
         if known is None:
             self._write(namespace)
+        return self._known[namespace.digest]
 
     def _write(self, namespace: Namespace) -> None:
         path = self._directory / f"{namespace.digest.hex()}.json"

@@ -21,6 +21,7 @@ import structlog
 import kvstore
 from kvstore.assembly import open_store
 from kvstore.config import Config
+from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
@@ -43,10 +44,12 @@ SWITCH_INTERVAL = 0.0002
 class Node:
     """A running node: store, socket, clients."""
 
-    def __init__(self, config: Config, arena: Arena, store: Store, namespaces: NamespaceBook) -> None:
+    def __init__(self, config: Config, arena: Arena, store: Store, namespaces: NamespaceBook, demand: Demand) -> None:
         self.store = store
         self._arena = arena
-        self._verbs = Verbs(store, namespaces, config.identity.tenant, config.identity.secret_bytes(), arena.epoch)
+        self._verbs = Verbs(
+            store, namespaces, demand, config.identity.tenant, config.identity.secret_bytes(), arena.epoch
+        )
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
 
@@ -58,8 +61,9 @@ class Node:
         with _exclusive(path):
             namespaces = NamespaceBook(config.node.directory / "namespaces")
             arena = Arena.create(config.host.bytes, secrets.randbits(63) or 1)
-            store = await open_store(config, arena, namespaces)
-            node = cls(config, arena, store, namespaces)
+            demand = Demand(config.node.directory / "hotness.msgpack")
+            store = await open_store(config, arena, namespaces, demand)
+            node = cls(config, arena, store, namespaces, demand)
             try:
                 listener = _listen(path)
                 accepting = asyncio.create_task(node._accept(listener))
@@ -75,6 +79,7 @@ class Node:
                     for connection in list(node._connections):
                         connection.close()
             finally:
+                await demand.close()
                 await store.close()
 
     async def _accept(self, listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Documents that name the namespaces in a bucket, so that a listing can say which models its blocks belong to."""
+"""Documents beside the blocks: which models their namespaces belong to, and what the nodes' engines ask for most."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import structlog
 
 from kvstore.errors import IdentityError
 from kvstore.identity import Namespace
-from kvstore.tiers.object.names import NAMESPACES, namespace_name, parse_namespace_name
+from kvstore.tiers.object.hotness import HotnessSnapshot
+from kvstore.tiers.object.names import NAMESPACES, hotness_name, namespace_name, parse_namespace_name
 from kvstore.tiers.object.objects import Objects
 
 log = structlog.get_logger(__name__)
@@ -40,3 +41,8 @@ async def read_namespaces(objects: Objects) -> dict[bytes, Namespace]:
             if namespace.digest == digest:
                 known[digest] = namespace
     return known
+
+
+async def write_hotness(objects: Objects, node: str, snapshot: HotnessSnapshot) -> None:
+    """Replace what a node said before. Raises TierUnavailable."""
+    await objects.put(hotness_name(node), snapshot.pack(), create=False)

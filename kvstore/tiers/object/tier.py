@@ -19,7 +19,8 @@ from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.object.bucket import Bucket
 from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.contents import Contents, plausible_size
-from kvstore.tiers.object.documents import read_namespaces, write_namespace
+from kvstore.tiers.object.documents import read_namespaces, write_hotness, write_namespace
+from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found, Objects
 from kvstore.tiers.object.peers import Peers
@@ -238,6 +239,10 @@ class ObjectTier(Tier):
         self._namespaces[digest] = False
         await write_namespace(self._objects, namespace)
         self._namespaces[digest] = True
+
+    async def put_hotness(self, node: str, snapshot: HotnessSnapshot) -> None:
+        """Tell the region what this node's engines ask for most. Raises TierUnavailable."""
+        await write_hotness(self._objects, node, snapshot)
 
     async def namespaces(self) -> dict[bytes, Namespace]:
         """Namespaces that were written down, by digest; unreadable ones are left out. Raises TierUnavailable."""

@@ -18,6 +18,7 @@ from kvstore.node.client import Client
 from kvstore.node.protocol import encode
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
+from kvstore.tiers.object.hotness import HotnessSnapshot
 
 BLOCK_BYTES = 10_000
 NAMESPACE = Namespace(
@@ -336,3 +337,20 @@ def test_a_block_that_went_bad_on_disk_is_a_miss_and_heals_with_the_next_save(tm
         assert client.call("status")["tiers"][1]["quarantined"] == 1
         assert save(client, blocks) == (keys[1],)
         assert loaded(client, keys) == [payload_of(key) for key in keys]
+
+
+def test_a_node_tells_its_region_which_prompts_are_hot(tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    with RunningNode(tmp_path / "a", f"object.url=file://{bucket}") as node:
+        for number in range(3):
+            with Client(node.socket, name=f"engine {number}") as client:
+                blocks = chain(client, 4)
+                client.lookup([block.key for block in blocks])
+                save(client, blocks)
+        with Client(node.socket) as client:
+            (prompt,) = client.call("hot", limit=10)["prompts"]
+            assert prompt["key"] == blocks[-1].key
+            assert prompt["tokens"] == 4 * NAMESPACE.block_tokens
+            assert "host" in prompt["media"]
+    (published,) = (bucket / "hotness").iterdir()
+    assert list(HotnessSnapshot.unpack(published.read_bytes()).scores) == [blocks[-1].key]

@@ -1,0 +1,113 @@
+"""What engines ask of this node: counted by prompt, kept over restarts, told to the region.
+
+A lookup stands for a request. An engine that cannot admit a request yet asks again and again: within ``SAME_REQUEST_SECONDS``
+a client's lookups of the same chain count once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+from kvstore.errors import TierError
+from kvstore.identity import BlockKey
+from kvstore.policy.hotness import HotChain, Hotness
+from kvstore.policy.reuse import Traffic
+from kvstore.tiers.object.hotness import HotnessSnapshot
+
+log = structlog.get_logger(__name__)
+
+SAME_REQUEST_SECONDS = 10.0
+KEEP_EVERY_SECONDS = 60.0
+
+_REMEMBERED_REQUESTS = 4096
+_PREFILL_SECONDS_PER_TOKEN = 33e-6
+_PREFILL_DOUBLES_AT = 64_000
+
+Publish = Callable[[HotnessSnapshot], Awaitable[None]]
+
+
+def prefill_seconds(tokens: int) -> float:
+    """What computing a prefix costs: measured on an H100 with an 8B model, 30k tokens/s when short, half of it at 64k.
+
+    Only ratios matter to a ranking, so it also serves for other models.
+    """
+    return tokens * _PREFILL_SECONDS_PER_TOKEN * (1 + tokens / _PREFILL_DOUBLES_AT)
+
+
+class Demand:
+    """Hot prompts of one node. Owned by its event loop."""
+
+    def __init__(self, path: Path) -> None:
+        """``path`` is the file that keeps the counts."""
+        self.publish: Publish | None = None
+        """Tells the region; may raise TierError."""
+        self.hotness = _read(path)
+        self.traffic = Traffic()
+        self._path = path
+        self._recent: dict[tuple[object, BlockKey], float] = {}
+        self._keeping = asyncio.create_task(self._keep_regularly())
+
+    def observe(self, client: object, keys: Sequence[BlockKey], block_tokens: int, block_bytes: int) -> None:
+        """A client looks this chain up, from its head."""
+        if not keys or self._seen_just_now(client, keys[-1]):
+            return
+        now = time.time()
+        self.traffic.observe(keys, now)
+        self.hotness.observe(keys, now, block_tokens, block_bytes)
+
+    def top(self, count: int) -> list[HotChain]:
+        """The hottest prompts by score: decayed hits x prefill seconds saved / bytes."""
+        return self.hotness.top(count, time.time(), prefill_seconds)
+
+    async def close(self) -> None:
+        """Keep what was counted."""
+        self._keeping.cancel()
+        await self._keep()
+
+    def _seen_just_now(self, client: object, last: BlockKey) -> bool:
+        now = time.monotonic()
+        before = self._recent.pop((client, last), -SAME_REQUEST_SECONDS)
+        self._recent[client, last] = now
+        if len(self._recent) > _REMEMBERED_REQUESTS:
+            del self._recent[next(iter(self._recent))]
+        return now - before < SAME_REQUEST_SECONDS
+
+    async def _keep_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_EVERY_SECONDS)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        packed = self.hotness.pack()
+        try:
+            await asyncio.to_thread(_write, self._path, packed)
+        except OSError as error:
+            log.warning("hotness not kept", file=str(self._path), error=str(error))
+        if self.publish is None:
+            return
+        try:
+            await self.publish(HotnessSnapshot.of(self.hotness, time.time(), prefill_seconds))
+        except TierError as error:
+            log.warning("hotness not published", error=str(error))
+
+
+def _read(path: Path) -> Hotness:
+    try:
+        return Hotness.unpack(path.read_bytes())
+    except FileNotFoundError:
+        return Hotness()
+    except (OSError, ValueError) as error:
+        log.warning("hotness starts anew", file=str(path), error=str(error))
+        return Hotness()
+
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)

@@ -1,0 +1,81 @@
+"""Counting what engines ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+import kvstore.demand
+from kvstore.demand import Demand, prefill_seconds
+from kvstore.errors import TierUnavailable
+from kvstore.identity import BlockKey
+from kvstore.tiers.object.hotness import HotnessSnapshot
+
+TOKENS, BYTES = 64, 1 << 20
+
+
+def chain(seed: int, blocks: int) -> list[BlockKey]:
+    source = random.Random(seed)
+    return [BlockKey(source.randbytes(16)) for _ in range(blocks)]
+
+
+async def test_the_prompt_that_many_ask_for_is_hot_and_stays_so_over_a_restart(tmp_path: Path) -> None:
+    system, file = chain(1, 4), tmp_path / "hotness.msgpack"
+    demand = Demand(file)
+    for number in range(20):
+        demand.observe(number, [*system, *chain(100 + number, 3)], TOKENS, BYTES)
+    for _ in range(2):
+        (hottest, *_) = demand.top(10)
+        assert hottest.key == system[-1]
+        assert hottest.extent.tokens == 4 * TOKENS
+        assert hottest.extent.bytes == 4 * BYTES
+        assert hottest.hits == pytest.approx(20, rel=0.1)
+        assert hottest.seconds_saved == prefill_seconds(4 * TOKENS)
+        await demand.close()
+        demand = Demand(file)
+    await demand.close()
+
+
+async def test_a_request_that_asks_again_counts_once(tmp_path: Path) -> None:
+    prompt = chain(1, 3)
+    demand = Demand(tmp_path / "hotness.msgpack")
+    for _ in range(50):
+        demand.observe("engine", prompt, TOKENS, BYTES)
+    assert demand.top(10) == []
+    demand.observe("another engine", prompt, TOKENS, BYTES)
+    assert [hot.key for hot in demand.top(10)] == [prompt[-1]]
+    demand.observe("engine", [], TOKENS, BYTES)
+    await demand.close()
+
+
+async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvstore.demand, "KEEP_EVERY_SECONDS", 0.01)
+    published: list[HotnessSnapshot] = []
+    failures = [TierUnavailable("away")]
+
+    async def publish(snapshot: HotnessSnapshot) -> None:
+        if failures:
+            raise failures.pop()
+        published.append(HotnessSnapshot.unpack(snapshot.pack()))
+
+    prompt = chain(1, 2)
+    demand = Demand(tmp_path / "hotness.msgpack")
+    demand.publish = publish
+    demand.observe(1, prompt, TOKENS, BYTES)
+    demand.observe(2, prompt, TOKENS, BYTES)
+    while not published:
+        await asyncio.sleep(0.01)
+    assert list(published[0].scores) == [prompt[-1]]
+    await demand.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", b"x" * 1000])
+async def test_an_unreadable_file_costs_the_counts_and_nothing_else(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "hotness.msgpack"
+    file.write_bytes(content)
+    demand = Demand(file)
+    assert demand.top(10) == []
+    await demand.close()
