@@ -1,9 +1,9 @@
 """How soon blocks of a kind are used again, learnt as they are: hazard rates by age, and what keeping a block is worth.
 
 The hazard of a kind at an age is the chance per second that a block of that kind which was not used for so long is used now.
-It is estimated as uses ÷ time at risk, in age bins of half an octave. Few data are stretched in three steps, each shrunk
-towards the one before: one curve for all kinds, times a factor per level of each trait that makes up the kind, times a
-factor per kind, and last the single cell.
+It is estimated as uses ÷ time at risk: one curve over the age for all kinds (bins of half an octave), times a factor for
+each level of each trait that makes up a kind, times a factor for the kind. Each factor is shrunk towards 1 by some prompts'
+worth of data. Curves per kind would be learnt from too few prompts: they lose hits where capacity is large.
 
 A block is worth the best rate of uses per second of storage that any holding time gives it: the highest, over all horizons,
 of P(used before the horizon) ÷ E[time until use or horizon]. This is the Gittins index of the block; ranking by it needs no
@@ -26,9 +26,6 @@ _EDGES = np.concatenate([[0.0], _FINEST * 2.0 ** (np.arange(1, BINS + 1) / 2)])
 _WIDTHS = np.diff(_EDGES)
 _MIDDLES = np.sqrt(np.maximum(_EDGES[:-1], _FINEST / 2) * _EDGES[1:])
 _PRIOR = 0.3 / _MIDDLES  # before anything is known: a use is the less likely the older a block is
-
-SHRINK = 30.0
-"""Uses that an estimate weighs against what it is shrunk to. About the blocks of one prompt, which come and go together."""
 
 
 def age_bin(age: Floats) -> Ints:
@@ -67,17 +64,23 @@ class Hazards:
         for column in (self.used, self.lost, self.inside):
             column *= keep
 
-    def rates(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
+    def rates(self, kind: npt.NDArray[np.integer], age: Floats, shrink: float) -> tuple[Floats, Floats]:
         """Uses per second and the seconds at risk behind them, shapes (kinds, BINS).
 
-        ``kind`` and ``age`` are of the blocks that are watched now.
+        ``kind`` and ``age`` are of the blocks that are watched now. ``shrink``: uses that an estimate weighs against what it is
+        shrunk to. Blocks of one prompt come and go together, so this should be those of some prompts.
         """
         uses, risk = self._data(kind, age)
-        common, factor = self._factors(uses, risk)
-        rates = factor[:, None] * common
-        rates *= ((uses.sum(1) + SHRINK) / ((risk * rates).sum(1) + SHRINK))[:, None]
-        cells = 3 * SHRINK
-        return (uses + cells) / (risk + cells / rates), risk
+        by_kind, by_bin = uses.sum(1), uses.sum(0)
+        factor = np.ones(self.kinds)
+        common = (by_bin + shrink) / (risk.sum(0) + shrink / _PRIOR)
+        for _ in range(6):  # iterative proportional fitting
+            for levels in self.traits:
+                expected = np.bincount(levels, (risk @ common) * factor)
+                factor = factor * ((np.bincount(levels, by_kind) + shrink) / (expected + shrink))[levels]
+            common = (by_bin + shrink) / (factor @ risk + shrink / _PRIOR)
+        factor = factor * (by_kind + shrink) / ((risk @ common) * factor + shrink)
+        return factor[:, None] * common, risk
 
     def _data(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
         shape, size = (self.kinds, BINS), self.kinds * BINS
@@ -89,33 +92,27 @@ class Hazards:
         passed = np.cumsum(ended_here[:, ::-1], axis=1)[:, ::-1] - ended_here
         return self.used.reshape(shape), passed * _WIDTHS + inside.reshape(shape)
 
-    def _factors(self, uses: Floats, risk: Floats) -> tuple[Floats, Floats]:
-        """The common curve and each kind's factor, by iterative proportional fitting."""
-        by_kind, by_bin = uses.sum(1), uses.sum(0)
-        factor = np.ones(self.kinds)
-        common = (by_bin + SHRINK) / (risk.sum(0) + SHRINK / _PRIOR)
-        for _ in range(6):
-            for levels in self.traits:
-                expected = (risk @ common) * factor
-                found = np.bincount(levels, by_kind)
-                factor = factor * ((found + SHRINK) / (np.bincount(levels, expected) + SHRINK))[levels]
-            common = (by_bin + SHRINK) / (factor @ risk + SHRINK / _PRIOR)
-        return common, factor
-
 
 def worth(rates: Floats) -> Floats:
     """The index of each kind at the start of each age bin, in uses per second. Shape as ``rates``."""
-    chance = -np.expm1(-rates * _WIDTHS)
-    seconds = np.where(rates * _WIDTHS > 1e-9, chance / rates, _WIDTHS)
+    used = -np.expm1(-rates * _WIDTHS)
+    seconds = np.where(rates * _WIDTHS > 1e-9, used / rates, _WIDTHS)
     best = np.zeros_like(rates)
     left, gained, spent = np.ones_like(rates), np.zeros_like(rates), np.zeros_like(rates)
     for further in range(BINS):
         n = BINS - further
-        gained[:, :n] += left[:, :n] * chance[:, further:]
+        gained[:, :n] += left[:, :n] * used[:, further:]
         spent[:, :n] += left[:, :n] * seconds[:, further:]
-        left[:, :n] *= 1 - chance[:, further:]
+        left[:, :n] *= 1 - used[:, further:]
         np.maximum(best[:, :n], gained[:, :n] / spent[:, :n], out=best[:, :n])
     return best
+
+
+def chance(rates: Floats, horizon: float) -> Floats:
+    """How likely a block of each kind is used within ``horizon`` seconds after its last use."""
+    inside = np.clip(horizon - _EDGES[:-1], 0.0, _WIDTHS)
+    within: Floats = -np.expm1(-(rates @ inside))
+    return within
 
 
 def interpolate(table: Floats, kind: npt.NDArray[np.integer], age: Floats) -> Floats:

@@ -89,7 +89,7 @@ class Hotness:
         blocks = int(shared[-1]) + 1
         end = keys[blocks - 1]
         if end not in hitters:
-            dropped = self._hot.add(end, unit, at_most=float(before[blocks - 1]))
+            dropped = self._hot.add(end, unit, before=float(before[blocks - 1]))
             if dropped is not None:
                 del self._about[dropped]
             self._about[end] = Extent(blocks, blocks * block_tokens, blocks * block_bytes), now
@@ -152,7 +152,7 @@ class Hotness:
             hotness._hot = HeavyHitters.unpack(hitters, capacity)
             for key, (blocks, tokens, nbytes, used) in zip(hotness._hot.hitters, about, strict=True):
                 hotness._about[key] = Extent(int(blocks), int(tokens), int(nbytes)), float(used)
-        except (TypeError, msgpack.UnpackException) as error:
+        except (TypeError, OverflowError, msgpack.UnpackException) as error:
             raise ValueError("not a hotness") from error
         return hotness
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex, Rows
 from kvstore.policy.eviction import EvictionPolicy, Values
-from kvstore.policy.hazard import BINS, Floats, Hazards, interpolate, worth
+from kvstore.policy.hazard import BINS, Floats, Hazards, chance, interpolate, worth
 from kvstore.policy.sightings import WAYS, Sightings, words_of
 
 Kinds = npt.NDArray[np.intp]
@@ -38,6 +38,9 @@ WATCHED = 1 << 18
 
 REFIT_EVERY = 256
 """Requests between two estimates, at most."""
+
+SHRINK_PROMPTS = 5
+"""An estimate counts from about so many prompts on."""
 
 MEMORY = 1 << 20
 """Uses after which what was learnt is halved, so that it follows a change of traffic."""
@@ -78,8 +81,9 @@ class Traffic:
         self._watched = watched * WAYS
         traits = [levels.ravel() for levels in np.indices(_SHAPE)]
         self._hazards = Hazards(traits, weight=self._table.buckets / watched)
-        self._worth = worth(self._hazards.rates(np.zeros(0, dtype=np.intp), np.zeros(0))[0])
-        self._requests = self._fitted = 0
+        self._rates = self._hazards.rates(np.zeros(0, dtype=np.intp), np.zeros(0), 1.0)[0]
+        self._worth = worth(self._rates)
+        self._requests = self._blocks = self._fitted = 0
         self._now = -np.inf
 
     def observe(self, keys: Sequence[BlockKey], now: float) -> None:
@@ -91,6 +95,7 @@ class Traffic:
             return
         self._now = now = max(now, self._now)
         self._requests += 1
+        self._blocks += len(keys)
         words = words_of(b"".join(keys))
         slots = self._table.find(words)
         known = slots >= 0
@@ -127,13 +132,30 @@ class Traffic:
         kind = np.where(slots >= 0, self._table.kind[slots], unseen)
         return interpolate(self._worth, kind, age)
 
+    def chance(self, keys: Sequence[BlockKey], horizon: float) -> Values:
+        """How likely each block of a chain, just used, is used again within ``horizon`` seconds.
+
+        Never less than that of a block further down the chain. A block that was never observed counts as certain.
+        """
+        self._refit()
+        slots = self._table.find(words_of(b"".join(keys)))
+        own = np.where(slots >= 0, chance(self._rates, horizon)[self._table.kind[slots].astype(np.intp)], 1.0)
+        return np.maximum.accumulate(own[::-1])[::-1]
+
+    def sightings(self, keys: Sequence[BlockKey]) -> npt.NDArray[np.intp]:
+        """How often each block was asked for, up to 255, as far as this remembers."""
+        slots = self._table.find(words_of(b"".join(keys)))
+        return np.where(slots >= 0, self._table.count[slots], 0).astype(np.intp)
+
     def _refit(self) -> None:
         if self._requests < min(self._fitted + REFIT_EVERY, 16 + self._fitted * 5 // 4):
             return
         self._fitted = self._requests
         watched = np.flatnonzero(np.isfinite(self._table.seen[: self._watched]))
         age = self._now - self._table.seen[watched]
-        self._worth = worth(_known_or_not(*self._hazards.rates(self._table.kind[watched], age)))
+        shrink = SHRINK_PROMPTS * self._blocks / self._requests
+        self._rates = _known_or_not(*self._hazards.rates(self._table.kind[watched], age, shrink))
+        self._worth = worth(self._rates)
         if self._hazards.used.sum() > MEMORY:
             self._hazards.fade(0.5)
 

@@ -91,8 +91,12 @@ class HeavyHitters:
         self._heap: list[tuple[float, BlockKey]] = []
         """Each key once, with a sum that was its own at some time: never more than it is now."""
 
-    def add(self, key: BlockKey, weight: float, at_most: float = math.inf) -> BlockKey | None:
-        """Count; returns the key that had to make room. ``at_most`` bounds what a new key had before, if that is known."""
+    def add(self, key: BlockKey, weight: float, before: float | None = None) -> BlockKey | None:
+        """Count; returns the key that had to make room.
+
+        ``before``: an upper bound of what a new key had so far. None: the stream is complete, so the bound is the sum of the
+        key that makes room.
+        """
         hitter = self.hitters.get(key)
         if hitter is not None:
             hitter.sum += weight
@@ -100,7 +104,7 @@ class HeavyHitters:
         evicted, floor = None, 0.0
         if len(self.hitters) >= self.capacity:
             evicted, floor = self._pop_least()
-        floor = min(floor, at_most)
+        floor = floor if before is None else before
         self.hitters[key] = Hitter(floor + weight, floor)
         heapq.heappush(self._heap, (floor + weight, key))
         return evicted

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvstore.policy.hazard import BINS, Hazards, age_bin, interpolate, worth
 
 ONE_KIND = [np.zeros(1, dtype=np.intp)]
-NOBODY = (np.zeros(0, dtype=np.intp), np.zeros(0))
+NOBODY = (np.zeros(0, dtype=np.intp), np.zeros(0), 30.0)
 
 
 def kinds(n: int, kind: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_blocks_that_do_not_come_back_lower_the_rate() -> None:
     for hazards in (few, many):
         hazards.end(kinds(1000, 0), age, used=True)
     many.end(kinds(9000, 0), np.full(9000, 60.0), used=False)
-    still_waiting = few.rates(kinds(9000, 0), np.full(9000, 60.0))[0]
+    still_waiting = few.rates(kinds(9000, 0), np.full(9000, 60.0), 30.0)[0]
     assert interpolate(many.rates(*NOBODY)[0], kinds(1, 0), age[:1]) < interpolate(
         few.rates(*NOBODY)[0], kinds(1, 0), age[:1]
     )
@@ -77,7 +77,7 @@ def test_worth_is_between_the_rates_that_are_still_to_come(rates: list[float]) -
 def test_estimates_are_always_positive_and_finite(ages: list[float], kind: int) -> None:
     hazards = Hazards([np.arange(3)])
     hazards.end(kinds(len(ages), kind), np.array(ages), used=True)
-    rates, risk = hazards.rates(kinds(len(ages), kind), np.array(ages))
+    rates, risk = hazards.rates(kinds(len(ages), kind), np.array(ages), 30.0)
     assert np.isfinite(rates).all()
     assert (rates > 0).all()
     assert (risk >= -1e-6).all()

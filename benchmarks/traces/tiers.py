@@ -1,0 +1,83 @@
+"""Two tiers with a timing model: what admission to disk costs in hits and saves in writes."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from benchmarks.traces.replay import SECONDS_PER_OUTPUT_TOKEN, Cache, Keyed
+from benchmarks.traces.trace import Request
+from kvstore.policy.admission import AdmissionPolicy, Mode, Target
+from kvstore.policy.reuse import Reuse, Traffic
+
+HOST_SHARE, DISK_SHARE = 0.05, 0.50
+"""Of the unique blocks of the trace."""
+
+BYTES_PER_TOKEN = 128 << 10
+"""An 8B model with grouped queries, in bf16."""
+PREFILL_TOKENS_PER_SECOND = 20_000.0
+HOST_BYTES_PER_SECOND = 54e9
+DISK_BYTES_PER_SECOND = 2e9
+"""Measured on an H100 host: pinned memory, and a cloud disk."""
+
+
+@dataclass
+class Tally:
+    """What a run of both tiers did, in blocks."""
+
+    host_hits: int = 0
+    disk_hits: int = 0
+    host_writes: int = 0
+    disk_writes: int = 0
+
+    @property
+    def hits(self) -> int:
+        return self.host_hits + self.disk_hits
+
+    def prefill_seconds_saved(self, block_tokens: int) -> float:
+        """Prefill that the hits made unnecessary, less the time to load them. A load that is slower than prefill is not made."""
+        nbytes = block_tokens * BYTES_PER_TOKEN
+        prefill = block_tokens / PREFILL_TOKENS_PER_SECOND
+        from_host = max(0.0, prefill - nbytes / HOST_BYTES_PER_SECOND)
+        from_disk = max(0.0, prefill - nbytes / DISK_BYTES_PER_SECOND)
+        return self.host_hits * from_host + self.disk_hits * from_disk
+
+
+def run_tiers(source: Keyed, mode: Mode) -> Tally:
+    """A host tier before a disk tier, both evicting by reuse. Blocks from disk are promoted; every prompt's blocks are offered
+    to the disk when it is served, and again whenever they are used, as the store does."""
+    unique = source.trace.unique
+    traffic = Traffic()
+    host, disk = (Cache(int(unique * share), Reuse(traffic)) for share in (HOST_SHARE, DISK_SHARE))
+    admission = AdmissionPolicy(traffic, mode=mode)
+    tally = Tally()
+    running: list[tuple[float, int, Request]] = []
+    for number, request in enumerate(source.trace.requests):
+        while running and running[0][0] <= request.time:
+            done = heapq.heappop(running)[2]
+            traffic.answered([source.keys[block] for block in done.blocks], done.output_tokens)
+        heapq.heappush(running, (request.time + request.output_tokens * SECONDS_PER_OUTPUT_TOKEN, number, request))
+        chain = [source.keys[block] for block in request.blocks]
+        headers = [source.headers[block] for block in request.blocks]
+        traffic.observe(chain, request.time)
+        for key in chain:
+            if key in host.index:
+                tally.host_hits += 1
+            elif key in disk.index:
+                tally.disk_hits += 1
+            else:
+                break
+        decisions = admission.admit(Target.DISK, chain, request.time)
+        tally.host_writes += sum(key not in host.index for key in chain)
+        host.use(chain, headers, request.time)
+        length = next(
+            (
+                position
+                for position, (key, decision) in enumerate(zip(chain, decisions, strict=True))
+                if not decision.admit and key not in disk.index
+            ),
+            len(chain),
+        )
+        tally.disk_writes += sum(key not in disk.index for key in chain[:length])
+        disk.use(chain[:length], headers[:length], request.time)
+    return tally

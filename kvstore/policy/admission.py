@@ -1,0 +1,159 @@
+"""Which blocks a tier takes: host everything, disk what may come back, object storage what came back, another region what is hot.
+
+``judge`` is the whole rule, a pure function. ``AdmissionPolicy`` asks it with what a node knows: ``Traffic`` remembers blocks
+whether or not any tier holds them, so a block that was refused and is asked for again is recognised. Where the policy runs
+in ``observe`` it counts what it would refuse and refuses nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from kvstore.identity import BlockKey
+from kvstore.policy.pins import Pins
+from kvstore.policy.reuse import Traffic
+
+
+class Target(Enum):
+    """Where a block may go. The first three have the values of ``kvstore.tiers.base.Medium``."""
+
+    HOST = "host"
+    DISK = "disk"
+    OBJECT = "object"
+    WAN = "wan"
+    """Another region."""
+
+
+class Mode(Enum):
+    OFF = "off"
+    OBSERVE = "observe"
+    ENFORCE = "enforce"
+
+
+class Reason(Enum):
+    """The rule that decided."""
+
+    POLICY_OFF = "policy_off"
+    ALWAYS = "always"
+    """The host tier takes every block."""
+    PINNED = "pinned"
+    SEEN_AGAIN = "seen_again"
+    LIKELY = "likely"
+    """Seen once, and blocks like it come back."""
+    HOT = "hot"
+    UNLIKELY = "unlikely"
+    """Seen once, and blocks like it seldom come back."""
+    UNDER_PRESSURE = "under_pressure"
+    """Seen once, while the tier's write queue is filling."""
+    SEEN_ONCE = "seen_once"
+    COLD = "cold"
+
+
+ADMITTED = frozenset({Reason.POLICY_OFF, Reason.ALWAYS, Reason.PINNED, Reason.SEEN_AGAIN, Reason.LIKELY, Reason.HOT})
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """All the numbers of admission. High ones make a tier look dead; raise them only on evidence from ``observe``."""
+
+    disk_chance: float = 0.1
+    """A block seen once goes to disk when it is at least so likely to be used again within ``horizon``."""
+    horizon: float = 3600.0
+    """Seconds."""
+    disk_pressure: float = 0.5
+    """Fill of the disk's write queue (0 to 1) from which only blocks seen again go to disk."""
+    object_sightings: int = 2
+    wan_hits: float = 3.0
+    """Decayed hits from which a chain goes to other regions; budgets there cut further, by score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is known of a block that a tier is offered."""
+
+    sightings: int = 1
+    """Requests that asked for it, this one included."""
+    chance: float = 1.0
+    """Of being used again within the horizon."""
+    hits: float = 0.0
+    """Decayed, see ``kvstore.policy.hotness``."""
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``admit`` is what to do; ``reason`` is what the rule said, also where the mode overrules it."""
+
+    admit: bool
+    reason: Reason
+
+
+def judge(target: Target, candidate: Candidate, pressure: float, thresholds: Thresholds) -> Reason:
+    """The rule. ``pressure``: fill of the tier's write queue, 0 to 1."""
+    if target is Target.HOST:
+        return Reason.ALWAYS
+    if candidate.pinned:
+        return Reason.PINNED
+    if target is Target.WAN:
+        return Reason.HOT if candidate.hits >= thresholds.wan_hits else Reason.COLD
+    if target is Target.OBJECT:
+        return Reason.SEEN_AGAIN if candidate.sightings >= thresholds.object_sightings else Reason.SEEN_ONCE
+    if candidate.sightings >= 2:
+        return Reason.SEEN_AGAIN
+    if pressure >= thresholds.disk_pressure:
+        return Reason.UNDER_PRESSURE
+    return Reason.LIKELY if candidate.chance >= thresholds.disk_chance else Reason.UNLIKELY
+
+
+class AdmissionPolicy:
+    """Admission on one node. Not thread-safe: owned by the store's event loop."""
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        pins: Pins | None = None,
+        mode: Mode = Mode.OBSERVE,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        self.mode = mode
+        self.thresholds = thresholds or Thresholds()
+        self.pins = pins or Pins()
+        self.decisions: Counter[tuple[Target, Reason]] = Counter()
+        """What the rule said, per target; counted in ``observe`` too."""
+        self._traffic = traffic
+
+    def admit(
+        self,
+        target: Target,
+        keys: Sequence[BlockKey],
+        now: float,
+        pressure: float = 0.0,
+        hits: Sequence[float] | None = None,
+    ) -> list[Decision]:
+        """Decide for the blocks of a chain that ``Traffic.observe`` has seen, from its head; one decision per block.
+
+        A block is never admitted without the ones before it: from the first refusal on all are refused, and likelihood
+        counts for a block's ancestors too. ``hits``: decayed, by block, where ``target`` is another region.
+        """
+        if self.mode is Mode.OFF:
+            return [Decision(True, Reason.POLICY_OFF)] * len(keys)
+        reasons = [
+            judge(target, candidate, pressure, self.thresholds) for candidate in self._candidates(keys, now, hits)
+        ]
+        refused = next((at for at, reason in enumerate(reasons) if reason not in ADMITTED), len(reasons))
+        reasons[refused:] = [reasons[refused]] * (len(reasons) - refused) if refused < len(reasons) else []
+        self.decisions.update((target, reason) for reason in reasons)
+        enforce = self.mode is Mode.ENFORCE
+        return [Decision(not enforce or reason in ADMITTED, reason) for reason in reasons]
+
+    def _candidates(self, keys: Sequence[BlockKey], now: float, hits: Sequence[float] | None) -> list[Candidate]:
+        if not keys:
+            return []
+        sightings = self._traffic.sightings(keys).tolist()
+        chance = self._traffic.chance(keys, self.thresholds.horizon).tolist()
+        pinned = self.pins.hold(keys, now)
+        decayed = hits if hits is not None else [0.0] * len(keys)
+        return [Candidate(*known) for known in zip(sightings, chance, decayed, pinned, strict=True)]
