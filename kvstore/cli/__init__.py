@@ -5,6 +5,7 @@
     settings.py  config
     node.py      node, status
     blocks.py    ls, get, verify, rm
+    hot.py       hot
     checks.py    doctor
     catalog.py   catalog status, catalog rebuild
 
@@ -20,7 +21,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import blocks, catalog, checks, node, settings
+from kvstore.cli import blocks, catalog, checks, hot, node, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -57,6 +58,7 @@ app.command("ls")(blocks.ls)
 app.command("get")(blocks.get)
 app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
+app.command("hot")(hot.show)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from cli_site import BLOCK_BYTES, BLOCKS, Site, payload
+from cli_site import BLOCK_BYTES, BLOCKS, NAMESPACE, Site, payload
+
+from kvstore.node.client import Client
 
 
 def document(site: Site, *arguments: str) -> Any:
@@ -123,3 +125,17 @@ def test_doctor_is_content_with_a_running_node(shared: Site) -> None:
     assert findings["node"]["verdict"] == "ok"
     assert findings["disk"]["verdict"] == "ok"
     assert "GB/s" in findings["disk speed"]["finding"]
+
+
+def test_hot_shows_the_prompts_that_are_asked_for_again(site: Site) -> None:
+    assert "twice" in site.run("hot").stderr
+    for _ in range(2):
+        with Client(site.folder / "node.sock") as client:
+            client.open_namespace(NAMESPACE, BLOCK_BYTES)
+            client.lookup(site.keys)
+    (prompt,) = document(site, "hot")
+    assert prompt["key"] == site.keys[-1].hex()
+    assert prompt["tokens"] == 16 * BLOCKS
+    text = site.run("hot").stdout
+    for expected in (prompt["key"], "tiny-llama", "host, disk"):
+        assert expected in text
