@@ -78,9 +78,12 @@ class EngineProcess:
         self._call({"ready": True})
 
     def generate(
-        self, prompts: Sequence[str], max_tokens: int = 16, salts: Sequence[str | None] | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 16,
+        salts: Sequence[str | None] | None = None,
     ) -> list[Answer]:
-        """Greedy completions of all prompts as one batch, in their order."""
+        """Greedy completions of all prompts (text, or token ids) as one batch, in their order."""
         request = {"prompts": list(prompts), "max_tokens": max_tokens, "salts": list(salts or [])}
         return [Answer(**answer) for answer in self._call(request)]
 
@@ -130,15 +133,21 @@ def _serve(requests: int, answers: int, options: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm: Any = LLM(**{"disable_log_stats": False, **options})
-    tokenizer = llm.get_tokenizer()
+    has_tokenizer = not options.get("skip_tokenizer_init", False)
+
+    def token_ids(prompt: str | list[int]) -> list[int]:
+        ids: list[int] = llm.get_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+        return ids
 
     def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
         salts = request["salts"] or [None] * len(request["prompts"])
         prompts = [
-            TokensPrompt(prompt_token_ids=tokenizer.encode(text), **({"cache_salt": salt} if salt else {}))
-            for text, salt in zip(request["prompts"], salts, strict=True)
+            TokensPrompt(prompt_token_ids=token_ids(prompt), **({"cache_salt": salt} if salt else {}))
+            for prompt, salt in zip(request["prompts"], salts, strict=True)
         ]
-        sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=has_tokenizer
+        )
         return [asdict(_answer(output)) for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
     with os.fdopen(requests) as lines, os.fdopen(answers, "w") as out:

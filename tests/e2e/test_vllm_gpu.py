@@ -1,0 +1,197 @@
+"""The connector in real vLLM engines on a GPU: every token as if nothing had been cached.
+
+float32, which of vLLM's attention backends Triton's computes: bfloat16 is not reproducible between chunk sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from connectors.vllm.process import Answer, EngineProcess
+from kvstore.errors import NodeUnavailable
+from kvstore.identity import BlockKey
+from kvstore.node.client import Client
+from kvstore.testing.model import make_model
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+OUTPUT = 24
+ENGINE = {
+    "dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": 16,
+    "num_gpu_blocks_override": 700, "gpu_memory_utilization": 0.1, "attention_config": {"backend": "TRITON_ATTN"},
+    "compilation_config": {"custom_ops": ["none"]},
+}  # fmt: skip
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+NODE = ["host.bytes=256MiB", "host.extent_bytes=8MiB", "disk.bytes=512MiB", "disk.segment_bytes=32MiB"]
+
+WORDS = ["river", "stone", "lamp", "quiet", "engine", "morning", "letter", "seven", "harbour", "yellow"]
+
+
+def prose(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + ". "
+
+
+SYSTEM = prose(0, 700)
+PROMPTS = [SYSTEM + prose(seed, 150) for seed in range(1, 5)] + [prose(5, 900), prose(6, 50), SYSTEM]
+
+
+class Site:
+    """A node, a model, and engines one after the other."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "node.sock"
+        self.model = make_model(directory / "model", PROMPTS)
+        self.log = os.open(directory / "engines.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.node: subprocess.Popen[bytes] | None = None
+
+    def start_node(self) -> None:
+        settings = [f"node.directory={self.directory / 'data'}", f"node.socket={self.socket}", *NODE]
+        command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
+        self.node = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        wait(self.answers)
+
+    def stop_node(self) -> None:
+        assert self.node is not None
+        self.node.terminate()
+        self.node.wait(60)
+
+    def engine(self, **arguments: Any) -> EngineProcess:
+        store = {"socket": str(self.socket), "autostart": False}
+        return EngineProcess(str(self.model), store, {**ENGINE, **arguments}, ENVIRONMENT, self.log)
+
+    def plain_engine(self) -> EngineProcess:
+        arguments = {**ENGINE, "enable_prefix_caching": False}
+        return EngineProcess(str(self.model), None, arguments, ENVIRONMENT, self.log)
+
+    def answers(self) -> bool:
+        try:
+            self.status()
+        except NodeUnavailable:
+            return False
+        return True
+
+    def status(self) -> Any:
+        with Client(self.socket, name="test") as client:
+            return client.call("status")
+
+    def blocks(self, medium: str) -> int:
+        return next((tier["blocks"] for tier in self.status()["tiers"] if tier["medium"] == medium), 0)
+
+    def linked(self) -> bool:
+        """Whether both sides of an engine have found the node."""
+        return sum(client["name"] == "vLLM" for client in self.status()["clients"]) == 2
+
+    def alter_blocks(self) -> None:
+        """Change the first page of every block in host memory."""
+        with Client(self.socket, name="test") as client:
+            for block in client.call("list", medium="host", limit=1000)["blocks"]:
+                key = BlockKey(bytes(block["key"]))
+                acquired = client.acquire([key], 5)
+                for offset in acquired.offsets:
+                    page = acquired.arena.buffer[offset : offset + 4096]
+                    acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
+                client.release([key])
+
+
+def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def one_by_one(engine: EngineProcess) -> list[Answer]:
+    return [engine.generate([prompt], OUTPUT)[0] for prompt in PROMPTS]
+
+
+def tokens(answers: Sequence[Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]
+
+
+def loaded(engine: EngineProcess, medium: str) -> float:
+    """Tokens loaded so far. vLLM reports a step's counts with the next step."""
+    return engine.counters().get(f"vllm:kvstore_tokens_loaded{{{medium}}}", 0)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    site.start_node()
+    yield site
+    site.stop_node()
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site) -> list[list[int]]:
+    """What computing gives; a first engine with the store, which saves it all, gives the same."""
+    with site.plain_engine() as plain, site.engine() as first:
+        expected = tokens(one_by_one(plain))
+        assert len({tuple(answer) for answer in expected}) == len(PROMPTS), (
+            "the model must tell the prompts apart"
+        )
+        first.ready()
+        wait(site.linked)
+        assert tokens(one_by_one(first)) == expected
+        wait(lambda: site.blocks("disk") == site.blocks("host") >= 30)
+    return expected
+
+
+@pytest.fixture(scope="module")
+def engine(site: Site, reference: list[list[int]]) -> Iterator[EngineProcess]:
+    """An engine started after the one that saved has ended."""
+    with site.engine() as engine:
+        engine.ready()
+        wait(site.linked)
+        yield engine
+
+
+def test_an_engine_loads_what_one_before_it_saved(engine: EngineProcess, reference: list[list[int]]) -> None:
+    answers = one_by_one(engine)
+    assert tokens(answers) == reference
+    for answer in answers:
+        assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
+    assert loaded(engine, "host") > 0.5 * sum(answer.prompt_tokens for answer in answers[1:5])
+    engine.forget()
+    assert tokens(engine.generate(PROMPTS, OUTPUT)) == reference
+
+
+def test_altered_kv_alters_the_answers(site: Site, engine: EngineProcess, reference: list[list[int]]) -> None:
+    """The control: were wrong KV loaded, these tests would see it."""
+    site.alter_blocks()
+    engine.forget()
+    same = sum(
+        answer == expected for answer, expected in zip(tokens(one_by_one(engine)), reference, strict=True)
+    )
+    assert same < len(PROMPTS) // 2
+
+
+def test_blocks_come_from_disk_when_the_node_was_restarted(
+    site: Site, engine: EngineProcess, reference: list[list[int]]
+) -> None:
+    before = loaded(engine, "disk")
+    site.stop_node()
+    site.start_node()
+    wait(site.linked)
+    engine.forget()
+    assert tokens(one_by_one(engine)) == reference
+    engine.forget()
+    assert loaded(engine, "disk") - before > 1000
