@@ -1,7 +1,7 @@
 """What is hot in a bucket, found from the bucket alone.
 
 Scores come from the snapshots that nodes leave there (``hotness/``): each names the deepest blocks of hot prefixes, whose
-ancestors inherit the score. Without any, the blocks stored last count as the hottest:
+ancestors inherit the score. While none names a block of the bucket, the blocks stored last count as the hottest:
 1 for a block stored now, half of it for each day since. Parents and times of creation come from the blocks' headers; those
 that an earlier manifest listed are not read again.
 """
@@ -120,9 +120,8 @@ async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, mos
     listing = await list_blocks(bucket)
     namespaces = await read_namespaces(bucket)
     snapshots = await _read_all(bucket, HOTNESS, MAX_SNAPSHOT_BYTES, lambda _, body: HotnessSnapshot.unpack(body))
-    if snapshots:
-        scores = {key: score for key, score in merged(snapshots, now).items() if key in listing}
-    else:
+    scores = {key: score for key, score in merged(snapshots, now).items() if key in listing}
+    if not scores:
         scores = {k: 0.5 ** (max(0.0, now - block.modified) / RECENCY_HALF_LIFE) for k, block in listing.items()}
     hottest = sorted(scores, key=lambda key: -scores[key])[:most]
     found: dict[BlockKey, HotBlock] = {block.key: block for block in known if block.key in listing}

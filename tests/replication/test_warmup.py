@@ -223,10 +223,10 @@ def test_a_node_that_started_earlier_learns_of_new_blocks(na: ObjectSettings, fo
     with node_on(na, folder / "b") as node:
         with Client(node.socket) as client:
             client.call("status")
-        chains = published(na, folder, prompts=3, blocks=30)
+        chains = published(na, folder, prompts=5, blocks=8)
         assert warm(node, na)["ready"] == 1.0
         with Client(node.socket) as client:
-            assert len(loaded(client, chains[0])) == 30
+            assert len(loaded(client, chains[0])) == 8
 
 
 def test_ctrl_c_leaves_a_state_from_which_the_next_run_goes_on(na: ObjectSettings, folder: Path) -> None:
