@@ -103,6 +103,7 @@ class Traffic:
         old = slots[known]
         watched = old[old < self._watched]
         self._hazards.end(self._table.kind[watched], now - self._table.seen[watched], used=True)
+        self._table.seen[old] = now  # before anything is displaced
         if not known.all():
             slots[~known], displaced = self._table.insert(words[~known], now)
             gone = displaced.slots < self._watched
