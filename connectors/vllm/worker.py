@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from dataclasses import dataclass
 
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
@@ -34,6 +36,9 @@ LoadPart = tuple[BlockKey, tuple[int, ...], int]
 LOAD_CHUNK = 16
 """Blocks acquired at a time: enough to hide the round trip, few enough to leave the arena to others."""
 
+COPIES_AHEAD = 2
+"""Chunks of a load handed to the pager at a time: the bus does not wait while a thread hears of the end of one."""
+
 CONCURRENT_LOADS = 2
 
 RESERVE_TIMEOUT = 1.0
@@ -45,6 +50,16 @@ MAX_UNPUBLISHED = 1024
 
 PREPARE_TIMEOUT = 5.0
 PUBLISH_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """A chunk of a load on its way into the pages."""
+
+    chunk: Sequence[LoadPart]
+    acquired: Acquired
+    copies: Sequence[BlockCopy]
+    transfer: Transfer
 
 
 class Mover:
@@ -149,11 +164,15 @@ class Mover:
         started = time.perf_counter()
         parts = list(load.parts(self._geometry.pages_per_block))
         good, miss = 0, None
+        copying: deque[_Copying] = deque()
         try:
             for chunk, acquired in self._acquired(parts, deadline):
-                self._copy_in(acquired, chunk)
-                good += len(acquired.offsets)
+                copying.append(self._begin_copy(chunk, acquired))
                 miss = acquired.miss
+                if len(copying) == COPIES_AHEAD:
+                    good += self._end_copy(copying.popleft())
+            while copying:
+                good += self._end_copy(copying.popleft())
         except DeadlineExceeded:
             miss = Miss.DEADLINE
         except KVStoreError as error:
@@ -162,6 +181,9 @@ class Mover:
         except Exception:
             miss = Miss.UNAVAILABLE
             logger.exception("Loading KV of request %s failed after %d of %d blocks", load.request_id, good, len(parts))
+        for unfinished in copying:
+            _settle(unfinished.transfer)
+            self._release(unfinished.chunk, unfinished.acquired)
         if good < len(parts):
             self._recorder.count("blocks_missed", len(parts) - good, (miss or Miss.NOT_STORED).value)
         self._recorder.count("load_seconds", time.perf_counter() - started)
@@ -170,7 +192,7 @@ class Mover:
             self._received.add(load.request_id)
 
     def _acquired(self, parts: Sequence[LoadPart], deadline: float) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
-        """Chunks with their slots, acquired one chunk ahead and released when the next is asked for. Ends after a miss."""
+        """Chunks with their slots, acquired one chunk ahead; the caller releases them. Ends after a miss."""
         chunks = iter([parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)])
         ahead = self._begin_acquire(next(chunks), deadline)
         try:
@@ -180,10 +202,7 @@ class Mover:
                 acquired = answer.result()
                 if len(acquired.offsets) == len(chunk) and (following := next(chunks, None)):
                     ahead = self._begin_acquire(following, deadline)
-                try:
-                    yield chunk, acquired
-                finally:
-                    self._release(chunk, acquired)
+                yield chunk, acquired
         finally:
             if ahead is not None:
                 with suppress(KVStoreError):
@@ -204,17 +223,30 @@ class Mover:
         with suppress(KVStoreError):  # a node that is gone holds no leases
             self._client.release([key for key, _, _ in chunk[: len(acquired.offsets)]])
 
-    def _copy_in(self, acquired: Acquired, chunk: Sequence[LoadPart]) -> None:
+    def _begin_copy(self, chunk: Sequence[LoadPart], acquired: Acquired) -> _Copying:
         copies = [
             BlockCopy(pages, offset, first) for (_, pages, first), offset in zip(chunk, acquired.offsets, strict=False)
         ]
-        with self._pager_lock:
-            transfer = self._pager.load(acquired.arena, copies)
-        transfer.wait()
+        try:
+            with self._pager_lock:
+                transfer = self._pager.load(acquired.arena, copies)
+        except BaseException:
+            self._release(chunk, acquired)
+            raise
+        return _Copying(chunk, acquired, copies, transfer)
+
+    def _end_copy(self, copying: _Copying) -> int:
+        """Wait for a copy and release its slots; how many blocks it brought."""
+        copies = copying.copies
+        try:
+            copying.transfer.wait()
+        finally:
+            self._release(copying.chunk, copying.acquired)
         self._recorder.count("bytes_loaded", sum(len(copy.pages) for copy in copies) * self._page_bytes)
         if self._rank == 0:
-            for copy, medium in zip(copies, acquired.media, strict=True):
+            for copy, medium in zip(copies, copying.acquired.media, strict=True):
                 self._recorder.count("tokens_loaded", len(copy.pages) * self._geometry.page_tokens, medium.value)
+        return len(copies)
 
     def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
         """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
