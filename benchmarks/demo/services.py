@@ -1,17 +1,18 @@
-"""Processes of the demo, each of which can be stopped and started again."""
+"""The processes of the demo: a node that can be stopped and started again, and engines."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
+from connectors.vllm.process import EngineProcess
 from kvstore.errors import NodeUnavailable
 from kvstore.node.client import Client
 from kvstore.testing.servers import S3Server
@@ -20,53 +21,20 @@ BUCKET = "kvstore-demo"
 CLIENT_NAME = "demo"
 START_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
-ENGINE_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-}
+ENGINE = {
+    # float32: in bfloat16 not even vLLM's own prefix cache gives the same tokens as computing everything.
+    "dtype": "float32", "enforce_eager": True, "seed": 0, "max_num_seqs": 4, "block_size": 32,
+    "max_model_len": 8192, "max_num_batched_tokens": 8192,
+}  # fmt: skip
+ENGINE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-class _Process:
-    """A child process whose messages go to a log file."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.log = folder / f"{name}.log"
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """Ask it to end, and wait."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(60)
-            self._process = None
-
-    def _spawn(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        with self.log.open("a") as log:
-            self._process = subprocess.Popen([sys.executable, *arguments], stderr=log, text=True, **options)
-        return self._process
-
-    def _fail(self, what: str) -> RuntimeError:
-        return RuntimeError(f"{what}; the end of {self.log}:\n{self.log.read_text()[-3000:]}")
-
-
-class Node(_Process):
-    """``kvstore node`` with all three tiers."""
+class Node:
+    """``kvstore node`` with all three tiers, in a process whose messages go to a file."""
 
     def __init__(self, folder: Path, s3: S3Server) -> None:
-        super().__init__(folder, "node")
+        self.log = folder / "node.log"
+        self._process: subprocess.Popen[bytes] | None = None
         self.socket = folder / "node.sock"
         self.directory = folder / "node"
         self._secret = folder / "secret"
@@ -86,9 +54,19 @@ class Node(_Process):
             "node.socket": self.socket,
         }
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def start(self) -> None:
+        """Start it and wait until it answers."""
         settings = [text for name, value in self._settings.items() for text in ("--set", f"{name}={value}")]
-        process = self._spawn(["-m", "kvstore", "node", *settings], stdout=subprocess.DEVNULL)
+        argv = [sys.executable, "-m", "kvstore", "node", *settings]
+        with self.log.open("a") as log:
+            process = self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=log)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
@@ -98,6 +76,13 @@ class Node(_Process):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise self._fail("the node did not start") from None
                 time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Ask it to end, and wait."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(60)
+            self._process = None
 
     def status(self) -> dict[str, Any]:
         with Client(self.socket, name=CLIENT_NAME) as client:
@@ -127,6 +112,9 @@ class Node(_Process):
                 raise self._fail("the node did not come back to what it was")
             time.sleep(0.1)
 
+    def _fail(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{what}; the end of its log:\n{self.log.read_text()[-3000:]}")
+
 
 def _engines(status: dict[str, Any]) -> int:
     return sum(client["name"] != CLIENT_NAME for client in status["clients"])
@@ -136,32 +124,15 @@ def _stored(status: dict[str, Any]) -> int:
     return sum(tier["blocks"] for tier in status["tiers"] if tier["medium"] == "object")
 
 
-class Engine(_Process):
-    """``engine.py``."""
-
-    def __init__(self, folder: Path, name: str, model: Path, node: Node | None) -> None:
-        super().__init__(folder, name)
-        self._arguments = ["-m", "benchmarks.demo.engine", "--model", str(model)]
-        if node:
-            self._arguments += ["--socket", str(node.socket)]
-
-    def start(self) -> None:
-        environment = {**os.environ, **ENGINE_ENVIRONMENT}
-        self._spawn(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._line()
-
-    def ask(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """Answer the prompts one after the other."""
-        assert self._process is not None, "not started"
-        stdin: IO[str] = self._process.stdin  # type: ignore[assignment]
-        print(json.dumps(prompts), file=stdin, flush=True)
-        answers: list[dict[str, Any]] = json.loads(self._line())
-        return answers
-
-    def _line(self) -> str:
-        assert self._process is not None, "not started"
-        stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
-        line = stdout.readline()
-        if not line:
-            raise self._fail("the engine ended")
-        return line
+@contextmanager
+def engine(folder: Path, name: str, model: Path, node: Node | None) -> Iterator[EngineProcess]:
+    """A vLLM engine that is up and has answered once, with or without the store."""
+    store = {"socket": str(node.socket), "autostart": False} if node else None
+    with (folder / f"{name}.log").open("w") as log:
+        with EngineProcess(str(model), store, ENGINE, ENGINE_ENVIRONMENT, log.fileno()) as process:
+            try:
+                process.ready()
+                process.generate(["Warm up."], max_tokens=1)
+                yield process
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}; the end of its log:\n{Path(log.name).read_text()[-3000:]}") from error

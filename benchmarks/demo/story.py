@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.demo.document import document, prompts
-from benchmarks.demo.services import Engine, Node
+from benchmarks.demo.services import Node, engine
+from connectors.vllm.process import EngineProcess
 from kvstore.testing.model import MEDIUM, ModelSize, make_model
 from kvstore.testing.servers import ministack
+from kvstore.tiers.base import Medium
 
 COMPUTED = "computed"
+NEW_TOKENS = 8
+LOADED = {tier.value: f"vllm:kvstore_tokens_loaded{{{tier.value}}}" for tier in Medium}
+"""vLLM's counters of what came from each tier."""
 
 
 @dataclass(frozen=True)
@@ -53,42 +57,65 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> list[Answer]:
         with step("made a small Llama of random weights, with a tokenizer trained on the document"):
             model = make_model(folder / "model", [document(), *asked], size)
         with step("reference: an engine without the store answered every question"):
-            with Engine(folder, "reference", model, None) as engine:
-                reference = engine.ask(asked)
+            with engine(folder, "reference", model, None) as plain:
+                reference = [_ask(plain, prompt) for prompt in asked]
 
         answers: list[Answer] = []
+
+        def ask_all(run: str, process: EngineProcess) -> None:
+            for number, (prompt, expected) in enumerate(zip(asked, reference, strict=True), 1):
+                answers.append(_compare(run, number, _ask(process, prompt), expected))
+
         with Node(folder, s3) as node:
-            with step("engine A computed the document and saved it"), Engine(folder, "a", model, node) as engine:
-                answers += _answers("engine A", engine.ask(asked), reference)
+            with step("engine A computed the document and saved it"), engine(folder, "a", model, node) as a:
+                ask_all("engine A", a)
                 node.drain()
-            saved = node.blocks()
-            say(f"blocks saved: {', '.join(f'{count} in {tier}' for tier, count in saved.items())}; engine A is gone")
-            with Engine(folder, "b", model, node) as engine:
-                with step("engine B, a new process, asked the same"):
-                    answers += _answers("engine B", engine.ask(asked), reference)
-                node.restart()
-                with step("the node was restarted: host memory is empty"):
-                    answers += _answers("node restarted", engine.ask(asked), reference)
-                node.restart(lose_disk=True)
-                with step("the node was restarted without its disk: only the bucket is left"):
-                    answers += _answers("disk lost", engine.ask(asked), reference)
+            saved = ", ".join(f"{count} in {tier}" for tier, count in node.blocks().items())
+            say(f"blocks saved: {saved}; engine A is gone")
+            with engine(folder, "b", model, node) as b:
+                with step("engine B, a new process, was asked the same"):
+                    ask_all("engine B", b)
+                with step("the node was restarted: host memory is empty, and engine B asked again"):
+                    node.restart()
+                    ask_all("node restarted", b)
+                with step("the node was restarted without its disk: only the bucket is left, and engine B asked again"):
+                    node.restart(lose_disk=True)
+                    ask_all("disk lost", b)
         return answers
 
 
-def _answers(run: str, given: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> list[Answer]:
-    return [
-        Answer(
-            run=run,
-            question=number,
-            prompt_tokens=answer["prompt_tokens"],
-            loaded_tokens=sum(answer["loaded"].values()),
-            source=max(answer["loaded"], key=answer["loaded"].get) if any(answer["loaded"].values()) else COMPUTED,
-            ttft_s=answer["ttft_s"],
-            baseline_s=plain["ttft_s"],
-            identical=answer["tokens"] == plain["tokens"],
-        )
-        for number, (answer, plain) in enumerate(zip(given, reference, strict=True), 1)
-    ]
+@dataclass(frozen=True)
+class _Reply:
+    """What an engine made of one prompt."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    ttft_s: float
+    loaded: dict[str, int]
+    """Tokens loaded from the store, by tier."""
+
+
+def _ask(process: EngineProcess, prompt: str) -> _Reply:
+    """Ask once, with vLLM's own prefix cache empty: what is not computed comes from the store."""
+    process.forget()
+    before = process.counters()
+    (answer,) = process.generate([prompt], max_tokens=NEW_TOKENS)
+    after = process.counters()
+    loaded = {tier: int(after.get(name, 0) - before.get(name, 0)) for tier, name in LOADED.items()}
+    return _Reply(answer.tokens, answer.prompt_tokens, answer.ttft_seconds, loaded)
+
+
+def _compare(run: str, number: int, reply: _Reply, expected: _Reply) -> Answer:
+    return Answer(
+        run=run,
+        question=number,
+        prompt_tokens=reply.prompt_tokens,
+        loaded_tokens=sum(reply.loaded.values()),
+        source=max(reply.loaded, key=lambda tier: reply.loaded[tier]) if any(reply.loaded.values()) else COMPUTED,
+        ttft_s=reply.ttft_s,
+        baseline_s=expected.ttft_s,
+        identical=reply.tokens == expected.tokens,
+    )
 
 
 def figures(answers: Sequence[Answer]) -> Mapping[str, float]:
