@@ -36,7 +36,7 @@ pytestmark = [
 OUTPUT = 24
 ENGINE = {
     "dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": 16,
-    "num_gpu_blocks_override": 700, "gpu_memory_utilization": 0.1, "attention_config": {"backend": "TRITON_ATTN"},
+    "kv_cache_memory_bytes": 128 << 20, "gpu_memory_utilization": 0.1, "attention_config": {"backend": "TRITON_ATTN"},
     "compilation_config": {"custom_ops": ["none"]},
 }  # fmt: skip
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
