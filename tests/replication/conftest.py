@@ -88,14 +88,16 @@ class Pair:
     def write(self, mode: str = "enforce", flow: str = "", rules: str = "", na_key: str = "") -> Topology:
         """``flow`` and ``rules`` are lines of TOML."""
         public = na_key or public_text(KEY.public_key())
-        credentials = self.file.parent / "credentials.toml"
-        credentials.write_text('access_key_id = "test"\nsecret_access_key = "test"\n')
+        for name, region in (("na", self.na), ("eu", self.eu)):
+            pair = f'access_key_id = "{region.access_key_id}"\nsecret_access_key = "{region.secret_access_key}"\n'
+            (self.file.parent / f"{name}.credentials").write_text(pair)
+        na, eu = (self.file.parent / f"{name}.credentials" for name in ("na", "eu"))
         self.file.write_text(
             f'mode = "{mode}"\n'
             f'[regions.na]\nurl = "{self.na.url}"\nendpoints = ["{self.link.endpoint}"]\n'
-            f'location = "US"\npublic_key = "{public}"\ncredentials_file = "{credentials}"\n'
+            f'location = "US"\npublic_key = "{public}"\ncredentials_file = "{na}"\n'
             f'[regions.eu]\nurl = "{self.eu.url}"\nendpoints = ["{self.eu.endpoint}"]\n'
-            f'location = "DE"\npublic_key = "{public_text(EU_KEY.public_key())}"\ncredentials_file = "{credentials}"\n'
+            f'location = "DE"\npublic_key = "{public_text(EU_KEY.public_key())}"\ncredentials_file = "{eu}"\n'
             f'[[flows]]\nfrom = "na"\nto = ["eu"]\n{flow}\n{rules}\n'
         )
         return load_topology(self.file)

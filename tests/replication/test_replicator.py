@@ -10,21 +10,25 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
-from conftest import Pair
+from conftest import Pair, bucket_on
 from region_cases import KEY, LLAMA, chain, hot, manifest_of, store, stored
 from typer.testing import CliRunner, Result
 
 from kvstore.cli import app
 from kvstore.testing.blocks import SealedBlock
+from kvstore.testing.servers import S3Server
+from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import hotness_name, namespace_name
 from kvstore.tiers.object.objects import Objects
 from replication import lease
+from replication.copier import Outcome
 from replication.cursor import Cursor, Ledger
 from replication.links import Links
 from replication.names import manifest_name
@@ -123,6 +127,34 @@ class TestFlow:
         obstore.delete(Objects.connect(pair.na).store, manifest_name("na"))
         third = await pair.publish()
         assert first.sequence < second.sequence < third.sequence
+
+
+class TestOtherServers:
+    async def test_from_ceph_to_ministack_and_back(
+        self, radosgw_server: S3Server, eu: ObjectSettings, tmp_path: Path, random_source: random.Random
+    ) -> None:
+        """Signatures are checked there, and conditional creation is another implementation."""
+        ceph = bucket_on(radosgw_server, "na")
+        blocks = chain(random_source, 12)
+        store(ceph, blocks)
+        with shaped(ceph.endpoint, Shape(delay=0.01)) as link:
+            pair = Pair(tmp_path / "regions.toml", ceph, eu, link)
+            await pair.publish()
+            assert (await pair.cycle(pair.write())).problems == {}
+        assert stored(eu) == {b.key: bytes(b.envelope) for b in blocks}
+        other = bucket_on(radosgw_server, "back")
+        with shaped(eu.endpoint) as link:
+            pair = Pair(tmp_path / "regions.toml", eu, other, link)
+            await pair.publish()
+            for copied in (12, 0):
+                cycle = await pair.cycle(pair.write())
+                assert cycle.flows[0].copied.outcomes.get(Outcome.COPIED, 0) == copied
+        assert stored(other) == stored(eu)
+
+    async def test_a_lease_in_ceph(self, radosgw_server: S3Server) -> None:
+        async with Links.open([bucket_on(radosgw_server, "na")]) as bucket, lease.hold(bucket, "replicator"):
+            with pytest.raises(lease.LeaseTaken):
+                await lease._take(bucket, "replicator", "another", 30.0)
 
 
 class TestTrust:

@@ -1,0 +1,177 @@
+"""Small parts: hotness snapshots, the shaped link, links and their health."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.errors import ProtocolError, TierUnavailable
+from kvstore.identity import BlockKey
+from kvstore.policy.hotness import Hotness
+from kvstore.testing.shaping import Shape, shaped
+from kvstore.tiers.object import ObjectSettings
+from kvstore.tiers.object.hotness import MAX_BLOCKS, HotnessSnapshot, merged
+from replication.links import Links
+
+KEY = BlockKey(b"k" * 16)
+
+keys = st.binary(min_size=16, max_size=16).map(BlockKey)
+
+
+class TestHotnessSnapshot:
+    @given(st.floats(0, 1e10), st.floats(1e-3, 1e6), st.dictionaries(keys, st.floats(0, 2**99, width=32), max_size=20))
+    def test_what_is_packed_is_unpacked(self, taken: float, half_life: float, scores: dict[BlockKey, float]) -> None:
+        snapshot = HotnessSnapshot(taken, half_life, scores)
+        assert HotnessSnapshot.unpack(snapshot.pack()) == snapshot
+
+    @given(st.binary(max_size=200))
+    def test_arbitrary_bytes_are_refused(self, raw: bytes) -> None:
+        with pytest.raises(ProtocolError):
+            HotnessSnapshot.unpack(raw)
+
+    def test_the_hottest_are_kept_when_there_are_too_many(self) -> None:
+        scores = {BlockKey(i.to_bytes(16, "big")): float(i) for i in range(MAX_BLOCKS + 10)}
+        kept = HotnessSnapshot.unpack(HotnessSnapshot(1.0, 1.0, scores).pack()).scores
+        assert len(kept) == MAX_BLOCKS
+        assert min(kept.values()) == 10.0
+
+    def test_snapshots_of_different_age_are_brought_to_one_moment(self) -> None:
+        old, new = HotnessSnapshot(0.0, 100.0, {KEY: 8.0}), HotnessSnapshot(200.0, 100.0, {KEY: 1.0})
+        assert merged([old, new], 200.0) == {KEY: 3.0}
+
+    def test_a_nodes_counts_become_scores_per_block(self) -> None:
+        chain = [BlockKey(bytes([i]) * 16) for i in range(4)]
+        hotness = Hotness(half_life=3600.0)
+        for _ in range(3):
+            hotness.observe(chain, 1000.0, block_tokens=64, block_bytes=4096)
+        snapshot = HotnessSnapshot.of(hotness, 1000.0, lambda tokens: tokens / 100)
+        assert snapshot.scores.keys() == {chain[-1]}
+        assert snapshot.scores[chain[-1]] == pytest.approx(3 * 256 / 100 / 4, rel=0.4)
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    """A server that sends back what it gets."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(client,), daemon=True).start()
+
+    def answer(client: socket.socket) -> None:
+        with client, suppress(OSError):
+            while data := client.recv(1 << 16):
+                client.sendall(data)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+class TestShapedLink:
+    def exchange(self, port: int, data: bytes, timeout: float = 20.0) -> tuple[bytes, float]:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout) as client:
+            sender = threading.Thread(target=client.sendall, args=(data,))
+            sender.start()
+            back = b""
+            while len(back) < len(data) and (piece := client.recv(1 << 16)):
+                back += piece
+            sender.join()
+        return back, time.monotonic() - started
+
+    def test_bytes_come_through_whole_and_late(self, echo: str) -> None:
+        data = bytes(range(256)) * 2000
+        with shaped(echo, Shape(delay=0.1)) as link:
+            back, seconds = self.exchange(link.port, data)
+            assert back == data
+            assert seconds >= 0.2
+            assert link.bytes_up == link.bytes_down == len(data)
+
+    def test_bandwidth_is_a_limit_for_all_connections_together(self, echo: str) -> None:
+        with shaped(echo, Shape(bytes_per_second=1e6)) as link:
+            started = time.monotonic()
+            threads = [threading.Thread(target=self.exchange, args=(link.port, bytes(250_000))) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert time.monotonic() - started >= 0.5
+
+    def test_loss_delays(self, echo: str) -> None:
+        with shaped(echo, Shape(loss=1.0)) as link:
+            back, seconds = self.exchange(link.port, b"x")
+            assert back == b"x"
+            assert seconds >= 0.4
+
+    def test_a_cut_link_is_silent_and_heals(self, echo: str) -> None:
+        with shaped(echo) as link:
+            link.cut()
+            with pytest.raises(TimeoutError):
+                self.exchange(link.port, b"x", timeout=0.3)
+            link.heal()
+            assert self.exchange(link.port, b"y")[0] == b"y"
+
+    def test_a_reset_breaks_connections(self, echo: str) -> None:
+        with shaped(echo) as link, socket.create_connection(("127.0.0.1", link.port), 20) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            link.reset()
+            try:
+                assert client.recv(1) == b""
+            except ConnectionResetError:
+                pass
+
+
+class TestLinks:
+    def settings(self, folder: Path) -> ObjectSettings:
+        return ObjectSettings(url=f"file://{folder}")
+
+    async def test_the_first_link_that_answers_is_used_and_a_dead_one_waits_for_its_time(self, tmp_path: Path) -> None:
+        asked: list[str] = []
+        async with Links.open([self.settings(tmp_path / "a"), self.settings(tmp_path / "b")], patience=0.0) as links:
+            first = links.links[0].objects
+
+            async def request(objects: object) -> str:
+                asked.append("first" if objects is first else "second")
+                if objects is first:
+                    raise TierUnavailable("dead")
+                return "answer"
+
+            assert await links.ask(request) == "answer"
+            assert await links.ask(request) == "answer"
+            assert asked == ["first", "second", "second"]
+
+    async def test_of_many_requests_one_tries_a_dead_link_again(self, tmp_path: Path) -> None:
+        tried = 0
+        async with Links.open([self.settings(tmp_path)], patience=0.0) as links:
+
+            async def fails(_: object) -> None:
+                raise TierUnavailable("dead")
+
+            async def slow(_: object) -> None:
+                nonlocal tried
+                tried += 1
+                await asyncio.sleep(0.05)
+
+            with pytest.raises(TierUnavailable, match="dead"):
+                await links.ask(fails)
+            links.links[0]._retry_at = 0.0
+            results = await asyncio.gather(*(links.ask(slow) for _ in range(5)), return_exceptions=True)
+            assert tried == 1
+            assert sum(isinstance(result, TierUnavailable) for result in results) == 4
+            await asyncio.gather(*(links.ask(slow) for _ in range(5)))
+            assert tried == 6
