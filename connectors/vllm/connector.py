@@ -34,6 +34,9 @@ except ImportError:
 else:
     _SOURCES = {Medium.HOST: CacheHitSource.HOST, Medium.DISK: CacheHitSource.DISK}
 
+IDLE_WAIT = 0.002
+"""Seconds. With nothing to compute vLLM asks for loads that ended in a loop, which would keep the interpreter from them."""
+
 logger = logging.getLogger("vllm.kvstore")
 
 CONNECT_TIMEOUT = 0.5
@@ -158,7 +161,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.mover.finish_saves()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self.mover.take_received()
+        return None, self.mover.take_received(IDLE_WAIT if self._plan.idle else 0.0)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.mover.take_bad_pages()

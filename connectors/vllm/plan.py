@@ -45,5 +45,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    idle: bool = False
+    """Nothing is computed in this step: vLLM only asks whether loads have ended."""
     overwritten: frozenset[int] = frozenset()
     """Engine pages that this step hands to requests: copies out of them must be over first."""

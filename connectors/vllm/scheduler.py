@@ -143,7 +143,7 @@ class Planner:
         if (epoch := self._link.client.epoch) != self._epoch:  # another run of the node: who knows what it holds
             self._epoch = epoch
             self._stored.clear()
-        plan = StepPlan(loads)
+        plan = StepPlan(loads, idle=not output.num_scheduled_tokens)
         overwritten = {page for load in loads for page in load.pages}
         for request_id, computed, fresh, replace in _scheduled(output):
             overwritten.update(fresh)

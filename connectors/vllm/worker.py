@@ -85,6 +85,8 @@ class Mover:
         self._reserving: tuple[Future[Reserved | None], Sequence[Save]] | None = None
         self._copying: list[tuple[frozenset[int], Transfer]] = []
         self._lock = threading.Lock()
+        self._load_ended = threading.Condition(self._lock)
+        self._loading = 0
         self._unpublished = 0
         self._received: set[str] = set()
         self._bad_pages: set[int] = set()
@@ -138,11 +140,14 @@ class Mover:
 
     def load(self, load: Load) -> Future[None]:
         """Start a load. Its end, good or bad, is reported by ``take_received`` and ``take_bad_pages``."""
+        with self._lock:
+            self._loading += 1
         return self._loads.submit(self._load, load, time.monotonic() + self._load_timeout)
 
-    def take_received(self) -> set[str]:
-        """Requests whose loads ended since the last call."""
-        with self._lock:
+    def take_received(self, patience: float = 0.0) -> set[str]:
+        """Requests whose loads ended since the last call. Waits ``patience`` seconds for one, while there are loads."""
+        with self._load_ended:
+            self._load_ended.wait_for(lambda: self._received or not self._loading, patience)
             received, self._received = self._received, set()
         return received
 
@@ -187,9 +192,11 @@ class Mover:
         if good < len(parts):
             self._recorder.count("blocks_missed", len(parts) - good, (miss or Miss.NOT_STORED).value)
         self._recorder.count("load_seconds", time.perf_counter() - started)
-        with self._lock:
+        with self._load_ended:
             self._bad_pages.update(page for _, pages, _ in parts[good:] for page in pages)
             self._received.add(load.request_id)
+            self._loading -= 1
+            self._load_ended.notify()
 
     def _acquired(self, parts: Sequence[LoadPart], deadline: float) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
         """Chunks with their slots, acquired one chunk ahead; the caller releases them. Ends after a miss."""

@@ -309,6 +309,19 @@ def test_a_node_that_dies_and_returns(
         wait(lambda before=before: loads_again(engines.tight, before, reference))
 
 
+def test_a_node_that_hangs(engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]) -> None:
+    engines.tight.forget()
+    before = kvstore(engines.tight, "tokens_loaded")
+    assert node.process is not None
+    os.kill(node.process.pid, signal.SIGSTOP)
+    try:
+        check(engines.tight.generate(PROMPTS, OUTPUT), reference)
+        assert gained(engines.tight, "tokens_loaded", before) == 0
+    finally:
+        os.kill(node.process.pid, signal.SIGCONT)
+    wait(lambda: loads_again(engines.tight, before, reference))
+
+
 def loads_again(engine: EngineProcess, before: float, reference: dict[str, list[int]]) -> bool:
     engine.forget()
     check(engine.generate(PROMPTS[:2], OUTPUT), reference, PROMPTS[:2])
