@@ -42,8 +42,8 @@ def run(args: Any) -> Mapping[str, float]:
 
 
 @contextmanager
-def node_process(host_bytes: int) -> Iterator[Path]:
-    """A node of its own process, host tier only."""
+def node_process(host_bytes: int, *more: str) -> Iterator[Path]:
+    """A node of its own process: host tier only, unless ``more`` settings name others."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "node.sock"
         settings = [
@@ -52,6 +52,7 @@ def node_process(host_bytes: int) -> Iterator[Path]:
             f"host.bytes={host_bytes}",
             "disk.enabled=false",
             "node.log_level=warning",
+            *more,
         ]
         command = [sys.executable, "-m", "kvstore", "node"]
         process = subprocess.Popen([*command, *(f"--set={setting}" for setting in settings)])

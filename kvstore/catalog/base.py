@@ -19,7 +19,8 @@ import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvstore.envelope import MAX_PAYLOAD_BYTES, Header, envelope_bytes
 from kvstore.identity import KEY_BYTES, BlockKey
@@ -33,17 +34,18 @@ _VALUE = struct.Struct("<I16sHI16sI")
 _NAME = re.compile(r"[\w.:/-]{1,200}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A block in the bucket. ``tokens`` is 0 while only the object's size is known, not its header."""
+class Entry(NamedTuple):
+    """A block in the bucket. A tuple, because lookups make hundreds of them at a time."""
 
     key: BlockKey
-    namespace: bytes
-    parent: BlockKey
-    index: int
-    tokens: int
     length: int
     """Payload bytes."""
+    namespace: bytes
+    tokens: int
+    """0 while only the object's size is known, not its header."""
+    depth: int
+    """Position of the block in its chain, from 0."""
+    parent: BlockKey
     stored: int
     """When, in seconds since the epoch: what a node goes by that does not know the block's uses."""
 
@@ -53,7 +55,7 @@ class Entry:
             key=header.key,
             namespace=header.namespace,
             parent=header.parent,
-            index=header.index,
+            depth=header.index,
             tokens=min(header.tokens, 0xFFFF),
             length=header.length,
             stored=min(int(header.created), 0xFFFFFFFF),
@@ -66,7 +68,7 @@ class Entry:
             key=self.key,
             namespace=self.namespace,
             parent=self.parent,
-            index=self.index,
+            index=self.depth,
             tokens=self.tokens,
             length=self.length,
             crc=0,
@@ -79,25 +81,15 @@ class Entry:
 
     def pack(self) -> bytes:
         """All but the key, in the form that catalogs store."""
-        return _VALUE.pack(self.length, self.namespace, self.tokens, self.index, self.parent, self.stored)
+        return _VALUE.pack(self.length, self.namespace, self.tokens, self.depth, self.parent, self.stored)
 
     @classmethod
     def unpack(cls, key: bytes, value: bytes) -> Entry | None:
         """None for what cannot be an entry: it counts as absent, and the next ``record`` of the key replaces it."""
         if len(key) != KEY_BYTES or len(value) != _VALUE.size:
             return None
-        length, namespace, tokens, index, parent, stored = _VALUE.unpack(value)
-        if not 0 < length <= MAX_PAYLOAD_BYTES:
-            return None
-        return cls(
-            key=BlockKey(key),
-            namespace=namespace,
-            parent=BlockKey(parent),
-            index=index,
-            tokens=tokens,
-            length=length,
-            stored=stored,
-        )
+        entry = cls(BlockKey(key), *_VALUE.unpack(value))
+        return entry if 0 < entry.length <= MAX_PAYLOAD_BYTES else None
 
 
 def adds_nothing(after: Entry, before: bytes) -> bool:
@@ -107,7 +99,7 @@ def adds_nothing(after: Entry, before: bytes) -> bool:
         return False
     if not after.tokens:
         return known.envelope_bytes == after.envelope_bytes
-    return after == replace(known, stored=after.stored)
+    return after == known._replace(stored=after.stored)
 
 
 Changes = Mapping[BlockKey, Entry | None]

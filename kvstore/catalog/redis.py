@@ -216,11 +216,17 @@ class RedisCatalog(Catalog):
         return await self._answer(run)
 
     async def _answer(self, work: Callable[[], Awaitable[T]]) -> T:
+        task = asyncio.current_task()
+        assert task is not None, "called in a task"
+        cancellations = task.cancelling()
         try:
             async with asyncio.timeout(ANSWER_SECONDS), self._turns:
                 return await work()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             raise CatalogUnavailable(str(error) or "no answer in time") from error
+        finally:
+            if task.cancelling() > cancellations:  # asyncio.wait_for of Python 3.11, which the client uses, loses some
+                raise asyncio.CancelledError
 
 
 def _connect(settings: RedisSettings) -> Redis | RedisCluster:

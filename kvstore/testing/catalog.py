@@ -75,7 +75,7 @@ class CatalogConformance:
     async def test_totals_follow_every_change(self, catalog: Catalog, source: random.Random) -> None:
         entries = random_entries(source, 20)
         first, second, *_ = entries
-        longer = dataclasses.replace(entries[first], length=entries[first].length + 100_000)
+        longer = entries[first]._replace(length=entries[first].length + 100_000)
         await catalog.record(entries)
         await catalog.record(entries)
         await catalog.record({first: longer, second: None})
@@ -91,15 +91,15 @@ class CatalogConformance:
     ) -> None:
         (entry,) = random_entries(source, 1).values()
         padded = entry.envelope_bytes - HEADER_BYTES
-        size_only = dataclasses.replace(entry, parent=NO_PARENT, index=0, tokens=0, length=padded)
-        for known in (size_only, entry, size_only, dataclasses.replace(entry, stored=entry.stored + 1)):
+        size_only = entry._replace(parent=NO_PARENT, depth=0, tokens=0, length=padded)
+        for known in (size_only, entry, size_only, entry._replace(stored=entry.stored + 1)):
             await catalog.record({entry.key: known})
         assert await catalog.lookup([entry.key]) == [entry]
         assert (await catalog.status()).changes == 2
         for other in (
-            dataclasses.replace(size_only, length=padded + HEADER_BYTES),
-            dataclasses.replace(entry, length=entry.length - 1),
-            dataclasses.replace(entry, namespace=b"another name..."[:15] + b"."),
+            size_only._replace(length=padded + HEADER_BYTES),
+            entry._replace(length=entry.length - 1),
+            entry._replace(namespace=b"another name..."[:15] + b"."),
         ):
             await catalog.record({entry.key: other})
             assert await catalog.lookup([entry.key]) == [other]
@@ -310,6 +310,17 @@ class CatalogConformance:
         await follow(catalog, START, index)
         assert index == {key: entry for group in groups for key, entry in group.items()}
 
+    async def test_a_cancelled_call_ends_as_cancelled(self, catalog: Catalog, source: random.Random) -> None:
+        keys = list(random_entries(source, 3))
+        for turns in range(100):
+            call = asyncio.ensure_future(catalog.lookup(keys))
+            for _ in range(turns % 25):
+                await asyncio.sleep(0)
+            cancelled = call.cancel()
+            await asyncio.wait([call])
+            assert call.cancelled() is cancelled
+        assert await catalog.lookup(keys) == [None] * 3
+
     async def test_what_was_recorded_outlives_the_connection(self, catalog: Catalog, source: random.Random) -> None:
         entries = random_entries(source, 5)
         await catalog.record(entries)
@@ -332,7 +343,7 @@ def random_entries(source: random.Random, count: int) -> Index:
             key=random_key(source),
             namespace=NAMESPACE,
             parent=random_key(source),
-            index=source.randrange(2048),
+            depth=source.randrange(2048),
             tokens=64,
             length=source.randrange(2, 32 << 20),
             stored=1_700_000_000 + source.randrange(1_000_000),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import tempfile
 import uuid
 from collections.abc import Coroutine, Iterator
@@ -35,9 +34,9 @@ known = st.tuples(
 def entry(drawn: tuple[BlockKey, bytes, int, int, bool, int]) -> Entry:
     key, namespace, index, length, size_only, stored = drawn
     if size_only:
-        return Entry(key=key, namespace=namespace, parent=NO_PARENT, index=0, tokens=0, length=4096, stored=stored)
+        return Entry(key=key, namespace=namespace, parent=NO_PARENT, depth=0, tokens=0, length=4096, stored=stored)
     parent = KEYS[index]
-    return Entry(key=key, namespace=namespace, parent=parent, index=index, tokens=64, length=length, stored=stored)
+    return Entry(key=key, namespace=namespace, parent=parent, depth=index, tokens=64, length=length, stored=stored)
 
 
 def says_more(new: Entry, old: Entry | None) -> bool:
@@ -45,7 +44,7 @@ def says_more(new: Entry, old: Entry | None) -> bool:
     if old is None or old.namespace != new.namespace:
         return True
     if new.tokens:
-        return new != dataclasses.replace(old, stored=new.stored)
+        return new != old._replace(stored=new.stored)
     return new.envelope_bytes != old.envelope_bytes
 
 
