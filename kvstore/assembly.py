@@ -19,6 +19,9 @@ from kvstore.errors import TierError
 from kvstore.identity import Namespace
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.arena import Arena
+from kvstore.policy.admission import AdmissionPolicy, Mode
+from kvstore.policy.eviction import LRU, EvictionPolicy
+from kvstore.policy.reuse import Reuse
 from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import Tier
@@ -38,22 +41,24 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
     """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again."""
     metrics = StoreMetrics()
     measured = TierMetrics(metrics.registry)
-    host = HostTier(arena, config.host.extent_bytes)
+    eviction: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
+    admission = AdmissionPolicy(demand.traffic, mode=Mode(config.policy.admission))
+    host = HostTier(arena, config.host.extent_bytes, eviction)
     lower: list[Tier] = []
     probe: Probe | None = None
     try:
         if config.disk.enabled:
-            lower.append(Metered(await open_disk(config), measured))
+            lower.append(Metered(await open_disk(config, eviction), measured))
         if config.object.url:
             sharing = await open_sharing(config)
-            bucket = await open_object(config, sharing)
+            bucket = await open_object(config, sharing, eviction)
             lower.append(Metered(Breaker(bucket), measured))
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
             demand.publish = partial(bucket.put_hotness, node_name(config.node.directory))
-        return Store(host, lower, metrics, config.queue_bytes, probe=probe)
+        return Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission)
     except BaseException:
         for tier in reversed([host, *lower]):
             await tier.close()
@@ -100,22 +105,22 @@ def node_name(directory: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{text}")[:128]
 
 
-async def open_disk(config: Config) -> DiskTier:
+async def open_disk(config: Config, policy: EvictionPolicy | None = None) -> DiskTier:
     """The disk tier as configured. Raises ConfigError, TierUnavailable."""
     from kvstore.tiers.disk import DiskTier
 
     disk = config.disk
     return await DiskTier.open(
-        config.disk_directory, disk.bytes, segment_bytes=disk.segment_bytes, threads=disk.threads
+        config.disk_directory, disk.bytes, policy, segment_bytes=disk.segment_bytes, threads=disk.threads
     )
 
 
-async def open_object(config: Config, peers: Peers | None = None) -> ObjectTier:
+async def open_object(config: Config, peers: Peers | None = None, policy: EvictionPolicy | None = None) -> ObjectTier:
     """The object tier as configured. Raises ConfigError; ``peers`` are closed then."""
     from kvstore.tiers.object import ObjectTier
 
     try:
-        return await ObjectTier.open(object_settings(config), peers=peers)
+        return await ObjectTier.open(object_settings(config), policy, peers)
     except BaseException:
         if peers is not None:
             await peers.close()

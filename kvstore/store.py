@@ -10,7 +10,8 @@ All state is owned by one event loop; only bytes move in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import TierError
 from kvstore.identity import BlockKey
 from kvstore.node.api import Lookup, Miss, NewBlock
+from kvstore.policy.admission import AdmissionPolicy, Target
 from kvstore.promotion import FETCHES_PER_ACQUIRE, Promoter
 from kvstore.reservations import Reservations
 from kvstore.telemetry import StoreMetrics
@@ -66,11 +68,13 @@ class Store:
         queue_bytes: int,
         writers: int = 32,
         probe: Probe | None = None,
+        admission: AdmissionPolicy | None = None,
     ) -> None:
         """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
         ``writers`` how many blocks are on their way to it (enough to share the disk's syncs).
 
-        ``probe`` is told of keys that no tier listed, to look for them off the caller's path.
+        ``probe`` is told of keys that no tier listed, to look for them off the caller's path. ``admission`` says which blocks
+        are written down; without one, all are.
         """
         self.host = host
         self.tiers: tuple[Tier, ...] = (host, *lower)
@@ -79,6 +83,7 @@ class Store:
         self._promoter = Promoter(host, lower)
         self._queues = [Writeback(host, tier, metrics, queue_bytes, writers) for tier in lower]
         self._probe = probe
+        self._admission = admission
         self._probes: set[asyncio.Task[None]] = set()
 
     # --- loading
@@ -134,8 +139,7 @@ class Store:
             self.metrics.delivered.labels(medium.value).inc()
         if miss is not None:
             self.metrics.missed.labels(miss.value).inc(len(keys) - kept)
-        for key in keys[:kept]:
-            self._write_down_if_lacking(key)
+        self._write_down_lacking(keys[:kept])
         return Delivery(offsets, media, miss)
 
     def release(self, session: Session, keys: Sequence[BlockKey]) -> None:
@@ -194,7 +198,7 @@ class Store:
         sealed = await asyncio.gather(*(self._reservations.seal(reservation) for reservation in complete))
         published = [header for header in sealed if header is not None]
         self.metrics.published.inc(len(published))
-        writes = {header.key: self._write_down(header) for header in published}
+        writes = self._write_down(published)
         if durable is Medium.HOST:
             return [header.key for header in published]
         waits = {key: futures[durable] for key, futures in writes.items() if durable in futures}
@@ -261,19 +265,38 @@ class Store:
         if not task.cancelled() and not task.exception() and not isinstance(outcome := task.result(), Miss):
             self.host.unpin(key, outcome[1])
 
-    def _write_down(self, header: Header) -> dict[Medium, asyncio.Future[bool]]:
-        """Offer a block of the host tier to every slower tier that lacks it."""
-        return {
-            queue.tier.medium: future
-            for queue in self._queues
-            if header.key not in queue.tier.keys() and (future := queue.offer(header)) is not None
-        }
+    def _write_down(self, headers: Sequence[Header]) -> dict[BlockKey, dict[Medium, asyncio.Future[bool]]]:
+        """Offer blocks of the host tier to every slower tier that lacks them and admits them."""
+        writes: dict[BlockKey, dict[Medium, asyncio.Future[bool]]] = {header.key: {} for header in headers}
+        for queue in self._queues:
+            lacking = [header for header in headers if header.key not in queue.tier.keys()]
+            for chain in consecutive(lacking):
+                for header, admitted in zip(chain, self._admit(queue, chain), strict=True):
+                    if admitted and (future := queue.offer(header)) is not None:
+                        writes[header.key][queue.tier.medium] = future
+        return writes
 
-    def _write_down_if_lacking(self, key: BlockKey) -> None:
-        """A block that is used gets to the tiers that a full queue, an outage or its origin kept it from."""
-        if any(key not in queue.tier.keys() for queue in self._queues) and (offset := self.host.pin(key)) is not None:
-            self._write_down(Header.unpack(self.host.slot(offset)))
-            self.host.unpin(key, offset)
+    def _write_down_lacking(self, keys: Sequence[BlockKey]) -> None:
+        """Blocks that are used get to the tiers that a full queue, an outage, admission or their origin kept them from."""
+        headers = []
+        for key in keys:
+            if (
+                any(key not in queue.tier.keys() for queue in self._queues)
+                and (offset := self.host.pin(key)) is not None
+            ):
+                headers.append(Header.unpack(self.host.slot(offset)))
+                self.host.unpin(key, offset)
+        self._write_down(headers)
+
+    def _admit(self, queue: Writeback, chain: Sequence[Header]) -> list[bool]:
+        if self._admission is None:
+            return [True] * len(chain)
+        medium = queue.tier.medium.value
+        keys = [header.key for header in chain]
+        decisions = self._admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
+        for decision in decisions:
+            self.metrics.judged.labels(medium, decision.reason.value).inc()
+        return [decision.admit for decision in decisions]
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:
         for tier in self.tiers:
@@ -284,6 +307,18 @@ class Store:
             task = asyncio.create_task(_quietly(self._probe(keys)))
             self._probes.add(task)
             task.add_done_callback(self._probes.discard)
+
+
+def consecutive(headers: Iterable[Header]) -> Iterator[list[Header]]:
+    """Runs of blocks that follow each other in one chain."""
+    run: list[Header] = []
+    for header in headers:
+        if run and header.parent != run[-1].key:
+            yield run
+            run = []
+        run.append(header)
+    if run:
+        yield run
 
 
 async def _quietly(work: Awaitable[object]) -> None:

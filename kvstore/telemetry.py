@@ -22,6 +22,9 @@ class StoreMetrics:
         self.published = counter("published_blocks", "Blocks saved by clients and published")
         self.aborted = counter("aborted_blocks", "Reservations given up before they were committed")
         self.written = counter("written_blocks", "Blocks written down to a slower tier, by outcome", "tier", "outcome")
+        self.judged = counter(
+            "judged_blocks", "Blocks offered to a slower tier, by what admission said", "tier", "reason"
+        )
         self.dropped = counter("dropped_blocks", "Blocks not written down because the queue was full", "tier")
 
     def snapshot(self) -> dict[str, float]:

@@ -33,6 +33,11 @@ class Writeback:
         self._queue: asyncio.Queue[tuple[Header, int]] = asyncio.Queue()
         self._workers = [asyncio.create_task(self._work()) for _ in range(workers)]
 
+    @property
+    def fill(self) -> float:
+        """Share of the queue that is taken, 0 to 1."""
+        return self.queued_bytes / self._limit
+
     def offer(self, header: Header) -> asyncio.Future[bool] | None:
         """Queue a block that the host tier holds. The future tells whether the tier holds it; None: dropped."""
         key = header.key

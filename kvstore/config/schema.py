@@ -251,6 +251,18 @@ class WriteSection(_Section):
     )
 
 
+class PolicySection(_Section):
+    """What is kept."""
+
+    eviction: Literal["reuse", "lru"] = Field(
+        "reuse", description="Which blocks a full tier gives up first: by learnt reuse, or the least recently used."
+    )
+    admission: Literal["off", "observe", "enforce"] = Field(
+        "observe",
+        description="Whether disk and bucket refuse blocks that will hardly be used again; observe only counts them.",
+    )
+
+
 class Config(_Section):
     """Every setting of a node and of the tools around it."""
 
@@ -261,6 +273,7 @@ class Config(_Section):
     catalog: CatalogSection = CatalogSection()
     identity: IdentitySection = IdentitySection()
     write: WriteSection = WriteSection()
+    policy: PolicySection = PolicySection()
 
     @property
     def disk_directory(self) -> Path:

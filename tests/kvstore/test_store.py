@@ -15,7 +15,9 @@ from kvstore.errors import BlockCorrupt, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
-from kvstore.store import Session, Store, runs_of
+from kvstore.policy.admission import AdmissionPolicy, Mode
+from kvstore.policy.reuse import Traffic
+from kvstore.store import Session, Store, consecutive, runs_of
 from kvstore.telemetry import StoreMetrics
 from kvstore.testing.blocks import NAMESPACE, SealedBlock, random_chain
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
@@ -315,3 +317,35 @@ def test_runs() -> None:
     assert runs_of(held, keys[5:]) == []
     assert runs_of(held, []) == []
     assert runs_of([], keys) == []
+
+
+async def test_admission_keeps_one_off_blocks_from_the_bucket_until_they_are_asked_for_again(
+    chain: list[SealedBlock],
+) -> None:
+    rig = Rig()
+    traffic = Traffic()
+    rig.store = Store(
+        rig.host,
+        [rig.disk, rig.bucket],
+        StoreMetrics(),
+        8 * SLOT,
+        admission=AdmissionPolicy(traffic, mode=Mode.ENFORCE),
+    )
+    traffic.observe(keys_of(chain), 1.0)
+    await rig.save(chain)
+    await rig.store.drain(5)
+    assert not rig.bucket.blocks
+    assert rig.counted("judged_blocks_total{reason=seen_once,tier=object}") == 6
+    traffic.observe(keys_of(chain), 2.0)
+    await rig.store.acquire(rig.session, keys_of(chain), 5)
+    await rig.store.drain(5)
+    assert set(rig.bucket.blocks) == set(keys_of(chain))
+    await rig.store.close()
+
+
+def test_consecutive_blocks_are_taken_together() -> None:
+    source = random.Random(1)
+    one, two = ([block.header for block in random_chain(source, 3, 10)] for _ in range(2))
+    assert list(consecutive([*one, *two[1:]])) == [one, two[1:]]
+    assert list(consecutive([one[0], one[2]])) == [[one[0]], [one[2]]]
+    assert list(consecutive([])) == []
