@@ -85,7 +85,7 @@ def measure(trace: Trace, share: float) -> Point:
 
 def _admission(trace: Trace) -> tuple[Tally, Tally]:
     source = keyed(trace)
-    return run_tiers(source, Mode.OBSERVE), run_tiers(source, Mode.ENFORCE)
+    return run_tiers(source, Mode.OFF), run_tiers(source, Mode.ENFORCE)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -100,6 +100,18 @@ def _figures(points: Sequence[Point]) -> dict[str, float]:
         "mean_belady_gap_closed": _mean(closed),
         "mean_belady_gap_closed_without_answers": _mean(without),
         "worst_deficit_points_without_answers": max(max(p.online.values()) - p.reuse_without_answers for p in points),
+    }
+
+
+def _admission_figures(tallies: Sequence[tuple[Tally, Tally]]) -> dict[str, float]:
+    """Over all traces together, and the worst of them."""
+    written = [(everything.disk_writes, enforced.disk_writes) for everything, enforced in tallies]
+    hits = [(everything.hits, enforced.hits) for everything, enforced in tallies]
+    return {
+        "disk_write_ratio": sum(after for _, after in written) / sum(before for before, _ in written),
+        "hits_lost_percent": 100 * (1 - sum(after for _, after in hits) / sum(before for before, _ in hits)),
+        "worst_disk_write_ratio": max(after / before for before, after in written),
+        "worst_hits_lost_percent": max(100 * (1 - after / before) for before, after in hits),
     }
 
 
@@ -162,12 +174,8 @@ def run(args: Any) -> Mapping[str, float]:
     figures = _figures(points)
     if tallies:
         _show_admission(console, traces, tallies)
-        ratios = [enforced.disk_writes / everything.disk_writes for everything, enforced in tallies]
-        lost = [100 * (1 - enforced.hits / everything.hits) for everything, enforced in tallies]
+        figures |= _admission_figures(tallies)
         figures |= {
-            "disk_write_ratio": max(ratios),
-            "hits_lost_percent": max(lost),
-            "mean_disk_write_ratio": _mean(ratios),
             "prefill_seconds_saved": sum(
                 enforced.prefill_seconds_saved(trace.block_tokens)
                 for trace, (_, enforced) in zip(traces, tallies, strict=True)

@@ -67,9 +67,12 @@ class Cache:
         self.capacity = capacity
         self.index = BlockIndex()
         self._policy = policy
+        self.evicted: list[BlockKey] = []
+        """By the last ``use``, in order."""
 
     def use(self, chain: list[BlockKey], headers: list[Header], now: float) -> int:
         """Count a request's hits, touch what is here, make room for the rest and insert it. Returns the hits."""
+        self.evicted = []
         index = self.index
         missing = [position for position, key in enumerate(chain) if key not in index]
         index.touch(chain, now)
@@ -85,7 +88,8 @@ class Cache:
             return
         order = eviction_order(self.index, self._policy, self.index.used(), now)
         for row in order[: max(excess, int(self.capacity * EVICTED_AT_ONCE))].tolist():
-            self.index.remove(self.index.key(row))
+            self.evicted.append(self.index.key(row))
+            self.index.remove(self.evicted[-1])
 
 
 def policy_hits(source: Keyed, cache: Cache, traffic: Traffic | None = None, answers: bool = True) -> int:

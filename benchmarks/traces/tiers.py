@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+import numpy as np
+
 from benchmarks.traces.replay import SECONDS_PER_OUTPUT_TOKEN, Cache, Keyed
-from benchmarks.traces.trace import Request
+from benchmarks.traces.trace import ROOT, Request
 from kvstore.policy.admission import AdmissionPolicy, Mode, Target
 from kvstore.policy.reuse import Reuse, Traffic
 
@@ -44,13 +46,18 @@ class Tally:
 
 
 def run_tiers(source: Keyed, mode: Mode) -> Tally:
-    """A host tier before a disk tier, both evicting by reuse. Blocks from disk are promoted; every prompt's blocks are offered
-    to the disk when it is served, and again whenever they are used, as the store does."""
+    """A host tier before a disk tier, both evicting by reuse. Blocks from disk are promoted.
+
+    A block is offered to the disk when it is used, if it was used before, and when the host tier gives it up; it takes
+    its ancestors along. With ``Mode.OFF`` everything is written at once.
+    """
     unique = source.trace.unique
     traffic = Traffic()
     host, disk = (Cache(int(unique * share), Reuse(traffic)) for share in (HOST_SHARE, DISK_SHARE))
     admission = AdmissionPolicy(traffic, mode=mode)
     tally = Tally()
+    number_of = {key: block for block, key in enumerate(source.keys)}
+    parent = source.trace.parent.tolist()
     running: list[tuple[float, int, Request]] = []
     for number, request in enumerate(source.trace.requests):
         while running and running[0][0] <= request.time:
@@ -67,17 +74,23 @@ def run_tiers(source: Keyed, mode: Mode) -> Tally:
                 tally.disk_hits += 1
             else:
                 break
-        decisions = admission.admit(Target.DISK, chain, request.time)
         tally.host_writes += sum(key not in host.index for key in chain)
         host.use(chain, headers, request.time)
-        length = next(
-            (
-                position
-                for position, (key, decision) in enumerate(zip(chain, decisions, strict=True))
-                if not decision.admit and key not in disk.index
-            ),
-            len(chain),
-        )
-        tally.disk_writes += sum(key not in disk.index for key in chain[:length])
-        disk.use(chain[:length], headers[:length], request.time)
+        if mode is Mode.OFF:
+            wanted = len(chain)
+        else:
+            often = traffic.sightings(chain) >= 2
+            wanted = int(np.flatnonzero(often)[-1]) + 1 if often.any() else 0
+            for key in host.evicted:
+                if key not in disk.index and admission.admit(Target.DISK, [key], request.time)[0].admit:
+                    block = number_of[key]
+                    above = []
+                    while block != ROOT and source.keys[block] not in disk.index:
+                        above.append(block)
+                        block = parent[block]
+                    above.reverse()
+                    tally.disk_writes += len(above)
+                    disk.use([source.keys[b] for b in above], [source.headers[b] for b in above], request.time)
+        tally.disk_writes += sum(key not in disk.index for key in chain[:wanted])
+        disk.use(chain[:wanted], headers[:wanted], request.time)
     return tally

@@ -59,8 +59,9 @@ ADMITTED = frozenset({Reason.POLICY_OFF, Reason.ALWAYS, Reason.PINNED, Reason.SE
 class Thresholds:
     """All the numbers of admission. High ones make a tier look dead; raise them only on evidence from ``observe``."""
 
-    disk_chance: float = 0.1
-    """A block seen once goes to disk when it is at least so likely to be used again within ``horizon``."""
+    disk_chance: float = 0.2
+    """A block seen once goes to disk when it is at least so likely to be used again within ``horizon``. Best asked when the host
+    tier gives the block up: most blocks that return have returned by then, and are written for that."""
     horizon: float = 3600.0
     """Seconds."""
     disk_pressure: float = 0.5
@@ -153,7 +154,7 @@ class AdmissionPolicy:
         if not keys:
             return []
         sightings = self._traffic.sightings(keys).tolist()
-        chance = self._traffic.chance(keys, self.thresholds.horizon).tolist()
+        chance = self._traffic.chance(keys, now, self.thresholds.horizon).tolist()
         pinned = self.pins.hold(keys, now)
         decayed = hits if hits is not None else [0.0] * len(keys)
         return [Candidate(*known) for known in zip(sightings, chance, decayed, pinned, strict=True)]

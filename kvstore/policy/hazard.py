@@ -25,7 +25,7 @@ _FINEST = 2.0**-4  # seconds; 48 bins of half an octave end at 12 days
 _EDGES = np.concatenate([[0.0], _FINEST * 2.0 ** (np.arange(1, BINS + 1) / 2)])
 _WIDTHS = np.diff(_EDGES)
 _MIDDLES = np.sqrt(np.maximum(_EDGES[:-1], _FINEST / 2) * _EDGES[1:])
-_PRIOR = 0.3 / _MIDDLES  # before anything is known: a use is the less likely the older a block is
+_FIRST = 0.3  # hazard x age where nothing is known: the longer unused, the less likely a use
 
 
 def age_bin(age: Floats) -> Ints:
@@ -73,12 +73,12 @@ class Hazards:
         uses, risk = self._data(kind, age)
         by_kind, by_bin = uses.sum(1), uses.sum(0)
         factor = np.ones(self.kinds)
-        common = (by_bin + shrink) / (risk.sum(0) + shrink / _PRIOR)
+        common = _curve(by_bin, risk.sum(0), shrink)
         for _ in range(6):  # iterative proportional fitting
             for levels in self.traits:
                 expected = np.bincount(levels, (risk @ common) * factor)
                 factor = factor * ((np.bincount(levels, by_kind) + shrink) / (expected + shrink))[levels]
-            common = (by_bin + shrink) / (factor @ risk + shrink / _PRIOR)
+            common = _curve(by_bin, factor @ risk, shrink)
         factor = factor * (by_kind + shrink) / ((risk @ common) * factor + shrink)
         return factor[:, None] * common, risk
 
@@ -91,6 +91,16 @@ class Hazards:
         ended_here = ended_here.reshape(shape)
         passed = np.cumsum(ended_here[:, ::-1], axis=1)[:, ::-1] - ended_here
         return self.used.reshape(shape), passed * _WIDTHS + inside.reshape(shape)
+
+
+def _curve(uses: Floats, risk: Floats, shrink: float) -> Floats:
+    """Hazard by age. Where data are few, hazard x age goes on as it was at younger ages."""
+    curve = np.empty(BINS)
+    level = _FIRST
+    for bin_ in range(BINS):
+        curve[bin_] = (uses[bin_] + shrink) / (risk[bin_] + shrink * _MIDDLES[bin_] / level)
+        level = min(curve[bin_] * _MIDDLES[bin_], _FIRST)
+    return curve
 
 
 def worth(rates: Floats) -> Floats:
@@ -108,10 +118,11 @@ def worth(rates: Floats) -> Floats:
     return best
 
 
-def chance(rates: Floats, horizon: float) -> Floats:
-    """How likely a block of each kind is used within ``horizon`` seconds after its last use."""
-    inside = np.clip(horizon - _EDGES[:-1], 0.0, _WIDTHS)
-    within: Floats = -np.expm1(-(rates @ inside))
+def chance(rates: Floats, kind: npt.NDArray[np.integer], age: Floats, horizon: float) -> Floats:
+    """How likely each of some blocks is used within the next ``horizon`` seconds, ``age`` seconds after its last use."""
+    start, end = age[:, None], age[:, None] + horizon
+    inside = np.clip(np.minimum(end, _EDGES[1:]) - np.maximum(start, _EDGES[:-1]), 0.0, None)
+    within: Floats = -np.expm1(-(rates[kind.astype(np.intp)] * inside).sum(1))
     return within
 
 

@@ -133,14 +133,15 @@ class Traffic:
         kind = np.where(slots >= 0, self._table.kind[slots], unseen)
         return interpolate(self._worth, kind, age)
 
-    def chance(self, keys: Sequence[BlockKey], horizon: float) -> Values:
-        """How likely each block of a chain, just used, is used again within ``horizon`` seconds.
+    def chance(self, keys: Sequence[BlockKey], now: float, horizon: float) -> Values:
+        """How likely each block of a chain is used again within ``horizon`` seconds.
 
         Never less than that of a block further down the chain. A block that was never observed counts as certain.
         """
         self._refit()
         slots = self._table.find(words_of(b"".join(keys)))
-        own = np.where(slots >= 0, chance(self._rates, horizon)[self._table.kind[slots].astype(np.intp)], 1.0)
+        age = np.where(slots >= 0, now - self._table.seen[slots], 0.0)
+        own = np.where(slots >= 0, chance(self._rates, self._table.kind[slots], np.maximum(age, 0.0), horizon), 1.0)
         return np.maximum.accumulate(own[::-1])[::-1]
 
     def sightings(self, keys: Sequence[BlockKey]) -> npt.NDArray[np.intp]:
