@@ -1,8 +1,8 @@
 """Copying blocks between regions over a link of 50 ms: how much of the link is used, and what a cut costs.
 
 Source and destination are nginx on tmpfs and the link is the shaping proxy of ``kvstore.testing``, so that neither server is the
-limit. The ceiling is measured in the same rounds: plain HTTP reads of the same objects over the same link, on as many connections,
-nothing checked and nothing written.
+limit. The ceiling is measured in the same rounds: plain HTTP reads of the same objects over the same link, on as many
+connections, nothing checked and nothing written.
 
     bytes per second of the copy (fetched, verified, asked for at the destination, created there)
     ÷ bytes per second of the plain reads
@@ -32,7 +32,7 @@ from kvstore.testing.shaping import Shape, ShapedLink, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Objects
-from replication.copier import Copied, Outcome, Streamed, copy
+from replication.copier import Copied, Outcome, Streamed, Window, copy
 from replication.links import Links
 from replication.manifest import HotBlock
 from replication.rate import RateLimit
@@ -133,7 +133,7 @@ def copied(link: ShapedLink, near: str, blocks: Sequence[SealedBlock], folder: s
             Links.open([settings(near, folder)]) as destination,
         ):
             started = time.perf_counter()
-            await copy(rows, Streamed(source, destination, RateLimit(None)), done)
+            await copy(rows, Streamed(source, destination, RateLimit(None), Window()), done)
             return result.nbytes / (time.perf_counter() - started)
 
     rate = asyncio.run(whole())

@@ -7,6 +7,7 @@ not fail. What the destination lists is the progress: a copier that was killed g
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,7 +30,27 @@ log = structlog.get_logger(__name__)
 COPIES_AT_ONCE = 32
 """As many as ``Objects`` has threads: 32 blocks of 1 MiB under way fill 5 Gbit/s at a round trip of 50 ms."""
 MEMORY_BYTES = 256 << 20
-"""Blocks held in memory at a time; a larger block goes alone."""
+"""Blocks held in memory at a time, at most."""
+FIRST_BYTES = 16 << 20
+LATENCY_SECONDS = 2.0
+"""How long a block may take: more than any round trip, less than it takes for a link to look dead."""
+
+
+class Window(ByteBudget):
+    """Bytes on their way: as many as arrive within ``LATENCY_SECONDS``, whether the link is fast or slow.
+
+    Grows with every block that is quicker and shrinks with every block that is slower, so that a long fast link is filled and
+    a slow one is not flooded until its requests time out.
+    """
+
+    def __init__(self, most: int = MEMORY_BYTES) -> None:
+        super().__init__(min(FIRST_BYTES, most))
+        self._most = most
+
+    def learn(self, nbytes: int, seconds: float) -> None:
+        """A block of ``nbytes`` took so long."""
+        change = nbytes if seconds < LATENCY_SECONDS else -nbytes // 2
+        self.resize(max(nbytes, min(self.total + change, self._most)))
 
 
 class Outcome(Enum):
@@ -114,15 +135,15 @@ class Pace(Protocol):
 class Streamed:
     """Through this process: read, check, create."""
 
-    def __init__(self, source: Links, destination: Links, pace: Pace, memory: ByteBudget | None = None) -> None:
+    def __init__(self, source: Links, destination: Links, pace: Pace, window: Window) -> None:
         self._source = source
         self._destination = destination
         self._pace = pace
-        self._memory = memory or ByteBudget(MEMORY_BYTES)
+        self._window = window
 
     async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
         name = block_name(block.namespace, block.key)
-        async with self._memory.taken(block.nbytes):
+        async with self._window.taken(block.nbytes):
             there = await self._destination.head(name)
             if there is not None and there.size == block.nbytes:
                 return Outcome.PRESENT
@@ -140,11 +161,13 @@ class Streamed:
         for attempt in (1, 2):
             if not await self._pace.take(block.nbytes):
                 return Outcome.UNPAID
+            started = time.monotonic()
             try:
                 header = await self._source.get(name, into, lambda found, body: checked(block, found, body))
             except (BlockCorrupt, BlockTooLarge) as error:
                 log.warning("bad bytes from the source", key=block.key.hex(), attempt=attempt, error=str(error))
             else:
+                self._window.learn(block.nbytes, time.monotonic() - started)
                 return Outcome.GONE if header is None else None
         return Outcome.CORRUPT
 

@@ -53,6 +53,8 @@ RECENCY_HALF_LIFE = 86_400.0
 MAX_SMALL_BYTES = 64 << 10
 """Bound of an object with text in it."""
 READS_AT_ONCE = 1024
+CLOCK_MARGIN_SECONDS = 300.0
+"""Clocks of buckets and machines may differ by so much; within it, a block's own header decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,10 @@ async def kept_manifest(bucket: Links, region: str) -> Manifest | None:
         return None
 
 
-async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, most: int = MOST_BLOCKS) -> HotSet:
-    """The hottest blocks that can be used: whole chains, at most ``most`` blocks. ``known`` spares reading headers.
+async def find_hot_set(bucket: Links, previous: Manifest | None, now: float, most: int = MOST_BLOCKS) -> HotSet:
+    """The hottest blocks that can be used: whole chains, at most ``most`` blocks.
 
-    Raises TierUnavailable.
+    The region's ``previous`` manifest spares reading the headers of blocks that are as they were. Raises TierUnavailable.
     """
     listing = await list_blocks(bucket)
     namespaces = await read_namespaces(bucket)
@@ -124,7 +126,7 @@ async def find_hot_set(bucket: Links, known: Iterable[HotBlock], now: float, mos
     if not scores:
         scores = {k: 0.5 ** (max(0.0, now - block.modified) / RECENCY_HALF_LIFE) for k, block in listing.items()}
     hottest = sorted(scores, key=lambda key: -scores[key])[:most]
-    found: dict[BlockKey, HotBlock] = {block.key: block for block in known if block.key in listing}
+    found = _unchanged(previous, listing) if previous else {}
     await _read_chains(bucket, listing, found, hottest)
     chosen: dict[BlockKey, HotBlock] = {}
     for key in hottest:
@@ -150,7 +152,7 @@ async def usual_hot_set(bucket: Links, now: float) -> HotSet:
         listing = await list_blocks(bucket)
         hot = merge_hot_sets([HotSet(m.blocks, m.labels) for m in manifests], listing.keys())
     else:
-        hot = await find_hot_set(bucket, (), now)
+        hot = await find_hot_set(bucket, None, now)
     dead = buried(hot.blocks, hot.labels, await read_tombstones(bucket))
     return HotSet([block for block in hot.blocks if block.key not in dead], hot.labels)
 
@@ -205,6 +207,16 @@ async def share_namespaces(source: Links, destination: Links, digests: Iterable[
                 await destination.put(name, body, create=True)
         except (ValueError, IdentityError) as error:
             log.warning("unreadable namespace in the source", name=name, error=str(error))
+
+
+def _unchanged(previous: Manifest, listing: Mapping[BlockKey, Listed]) -> dict[BlockKey, HotBlock]:
+    """Blocks that were not stored anew since the manifest was made."""
+    until = previous.published - CLOCK_MARGIN_SECONDS
+    return {
+        block.key: block
+        for block in previous.blocks
+        if (listed := listing.get(block.key)) is not None and listed.modified < until and listed.size == block.nbytes
+    }
 
 
 async def _read_chains(

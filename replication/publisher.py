@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tiers.object.names import block_name
 from replication.hotset import (
+    CLOCK_MARGIN_SECONDS,
     Listed,
     find_hot_set,
     hot_block,
@@ -25,8 +27,6 @@ from replication.names import manifest_name, tombstone_name
 from replication.tombstones import Tombstone, buried
 
 DELETED_AT_ONCE = 1000
-CLOCK_MARGIN_SECONDS = 300.0
-"""Clocks of buckets and nodes may differ by so much; within it, a block's own header decides."""
 
 
 async def publish(bucket: Links, region: str, key: Ed25519PrivateKey) -> Manifest:
@@ -37,10 +37,9 @@ async def publish(bucket: Links, region: str, key: Ed25519PrivateKey) -> Manifes
     now = time.time()
     previous = await kept_manifest(bucket, region)
     tombstones = await read_tombstones(bucket)
-    hot = await find_hot_set(bucket, previous.blocks if previous else (), now)
+    hot = await find_hot_set(bucket, previous, now)
     dead = buried(hot.blocks, hot.labels, tombstones)
-    if dead:
-        await bucket.delete([block_name(block.namespace, block.key) for block in hot.blocks if block.key in dead])
+    await _delete(bucket, [block_name(b.namespace, b.key) for b in reversed(hot.blocks) if b.key in dead])
     living: dict[BlockKey, HotBlock] = {}
     for block in hot.blocks:
         if block.key not in dead and (block.parent == NO_PARENT or block.parent in living):
@@ -78,6 +77,10 @@ async def entomb(bucket: Links, stones: list[Tombstone]) -> int:
     gone = buried([hot_block(header) for header in headers], labels, stones)
     dead.update((h.key, (h.index, listing[h.key])) for h in headers if h.key in gone)
     names = [block_name(block.namespace, key) for key, (_, block) in sorted(dead.items(), key=lambda d: -d[1][0])]
+    await _delete(bucket, names)
+    return len(names)
+
+
+async def _delete(bucket: Links, names: Sequence[str]) -> None:
     for start in range(0, len(names), DELETED_AT_ONCE):
         await bucket.delete(names[start : start + DELETED_AT_ONCE])
-    return len(names)

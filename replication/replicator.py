@@ -15,8 +15,7 @@ import structlog
 from kvstore.errors import BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
 from kvstore.tiers.object import ObjectSettings
-from kvstore.tiers.object.budget import ByteBudget
-from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, copy
+from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, Window, copy
 from replication.cursor import Cursor, Ledger
 from replication.hotset import list_blocks, read_tombstones, share_namespaces
 from replication.links import Links
@@ -79,8 +78,9 @@ class Replicator:
         self.region = region
         self.near = near
         self._far = far
-        self._memory = ByteBudget(MEMORY_BYTES)
         self._settings = {name: topology.links(name) for name in (region, *far)}
+        self._sources = {flow.source for flow in topology.flows_to(region)}
+        self._windows = {source: Window(MEMORY_BYTES // len(self._sources)) for source in self._sources}
         self._rates = {flow.identity: RateLimit(flow.bytes_per_second) for flow in topology.flows_to(region)}
 
     @classmethod
@@ -115,10 +115,7 @@ class Replicator:
         for source, one in pulled.items():
             await self._believe(source, one)
         await self._plan(cycle, pulled, stones)
-        sources = {report.source for report in cycle.flows}
-        await asyncio.gather(*(self._copy(cycle, source, pulled[source], progress) for source in sources))
-        now = time.time()
-        cycle.lag = {source: pulled[source].cursor.lag(now) for source in sources}
+        await asyncio.gather(*(self._settle(cycle, source, pulled.get(source), progress) for source in self._sources))
         return cycle
 
     # --- manifests
@@ -131,7 +128,7 @@ class Replicator:
             try:
                 raw = await self._far[source].read(manifest_name(source), MAX_MANIFEST_BYTES)
                 if raw is None:
-                    if source in {flow.source for flow in self.topology.flows_to(self.region)}:
+                    if source in self._sources:
                         cycle.problems[source] = "it has not published a manifest yet"
                     return
                 manifest = open_manifest(raw, source, self.topology.key_of(source), cursor.sequence)
@@ -184,25 +181,26 @@ class Replicator:
 
     # --- copying
 
-    async def _copy(self, cycle: Cycle, source: str, pulled: _Pulled, progress: Progress) -> None:
-        """All flows from one source, one after the other: they share its links."""
-        cursor = pulled.cursor
-        cursor.problem = ""
-        try:
-            for report in cycle.flows:
-                if report.source == source and report.plan.blocks:
-                    await self._copy_flow(report, cursor, progress)
-                    if failed := sum(
-                        n for o, n in report.copied.outcomes.items() if o not in (Outcome.COPIED, Outcome.PRESENT)
-                    ):
-                        cursor.problem = f"{failed} blocks were not copied"
-        except TierUnavailable as error:
-            cursor.problem = str(error)
-        if cursor.problem:
-            cycle.problems[source] = cursor.problem
-        else:
-            cursor.caught_up = pulled.manifest.published
+    async def _settle(self, cycle: Cycle, source: str, pulled: _Pulled | None, progress: Progress) -> None:
+        """Copy what is planned from a source, and write down how far that went."""
+        cursor = pulled.cursor if pulled else await Cursor.load(self.near, source)
+        if pulled:
+            try:
+                await self._copy(cycle, source, cursor, progress)
+                cursor.caught_up = pulled.manifest.published
+            except TierUnavailable as error:
+                cycle.problems[source] = str(error)
+        cursor.problem = cycle.problems.get(source, "")
+        cycle.lag[source] = cursor.lag(time.time())
         await cursor.save(self.near)
+
+    async def _copy(self, cycle: Cycle, source: str, cursor: Cursor, progress: Progress) -> None:
+        """All flows from one source, one after the other: they share its links."""
+        for report in cycle.flows:
+            if report.source == source and report.plan.blocks:
+                await self._copy_flow(report, cursor, progress)
+                if bad := sum(report.copied.outcomes.get(outcome, 0) for outcome in (Outcome.CORRUPT, Outcome.UNPAID)):
+                    cycle.problems[source] = f"{bad} blocks were damaged, and not copied"
 
     async def _copy_flow(self, report: FlowReport, cursor: Cursor, progress: Progress) -> None:
         flow = next(flow for flow in self.topology.flows_to(self.region) if flow.identity == report.flow)
@@ -228,7 +226,7 @@ class Replicator:
     def _transfer(self, source: str, pace: _Paced) -> Transfer:
         far, near = self._settings[source][0], self._settings[self.region][0]
         if not _same_provider(far, near):
-            return Streamed(self._far[source], self.near, pace, self._memory)
+            return Streamed(self._far[source], self.near, pace, self._windows[source])
         from kvstore.tiers.object.bucket import connect
 
         return ServerSide(connect(near), self._far[source], far, self.near, near, pace)

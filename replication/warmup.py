@@ -30,8 +30,9 @@ HOST_SHARE, DISK_SHARE = 0.8, 0.9
 ACQUIRE_SECONDS = 60.0
 DRAIN_SECONDS = 60.0
 FIND_SECONDS = 30.0
+PASSING = (Miss.UNAVAILABLE, Miss.NO_ROOM, Miss.DEADLINE)
+"""What a bucket that hiccups, or a node that is busy, answers: worth ``TRIES``."""
 TRIES = 5
-"""For a bucket that hiccups, or a node that is busy."""
 RETRY_SECONDS = 1.0
 
 
@@ -146,7 +147,7 @@ class Warmer:
                     self._count(block, medium, tokens)
                     self.report.nbytes += block.nbytes * (medium is Medium.OBJECT)
                 missing = missing[len(delivered) :]
-                if missing and reason is not None:
+                if missing and reason is not None and not (delivered and reason in PASSING):
                     failed.add(missing[0].key)
                     self.report.skipped[reason.value] += 1
                     missing = [block for block in missing[1:] if not self._orphaned(block, failed)]
@@ -162,7 +163,7 @@ class Warmer:
         for attempt in range(TRIES):
             acquired = self._client.acquire(keys, ACQUIRE_SECONDS)
             self._client.release(keys[: len(acquired.media)])
-            if acquired.media or acquired.miss not in (Miss.UNAVAILABLE, Miss.NO_ROOM):
+            if acquired.media or acquired.miss not in PASSING:
                 break
             if attempt < TRIES - 1:
                 time.sleep(RETRY_SECONDS)

@@ -40,15 +40,19 @@ class _Direction:
         self._free_at = 0.0
         """When the wire has sent what was given to it."""
         self.nbytes = 0
+        """Delivered."""
 
     def send(self, nbytes: int) -> float:
         """Put bytes on the wire; when the last of them arrives."""
         now = time.monotonic()
         rate = self._shape.bytes_per_second
         self._free_at = max(now, self._free_at) + (nbytes / rate if rate else 0.0)
-        self.nbytes += nbytes
         late = RETRANSMISSION_SECONDS if self._shape.loss and random.random() < self._shape.loss else 0.0
         return self._free_at + self._shape.delay + late
+
+    def drop(self, nbytes: int) -> None:
+        """Bytes on the wire that nobody waits for any more."""
+        self._free_at -= nbytes / self._shape.bytes_per_second if self._shape.bytes_per_second else 0.0
 
 
 class ShapedLink:
@@ -155,27 +159,29 @@ class ShapedLink:
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: _Direction) -> None:
         """Read, hold each piece until it arrives, write. The queue is what is on its way."""
         on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(WINDOW // PIECE)
-        delivery = asyncio.create_task(self._deliver(on_the_way, writer))
+        reading = asyncio.create_task(self._read(reader, on_the_way, way))
         try:
+            await self._deliver(on_the_way, writer, way)
+        finally:
+            reading.cancel()
+            while not on_the_way.empty():
+                way.drop(len(on_the_way.get_nowait()[1]))
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _read(
+        self, reader: asyncio.StreamReader, on_the_way: asyncio.Queue[tuple[float, bytes]], way: _Direction
+    ) -> None:
+        with suppress(OSError):
             while data := await reader.read(PIECE):
                 if self._damages and way is self._down and self._marked in data:
                     data = self._damaged(data)
                 await on_the_way.put((way.send(len(data)), data))
-            await on_the_way.put((0.0, b""))
-            await delivery
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            delivery.cancel()
-            self._writers.discard(writer)
-            writer.close()
+        await on_the_way.put((0.0, b""))
 
-    def _damaged(self, data: bytes) -> bytes:
-        self._damages -= 1
-        self.corrupted += 1
-        return data.replace(self._marked, bytes([self._marked[0] ^ 1]) + self._marked[1:])
-
-    async def _deliver(self, on_the_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _deliver(
+        self, on_the_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, way: _Direction
+    ) -> None:
         with suppress(OSError):
             while True:
                 arrives, data = await on_the_way.get()
@@ -185,7 +191,13 @@ class ShapedLink:
                 if not data:
                     return
                 writer.write(data)
+                way.nbytes += len(data)
                 await writer.drain()
+
+    def _damaged(self, data: bytes) -> bytes:
+        self._damages -= 1
+        self.corrupted += 1
+        return data.replace(self._marked, bytes([self._marked[0] ^ 1]) + self._marked[1:])
 
 
 @contextmanager

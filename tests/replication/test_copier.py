@@ -19,7 +19,7 @@ from kvstore.tiers.object.bucket import connect
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Objects
 from replication import links as links_module
-from replication.copier import Copied, Outcome, ServerSide, Streamed, copy
+from replication.copier import Copied, Outcome, ServerSide, Streamed, Window, copy
 from replication.links import Links
 from replication.manifest import HotBlock
 from replication.rate import RateLimit
@@ -32,7 +32,7 @@ async def copied(
 ) -> Copied:
     result = Copied()
     async with Links.open(sources, patience) as far, Links.open([destination]) as near:
-        await copy(blocks, Streamed(far, near, RateLimit(None)), result.add)
+        await copy(blocks, Streamed(far, near, RateLimit(None), Window()), result.add)
     return result
 
 
@@ -168,7 +168,7 @@ async def test_no_block_comes_before_its_parent(
     store(na, resealed)
     order: list[bytes] = []
     async with Links.open([na_far]) as far, Links.open([eu]) as near:
-        await copy(joined, Streamed(far, near, RateLimit(None)), lambda block, _: order.append(block.key))
+        await copy(joined, Streamed(far, near, RateLimit(None), Window()), lambda block, _: order.append(block.key))
     assert order == [block.key for block in joined]
 
 
@@ -188,7 +188,7 @@ async def test_a_dead_link_gives_way_to_the_next_and_comes_back(
             Links.open([na_far, replace(na, endpoint=second.endpoint)]) as far,
             Links.open([eu]) as near,
         ):
-            transfer = Streamed(far, near, RateLimit(None))
+            transfer = Streamed(far, near, RateLimit(None), Window())
             await copy(hot(blocks)[:10], transfer)
             assert second.connections == 0
             link.cut()
@@ -220,18 +220,57 @@ async def test_with_every_link_cut_the_copy_ends_and_later_goes_on(
     assert result.outcomes == {Outcome.PRESENT: 5, Outcome.COPIED: 7}
 
 
-async def test_memory_is_bounded_by_the_budget(
+async def test_no_more_is_on_its_way_than_the_window_allows(
     na: ObjectSettings, na_far: ObjectSettings, eu: ObjectSettings, random_source: random.Random
 ) -> None:
-    from kvstore.tiers.object.budget import ByteBudget
-
     blocks = chain(random_source, 12)
     store(na, blocks)
-    memory = ByteBudget(2 * blocks[0].header.envelope_bytes)
+    size = blocks[0].header.envelope_bytes
+    window = Window(2 * size)
+    most = 0
+
+    class Counting:
+        async def take(self, nbytes: int) -> bool:
+            nonlocal most
+            most = max(most, window.used)
+            return True
+
     async with Links.open([na_far]) as far, Links.open([eu]) as near:
-        await copy(hot(blocks), Streamed(far, near, RateLimit(None), memory))
-    assert memory.used == 0
+        await copy(hot(blocks), Streamed(far, near, Counting(), window))
+    assert most == 2 * size
+    assert window.used == 0
     assert len(stored(eu)) == 12
+
+
+class TestWindow:
+    def test_grows_while_blocks_are_quick_and_shrinks_while_they_are_slow(self) -> None:
+        window = Window(64 << 20)
+        first = window.total
+        for _ in range(1000):
+            window.learn(1 << 20, 0.1)
+        assert first < window.total == 64 << 20
+        for _ in range(1000):
+            window.learn(1 << 20, 10.0)
+        assert window.total == 1 << 20, "one block at a time is the least"
+
+    async def test_a_block_larger_than_what_is_left_of_it_goes_alone(self) -> None:
+        window = Window(64 << 20)
+        large = 8 << 20
+        order: list[str] = []
+
+        async def send(name: str, nbytes: int) -> None:
+            async with window.taken(nbytes):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        async with window.taken(window.total):
+            waiting = asyncio.create_task(send("large", large))
+            await asyncio.sleep(0)
+            window.resize(1 << 20)
+        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(send("small", 1), 5)
+        assert order == ["large", "small"]
+        assert window.used == 0
 
 
 async def test_the_rate_is_kept(random_source: random.Random) -> None:

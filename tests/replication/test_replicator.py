@@ -25,7 +25,7 @@ from kvstore.testing.servers import S3Server
 from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import HotnessSnapshot
-from kvstore.tiers.object.names import hotness_name, namespace_name
+from kvstore.tiers.object.names import block_name, hotness_name, namespace_name
 from kvstore.tiers.object.objects import Objects
 from replication import lease
 from replication.copier import Outcome
@@ -245,6 +245,23 @@ class TestTombstones:
         await pair.cycle(pair.write())
         assert stored(pair.eu).keys() == keys(blocks)
 
+    async def test_what_was_computed_anew_between_two_manifests_is_not_deleted(
+        self, pair: Pair, random_source: random.Random
+    ) -> None:
+        """The manifest before the purge knows an older block under the same key."""
+        blocks = chain(random_source, 2)
+        store(pair.na, blocks)
+        await pair.publish()
+        await self.bury(pair.na, Tombstone(time=time.time(), tenant="default"))
+        anew = []
+        for block in blocks:
+            header = replace(block.header, created=time.time() + 1)
+            header.pack_into(block.envelope)
+            anew.append(SealedBlock(header, block.envelope))
+        store(pair.na, anew)
+        assert {block.key for block in (await pair.publish()).blocks} == keys(blocks)
+        assert stored(pair.na).keys() == keys(blocks)
+
 
 class TestMoney:
     async def test_a_month_costs_no_more_than_it_may(self, pair: Pair, random_source: random.Random) -> None:
@@ -301,6 +318,23 @@ class TestBreaks:
         total = sum(b.header.envelope_bytes for b in blocks)
         assert pair.link.bytes_down < 1.1 * total
 
+    async def test_damaged_blocks_are_a_problem_and_do_not_hold_up_the_rest(
+        self, pair: Pair, random_source: random.Random
+    ) -> None:
+        good, bad = chain(random_source, 3), chain(random_source, 3)
+        store(pair.na, [*good, *bad])
+        await pair.publish()
+        name = block_name(LLAMA.digest, bad[1].key)
+        put(pair.na, name, bytes(bad[1].envelope)[:5000] + bytes(len(bad[1].envelope) - 5000))
+        topology = pair.write()
+        cycle = await pair.cycle(topology)
+        assert "1 blocks were damaged" in cycle.problems["na"]
+        assert stored(pair.eu).keys() == keys([*good, bad[0]])
+        assert cycle.lag["na"] is not None
+        put(pair.na, name, bytes(bad[1].envelope))
+        assert (await pair.cycle(topology)).problems == {}
+        assert stored(pair.eu).keys() == keys([*good, *bad])
+
     async def test_an_offline_source_is_a_problem_and_later_none(
         self, pair: Pair, random_source: random.Random, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -341,7 +375,7 @@ class TestBreaks:
         assert stored(pair.eu) == {b.key: bytes(b.envelope) for b in blocks}
         missing = sum(b.header.envelope_bytes for b in blocks[len(arrived) :])
         assert cycle.flows[0].copied.nbytes == missing
-        assert pair.link.bytes_down - sent < missing + 200_000
+        assert pair.link.bytes_down - sent < missing + sum(map(len, arrived.values())) // 2
 
     async def test_two_replicators_one_works(self, pair: Pair) -> None:
         async with Links.open([pair.eu]) as one, Links.open([pair.eu]) as other:

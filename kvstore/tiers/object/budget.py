@@ -30,6 +30,12 @@ class ByteBudget:
         finally:
             self._give(nbytes)
 
+    def resize(self, nbytes: int) -> None:
+        """Change the bound. What is taken stays taken, and a waiting request larger than all of it goes alone."""
+        self._free += nbytes - self.total
+        self.total = nbytes
+        self._serve()
+
     async def _take(self, nbytes: int) -> None:
         if not self._waiting and nbytes <= self._free:
             self._free -= nbytes
@@ -53,7 +59,7 @@ class ByteBudget:
         while self._waiting:
             nbytes, turn = self._waiting[0]
             if not turn.cancelled():
-                if nbytes > self._free:
+                if nbytes > self._free and self.used:
                     return
                 self._free -= nbytes
                 turn.set_result(None)
