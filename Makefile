@@ -11,7 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
-SOURCES := kvstore connectors benchmarks tests docs .ci
+SOURCES := kvstore connectors replication benchmarks tests docs .ci
 
 .PHONY: demo test check docs lint constraints clean
 
@@ -28,8 +28,8 @@ docs: .venv/base.stamp
 	$(BIN)/python docs/generate.py
 
 lint: .venv/base.stamp
-	$(BIN)/ruff check $(wildcard $(SOURCES) replication)
-	$(BIN)/ruff format --check $(wildcard $(SOURCES) replication)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 .venv/base.stamp: pyproject.toml constraints.txt
