@@ -36,11 +36,9 @@ class Follower:
             while not await self._advance():
                 pass
 
-    async def ask(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """List those of ``keys`` that the catalog knows; those of which it knows only nonsense. Raises CatalogUnavailable."""
-        entries = [entry for entry in await self._catalog.lookup(keys[:BATCH]) if entry is not None]
-        self._learn(entries, wanted=True)
-        return [entry.key for entry in entries if entry.envelope_bytes > self._largest_block]
+    async def ask(self, keys: Sequence[BlockKey]) -> None:
+        """List those of ``keys`` that the catalog knows. Raises CatalogUnavailable."""
+        self._learn([entry for entry in await self._catalog.lookup(keys[:BATCH]) if entry is not None], wanted=True)
 
     async def _advance(self) -> bool:
         """Apply one batch; whether it was the last."""

@@ -51,7 +51,7 @@ class Publisher:
         """Wait until the catalog knows the changes of ``keys``. False when it cannot be reached, or not in time."""
         try:
             async with asyncio.timeout(timeout), self._progress:
-                await self._progress.wait_for(lambda: not self.reachable or not self._pending.keys() & keys)
+                await self._progress.wait_for(lambda: not self.reachable or self._pending.keys().isdisjoint(keys))
         except TimeoutError:
             return False
         return self.reachable

@@ -124,17 +124,16 @@ class Sharing(Peers):
     # --- what the store asks
 
     async def probe(self, keys: Sequence[BlockKey]) -> None:
-        """Look for blocks that the tier does not list: in the catalog, or in the bucket while that is no help.
+        """Look for blocks that the tier does not list: in the catalog, then in the bucket, to which others may write as well.
 
         Raises TierUnavailable.
         """
-        if self._publisher.reachable and self._follower.complete:
+        if self._publisher.reachable:
             try:
-                keys = await self._follower.ask([key for key in keys if key not in self._tier.keys()])
+                await self._follower.ask([key for key in keys if key not in self._tier.keys()])
             except CatalogUnavailable as error:
                 self._publisher.heard(error)
-        if keys:
-            await self._tier.probe(keys)
+        await self._tier.probe(keys)
 
     # --- in the background
 

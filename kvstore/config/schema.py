@@ -134,7 +134,9 @@ class ObjectSection(_Section):
     path_style: bool = Field(True, description="Address the bucket as host/bucket, as most servers but AWS want it.")
     ca_file: Path | None = Field(None, description="PEM file of the authority that signed the server's certificate.")
     bytes: Bytes | None = Field(
-        None, ge=_MIB, description="Hard cap of the blocks in it, exact while one node writes there; empty: no limit."
+        None,
+        ge=_MIB,
+        description="Hard cap of the blocks in it, the same on all nodes; several need a catalog to keep it. Empty: no limit.",
     )
     bytes_in_flight: Bytes = Field(
         256 * _MIB, ge=_MIB, description="Bytes that may be on the wire at a time, both ways together."

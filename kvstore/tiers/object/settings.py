@@ -32,7 +32,7 @@ class ObjectSettings:
     """PEM file with authorities to trust besides the system's."""
     create_bucket: bool = False
     capacity_bytes: int | None = None
-    """Hard cap of the blocks under the prefix. Only right while no other process writes there."""
+    """Hard cap of the blocks under the prefix. Without peers only right while no other process writes there."""
     bytes_in_flight: int = 256 << 20
     """Bytes on the wire at a time, both ways together."""
     max_blocks: int = 2_000_000

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.catalog import open_catalog
+from kvstore.catalog import open_catalog, publisher
 from kvstore.catalog.base import Entry
 from kvstore.identity import BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
@@ -21,7 +21,7 @@ from kvstore.testing.node import RunningNode
 from kvstore.testing.redis import RedisServer, redis_server
 from kvstore.testing.servers import ServerUnavailable
 from kvstore.tiers.base import Medium
-from kvstore.tiers.object import ObjectTier
+from kvstore.tiers.object import ObjectSettings, ObjectTier
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.wrappers import Wrapped
 
@@ -179,6 +179,16 @@ def test_a_new_node_starts_with_what_the_catalog_knows(region: Region) -> None:
     wait_for(lambda: a.lists(keys) == 2)
 
 
+def test_what_others_put_into_the_bucket_is_found_and_recorded(region: Region) -> None:
+    a, stranger = region.node(), region.node("catalog.url=")
+    catalog_is_complete(a)
+    keys = stranger.save(1)
+    wait_for(lambda: a.client.lookup(keys).blocks == 3)
+    assert a.load(keys) == 3
+    b = region.node()
+    wait_for(lambda: b.lists(keys) == 3)
+
+
 def test_a_catalog_that_is_lost_fills_itself_again(redis: RedisServer, redis_region: Region) -> None:
     a, b = redis_region.node(), redis_region.node()
     keys = a.save(1)
@@ -192,6 +202,25 @@ def test_a_catalog_that_is_lost_fills_itself_again(redis: RedisServer, redis_reg
     catalog_is_complete(a)
     c = redis_region.node()
     wait_for(lambda: c.lists(keys + more) == 6)
+
+
+@pytest.mark.s3
+def test_nodes_share_a_bucket_of_a_server(redis: RedisServer, ministack_settings: ObjectSettings, folder: Path) -> None:
+    bucket = ministack_settings
+    settings = [
+        f"object.url={bucket.url}",
+        f"object.endpoint={bucket.endpoint}",
+        f"object.access_key_id={bucket.access_key_id}",
+        f"object.secret_access_key={bucket.secret_access_key}",
+    ]
+    with ExitStack() as stack:
+        region = Region(folder, redis.url, stack)
+        a, b = region.node(*settings), region.node(*settings)
+        keys = a.save(1)
+        wait_for(lambda: b.lists(keys) == 3)
+        assert b.load(keys) == 3
+        b.client.call("delete", keys=b"".join(keys[1:]), namespace=None)
+        wait_for(lambda: a.lists(keys) == 1)
 
 
 @pytest.mark.parametrize("how", ["stop", "kill", "freeze"])
@@ -209,6 +238,21 @@ def test_nodes_work_without_the_catalog_and_catch_up(redis: RedisServer, redis_r
     wait_for(lambda: b.lists(during) == 3)
     after = b.save(3)
     wait_for(lambda: a.lists(after) == 3)
+
+
+def test_more_changes_than_the_queue_keeps_are_found_in_the_bucket(
+    redis: RedisServer, redis_region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MAX_PENDING", 2)
+    a, b = redis_region.node(), redis_region.node()
+    before = a.save(1)
+    wait_for(lambda: b.lists(before) == 3)
+    catalog_is_complete(a)
+    redis.stop()
+    during = a.save(2, blocks=8)
+    redis.restart()
+    wait_for(lambda: b.lists(during) == 8)
+    assert b.load(before + during) == 11
 
 
 def test_a_node_starts_while_the_catalog_is_away(redis: RedisServer, redis_region: Region) -> None:
