@@ -79,7 +79,9 @@ class Site:
         command = [sys.executable, "-m", "kvstore", "node", *(f"--set={k}={v}" for k, v in settings.items())]
         process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         try:
-            until("the node answers", lambda: bool(self.status()))
+            until("the node answers", lambda: process.poll() is not None or bool(self.status()))
+            if process.poll() is not None:
+                raise SystemExit(f"the node ended with status {process.returncode}: see --log")
             yield
         finally:
             process.terminate()

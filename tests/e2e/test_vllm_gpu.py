@@ -127,9 +127,11 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
 
 
-def loaded(engine: EngineProcess, medium: str) -> float:
-    """Tokens loaded so far. vLLM reports a step's counts with the next step."""
-    return engine.counters().get(f"vllm:kvstore_tokens_loaded{{{medium}}}", 0)
+def check_loaded(answers: Sequence[Answer]) -> None:
+    """All but the last block of each prompt was not computed. The connector's own counters would say less: vLLM 0.26 drops
+    what an offline engine counts in steps that answer nothing."""
+    for answer in answers:
+        assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +169,7 @@ def engine(site: Site, reference: list[list[int]]) -> Iterator[EngineProcess]:
 def test_an_engine_loads_what_one_before_it_saved(engine: EngineProcess, reference: list[list[int]]) -> None:
     answers = one_by_one(engine)
     assert tokens(answers) == reference
-    for answer in answers:
-        assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
-    assert loaded(engine, "host") > 0.5 * sum(answer.prompt_tokens for answer in answers[1:5])
+    check_loaded(answers)
     engine.forget()
     assert tokens(engine.generate(PROMPTS, OUTPUT)) == reference
 
@@ -187,11 +187,11 @@ def test_altered_kv_alters_the_answers(site: Site, engine: EngineProcess, refere
 def test_blocks_come_from_disk_when_the_node_was_restarted(
     site: Site, engine: EngineProcess, reference: list[list[int]]
 ) -> None:
-    before = loaded(engine, "disk")
     site.stop_node()
     site.start_node()
     wait(site.linked)
+    assert site.blocks("host") == 0
     engine.forget()
-    assert tokens(one_by_one(engine)) == reference
-    engine.forget()
-    assert loaded(engine, "disk") - before > 1000
+    answers = one_by_one(engine)
+    assert tokens(answers) == reference
+    check_loaded(answers)
