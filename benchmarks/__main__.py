@@ -40,7 +40,9 @@ def main() -> int:
     args = parser.parse_args()
 
     figures = study.run(args)
-    result = report(study, figures, command="python -m benchmarks " + " ".join(a for a in sys.argv[1:] if a != "--save"))
+    result = report(
+        study, figures, command="python -m benchmarks " + " ".join(a for a in sys.argv[1:] if a != "--save")
+    )
     console = Console(stderr=True)
     verdicts = judge(figures, study.targets)
     table = Table("figure", "value", "target", title=study.summary, title_justify="left")

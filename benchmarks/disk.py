@@ -61,9 +61,7 @@ class Sample:
 
 
 def arguments(parser: Any) -> None:
-    parser.add_argument(
-        "--directory", type=Path, default=Path(), help="where to put the files (default: here)"
-    )
+    parser.add_argument("--directory", type=Path, default=Path(), help="where to put the files (default: here)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per block size")
     parser.add_argument("--mib", type=int, default=1024, help="MiB written and read per round")
 
@@ -71,9 +69,7 @@ def arguments(parser: Any) -> None:
 def run(args: Any) -> Mapping[str, float]:
     fio = shutil.which("fio")
     if fio is None:
-        raise SystemExit(
-            "fio is missing, and it is what this study compares with: install it (apt install fio)"
-        )
+        raise SystemExit("fio is missing, and it is what this study compares with: install it (apt install fio)")
     previous = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     figures: dict[str, float] = {}
@@ -123,9 +119,7 @@ async def _compare(fio: str, directory: Path, block: int, total: int, rounds: in
                     if number:
                         samples[name, direction].append(sample)
             if number:
-                last = "  ".join(
-                    f"{n} {d} {s[-1].gb_per_second:.2f}" for (n, d), s in sorted(samples.items())
-                )
+                last = "  ".join(f"{n} {d} {s[-1].gb_per_second:.2f}" for (n, d), s in sorted(samples.items()))
                 print(f"{block >> 20} MiB, round {number}: {last} GB/s", file=sys.stderr)
     finally:
         await ours.close()

@@ -15,7 +15,12 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt}
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,11 @@ def judge(figures: Mapping[str, float], targets: Mapping[str, str]) -> dict[str,
 def environment() -> dict[str, Any]:
     """The machine, as far as it matters to a reader of the figures."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.machine(),
     )
     return {

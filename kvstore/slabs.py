@@ -43,9 +43,7 @@ class SlabAllocator:
     def allocate(self, slot_bytes: int) -> int | None:
         """Offset of a free slot, or None when neither the class nor the pool has room. Raises BlockTooLarge."""
         if not 0 < slot_bytes <= self.extent_bytes:
-            raise BlockTooLarge(
-                f"a slot of {slot_bytes} bytes does not fit in an extent of {self.extent_bytes}"
-            )
+            raise BlockTooLarge(f"a slot of {slot_bytes} bytes does not fit in an extent of {self.extent_bytes}")
         partial = self._partial.setdefault(slot_bytes, {})
         if not partial:
             if not self._free_extents:

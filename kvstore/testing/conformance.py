@@ -72,16 +72,12 @@ class TierConformance:
     # Round trips
 
     @pytest.mark.parametrize("size", ODD_SIZES)
-    async def test_a_block_comes_back_as_it_was_put(
-        self, tier: Tier, source: random.Random, size: int
-    ) -> None:
+    async def test_a_block_comes_back_as_it_was_put(self, tier: Tier, source: random.Random, size: int) -> None:
         block = random_block(source, size)
         assert await put(tier, block) is PutResult.STORED
         await assert_holds(tier, block)
 
-    async def test_a_larger_buffer_is_not_written_beyond_the_block(
-        self, tier: Tier, source: random.Random
-    ) -> None:
+    async def test_a_larger_buffer_is_not_written_beyond_the_block(self, tier: Tier, source: random.Random) -> None:
         block = random_block(source, PAYLOAD_BYTES)
         await put(tier, block)
         buffer = aligned_buffer(len(block.envelope) + HEADER_BYTES)
@@ -104,9 +100,7 @@ class TierConformance:
         assert key not in tier.keys()
         assert tier.stat(key) is None
 
-    async def test_a_block_that_does_not_fit_leaves_the_buffer_alone(
-        self, tier: Tier, source: random.Random
-    ) -> None:
+    async def test_a_block_that_does_not_fit_leaves_the_buffer_alone(self, tier: Tier, source: random.Random) -> None:
         block = random_block(source, PAYLOAD_BYTES)
         await put(tier, block)
         buffer = aligned_buffer(len(block.envelope) - HEADER_BYTES)
@@ -155,9 +149,7 @@ class TierConformance:
     # Damage
 
     @pytest.mark.parametrize("how", Damage)
-    async def test_a_bad_block_is_reported_once_and_heals(
-        self, tier: Tier, source: random.Random, how: Damage
-    ) -> None:
+    async def test_a_bad_block_is_reported_once_and_heals(self, tier: Tier, source: random.Random, how: Damage) -> None:
         other, block = random_block(source, PAYLOAD_BYTES), random_block(source, PAYLOAD_BYTES)
         await put(tier, other)
         await put(tier, block)
@@ -247,9 +239,7 @@ class TierConformance:
         await put(tier, block)
         await asyncio.gather(*(assert_holds(tier, block) for _ in range(16)))
 
-    async def test_gets_during_eviction_are_right_or_not_found(
-        self, tier: Tier, source: random.Random
-    ) -> None:
+    async def test_gets_during_eviction_are_right_or_not_found(self, tier: Tier, source: random.Random) -> None:
         blocks = [random_block(source, PAYLOAD_BYTES) for _ in range(BLOCKS_BEYOND_CAPACITY)]
 
         async def read_back(block: SealedBlock) -> None:
@@ -262,25 +252,19 @@ class TierConformance:
         await asyncio.gather(*map(read_back, blocks))
         assert tier.stats().quarantined == 0
 
-    async def test_gets_during_deletion_are_right_or_not_found(
-        self, tier: Tier, source: random.Random
-    ) -> None:
+    async def test_gets_during_deletion_are_right_or_not_found(self, tier: Tier, source: random.Random) -> None:
         block = random_block(source, PAYLOAD_BYTES)
         for _ in range(20):
             await put(tier, block)
             buffers = [aligned_buffer(len(block.envelope)) for _ in range(4)]
             gets = [asyncio.ensure_future(tier.get(block.key, buffer)) for buffer in buffers]
             await tier.delete([block.key])
-            for answer, buffer in zip(
-                await asyncio.gather(*gets, return_exceptions=True), buffers, strict=True
-            ):
+            for answer, buffer in zip(await asyncio.gather(*gets, return_exceptions=True), buffers, strict=True):
                 assert answer == block.header or isinstance(answer, BlockNotFound)
                 assert isinstance(answer, BlockNotFound) or buffer == block.envelope
         assert tier.stats().quarantined == 0
 
-    async def test_a_cancelled_get_stops_writing_to_the_buffer(
-        self, tier: Tier, source: random.Random
-    ) -> None:
+    async def test_a_cancelled_get_stops_writing_to_the_buffer(self, tier: Tier, source: random.Random) -> None:
         block = random_block(source, 1 << 20)
         await put(tier, block)
         mark = b"\xa5" * len(block.envelope)

@@ -28,9 +28,7 @@ from kvstore.tiers.base import PutResult, Tier
 T = TypeVar("T")
 
 _SOURCE = random.Random(7)
-BLOCKS: list[SealedBlock] = [
-    block for size in (1, 5_000, 100_000, 300_000) for block in random_chain(_SOURCE, 8, size)
-]
+BLOCKS: list[SealedBlock] = [block for size in (1, 5_000, 100_000, 300_000) for block in random_chain(_SOURCE, 8, size)]
 """Four chains, each of another size class; together more than a tier of CAPACITY_BYTES can hold."""
 
 _numbers = st.integers(0, len(BLOCKS) - 1)
@@ -68,9 +66,7 @@ class TierMachine(RuleBasedStateMachine):
         blocks = [BLOCKS[number] for number in numbers]
 
         async def put_all() -> list[PutResult]:
-            return list(
-                await asyncio.gather(*(self.tier.put(block.header, block.envelope) for block in blocks))
-            )
+            return list(await asyncio.gather(*(self.tier.put(block.header, block.envelope) for block in blocks)))
 
         for block, result in zip(blocks, self.run(put_all()), strict=True):
             if result is PutResult.STORED:

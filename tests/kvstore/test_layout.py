@@ -68,9 +68,7 @@ def test_runs_are_the_bytes_of_the_selection(layout: BlockLayout, data: st.DataO
     assert len(covered) == len(set(covered))
     axes = {"heads": "head", "layers": "layer", "tokens": "token", "kv": "kv"}
     assert set(covered) == owned_bytes(layout, {axes[name]: range(*value) for name, value in chosen.items()})
-    assert all(a.offset + a.length < b.offset for a, b in pairwise(runs)), (
-        "not ascending or not maximal"
-    )
+    assert all(a.offset + a.length < b.offset for a, b in pairwise(runs)), "not ascending or not maximal"
 
 
 @given(layouts(), st.integers(1, 12))

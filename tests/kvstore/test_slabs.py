@@ -40,9 +40,7 @@ class SlabMachine(RuleBasedStateMachine):
         if offset is not None:
             self.take(offset, size)
 
-    @rule(
-        offset=st.integers(0, 4 * EXTENT // 100).map(lambda n: n * 100), size=st.sampled_from([*SIZES, 700])
-    )
+    @rule(offset=st.integers(0, 4 * EXTENT // 100).map(lambda n: n * 100), size=st.sampled_from([*SIZES, 700]))
     def claim(self, offset: int, size: int) -> None:
         number, within = divmod(offset, EXTENT)
         fits = number in self.extents and within % size == 0 and within + size <= EXTENT

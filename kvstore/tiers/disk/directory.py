@@ -30,9 +30,7 @@ def lock(directory: Path) -> int:
     except BlockingIOError:
         os.close(fd)
         problem = "another process uses this directory"
-        raise ConfigError(
-            "disk.directory", str(directory), problem, "Stop it, or give each node its own"
-        ) from None
+        raise ConfigError("disk.directory", str(directory), problem, "Stop it, or give each node its own") from None
     return fd
 
 

@@ -46,9 +46,7 @@ class Opened:
     """Closes files, threads and lock; call when nothing runs any more."""
 
 
-def open_directory(
-    directory: Path, capacity: int, segment_bytes: int | None, threads: int, files: Files
-) -> Opened:
+def open_directory(directory: Path, capacity: int, segment_bytes: int | None, threads: int, files: Files) -> Opened:
     """Blocks. Raises ConfigError, OSError."""
     with ExitStack() as resources:
         resources.callback(os.close, lock(directory))
@@ -56,9 +54,7 @@ def open_directory(
         size = found or segment_bytes or _default_segment_bytes(capacity)
         if segment_bytes not in (None, size):
             remedy = f"Keep {size}, or empty {directory}"
-            raise ConfigError(
-                "disk.segment_bytes", segment_bytes, f"the directory was made with {size}", remedy
-            )
+            raise ConfigError("disk.segment_bytes", segment_bytes, f"the directory was made with {size}", remedy)
         max_journal_bytes = max(capacity // JOURNAL_SHARE, MIN_JOURNAL_BYTES)
         max_segments = _max_segments(capacity - max_journal_bytes, capacity, size)
         if found is None:
@@ -111,9 +107,7 @@ def _default_segment_bytes(capacity: int) -> int:
 def _max_segments(available: int, capacity: int, segment_bytes: int) -> int:
     if segment_bytes % HEADER_BYTES or segment_bytes < 2 * HEADER_BYTES:
         problem = "segments cannot have this size"
-        raise ConfigError(
-            "disk.segment_bytes", segment_bytes, problem, "Use a multiple of 4096, such as 1 GiB"
-        )
+        raise ConfigError("disk.segment_bytes", segment_bytes, problem, "Use a multiple of 4096, such as 1 GiB")
     count = available // (segment_bytes + SEGMENT_HEADER_BYTES)
     if count < 1:
         needed = capacity - available + segment_bytes + SEGMENT_HEADER_BYTES

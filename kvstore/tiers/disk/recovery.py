@@ -44,9 +44,7 @@ from kvstore.tiers.disk.records import (
 from kvstore.tiers.disk.segments import Segments
 
 
-def recover(
-    journal: Journal, journal_limit: int, segments: Segments, slots: SlabAllocator, pool: Executor
-) -> Blocks:
+def recover(journal: Journal, journal_limit: int, segments: Segments, slots: SlabAllocator, pool: Executor) -> Blocks:
     """All blocks found, their slots claimed; leaves ``journal`` ready to append. Blocks; raises OSError."""
     records, whole = decode(journal.read(journal_limit))
     if whole and (len(records) or not segments.numbers()):
@@ -137,7 +135,5 @@ def _scan_segment(segments: Segments, number: int) -> list[Put]:
 def _claimed(slots: SlabAllocator, records: Records) -> npt.NDArray[np.bool_]:
     """Which blocks have the slot that they name; of two that overlap, the newer one."""
     where, sizes = offsets(records).tolist(), slot_sizes(records["length"]).tolist()
-    claimed = [
-        slots.claim(offset, size) for offset, size in zip(reversed(where), reversed(sizes), strict=True)
-    ]
+    claimed = [slots.claim(offset, size) for offset, size in zip(reversed(where), reversed(sizes), strict=True)]
     return np.array(claimed[::-1], dtype=bool)

@@ -41,9 +41,7 @@ class Segments:
         self._header_lock = Lock()
         self._direct = _takes_direct_io(directory)
         if not self._direct:
-            _log.warning(
-                "no O_DIRECT on this filesystem: disk tier goes through the page cache", path=str(directory)
-            )
+            _log.warning("no O_DIRECT on this filesystem: disk tier goes through the page cache", path=str(directory))
 
     def open_existing(self, limit: int) -> None:
         """Open the segments numbered below ``limit``; remove those above and unfinished ones."""
@@ -153,12 +151,7 @@ def _unpack_header(number: int, data: memoryview) -> int:
     if len(data) < _HEADER.size:
         return 0
     magic, named, slot_bytes, crc = _HEADER.unpack_from(data)
-    if (
-        magic != _MAGIC
-        or named != number
-        or crc != crc32c(data[: _HEADER.size - 4])
-        or slot_bytes % HEADER_BYTES
-    ):
+    if magic != _MAGIC or named != number or crc != crc32c(data[: _HEADER.size - 4]) or slot_bytes % HEADER_BYTES:
         return 0
     return int(slot_bytes)
 

@@ -365,9 +365,7 @@ class DiskTier(Tier):
         # One batch at least, even if empty: a key that is just being evicted must be journalled before this returns.
         starts = range(0, max(1, len(unlisted)), MAX_ENTRIES)
         batches = [unlisted[start : start + MAX_ENTRIES] for start in starts]
-        outcomes = await asyncio.gather(
-            *(self._drop(batch, sync=True) for batch in batches), return_exceptions=True
-        )
+        outcomes = await asyncio.gather(*(self._drop(batch, sync=True) for batch in batches), return_exceptions=True)
         for error in outcomes:
             if error is not None:
                 raise TierUnavailable(f"deleted blocks may come back at the next start: {error}") from error

@@ -44,9 +44,7 @@ def victims(
     return _with_descendants(index, order, extent if extent_is_colder else own)
 
 
-def _coldest_extent(
-    index: BlockIndex, order: Rows, free_to_go: int, slot_bytes: int, extent_bytes: int
-) -> Rows:
+def _coldest_extent(index: BlockIndex, order: Rows, free_to_go: int, slot_bytes: int, extent_bytes: int) -> Rows:
     """Positions in ``order`` of the blocks of another class's extent, the one whose best block goes first."""
     extents = index.location[order] // extent_bytes
     last = np.full(int(extents.max(initial=-1)) + 1, -1)

@@ -138,8 +138,7 @@ class RecordingFiles(Files):
 
     def _synced(self, name: str, position: int, cut: int) -> bool:
         return any(
-            event[0] == "sync" and event[1] == name and event[2] > position
-            for event in self.events[position:cut]
+            event[0] == "sync" and event[1] == name and event[2] > position for event in self.events[position:cut]
         )
 
 

@@ -92,9 +92,7 @@ async def open_tier(directory: Path, capacity: int, files: Files | None = None) 
     return await DiskTier.open(directory, capacity, segment_bytes=SEGMENT_BYTES, threads=2, files=files)
 
 
-def kill_a_writer(
-    directory: Path, capacity: int, reported: Reported, files: Files, after: float | None
-) -> None:
+def kill_a_writer(directory: Path, capacity: int, reported: Reported, files: Files, after: float | None) -> None:
     """Fork a writer and collect its reports until it dies, by its own ``files`` or by SIGKILL ``after`` so many seconds."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -121,9 +119,7 @@ def kill_a_writer(
     reported.offered += 200
 
 
-async def check(
-    directory: Path, capacity: int, reported: Reported, *, evicting: bool, journal_lost: bool
-) -> None:
+async def check(directory: Path, capacity: int, reported: Reported, *, evicting: bool, journal_lost: bool) -> None:
     # Before its first record the journal is as good as lost: a scan may list a torn write that nobody acknowledged.
     journal = directory / "journal"
     journal_lost = journal_lost or not journal.exists() or not journal.read_bytes().strip(b"\0")
@@ -176,9 +172,7 @@ def test_killed_at_each_system_call(tmp_path: Path, capacity: int) -> None:
         directory, reported = tmp_path / str(start), Reported()
         for calls in range(start, start + 10):
             kill_a_writer(directory, capacity, reported, DyingFiles(calls, source), after=None)
-            asyncio.run(
-                check(directory, capacity, reported, evicting=capacity == TIGHT_BYTES, journal_lost=False)
-            )
+            asyncio.run(check(directory, capacity, reported, evicting=capacity == TIGHT_BYTES, journal_lost=False))
         assert reported.stored
 
 

@@ -59,10 +59,7 @@ async def test_acknowledged_is_durable(tmp_path: Path, capacity: int, journal: s
         files.after_power_loss(cut, directory, source)
         if journal == "lost":
             (directory / "journal").unlink(missing_ok=True)
-        said = {
-            kind: {e[1] for e in files.events[:cut] if e[0] == kind}
-            for kind in ("stored", "deleting", "deleted")
-        }
+        said = {kind: {e[1] for e in files.events[:cut] if e[0] == kind} for kind in ("stored", "deleting", "deleted")}
         kept = said["stored"] - said["deleting"]
         tier = await open_tier(directory, capacity, Files())
         try:
