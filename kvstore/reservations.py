@@ -1,7 +1,8 @@
 """Slots that clients are writing: reserved, filled by one or several of them, then sealed.
 
 A slot is not used for anything else while a client that was given it has neither committed, aborted nor disconnected,
-because it may still be writing, however long ago.
+because it may still be writing, however long ago. Parts that nobody comes for, with all other writers gone, are waited for
+a while and no longer.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
 from kvstore.tiers.host import HostTier
 
+UNCLAIMED_SECONDS = 30.0
+"""How long the parts of a block may be apart: a rank that dropped its save never comes."""
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Reservation:
     """One slot being written."""
 
@@ -69,9 +73,13 @@ class Reservations:
             return None
         reservation.missing.discard(part)
         reservation.holders.remove(holder)
+        if not reservation.missing and not reservation.aborted:
+            return reservation
         if reservation.aborted:
             self._free_if_unheld(reservation)
-        return None if reservation.missing or reservation.aborted else reservation
+        elif not reservation.holders:
+            asyncio.get_running_loop().call_later(UNCLAIMED_SECONDS, self._expire, reservation)
+        return None
 
     def abort(self, holder: object, key: BlockKey) -> bool:
         """The holder's part will never come. True when the holder had one."""
@@ -97,6 +105,11 @@ class Reservations:
         header.pack_into(slot)
         self._host.publish(header, reservation.offset)
         return header
+
+    def _expire(self, reservation: Reservation) -> None:
+        if self._open.get(reservation.header.key) is reservation and reservation.missing:
+            reservation.aborted = True
+            self._free_if_unheld(reservation)
 
     def _free_if_unheld(self, reservation: Reservation) -> None:
         if not reservation.holders:

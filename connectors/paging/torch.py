@@ -6,6 +6,7 @@ What is inside a page is the engine's affair (vLLM's CPU kernels pack K and V th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -46,8 +47,10 @@ class OpaquePager(Pager):
         share = self.page_bytes * pages_per_block
         self.block_bytes = share * ranks
         self._share = rank * share
+        self._arena: Arena | None = None
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        self._prepare(arena)
         buffer = np.frombuffer(arena.buffer, np.uint8)
         for copy in copies:
             if copy.first_page or len(copy.pages) != self._pages_per_block:
@@ -61,6 +64,7 @@ class OpaquePager(Pager):
         return Finished()
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        self._prepare(arena)
         buffer = np.frombuffer(arena.buffer, np.uint8)
         for copy in copies:
             at = copy.offset + self._share + copy.first_page * self.page_bytes
@@ -73,6 +77,13 @@ class OpaquePager(Pager):
 
     def close(self) -> None:
         self._layers = []
+        self._arena = None
+
+    def _prepare(self, arena: Arena) -> None:
+        """Have a new arena mapped in the background: a first touch of its pages costs several times the copy."""
+        if arena is not self._arena:
+            self._arena = arena
+            threading.Thread(target=arena.populate, name="kvstore-populate", daemon=True).start()
 
 
 def page_rows(name: str, tensor: torch.Tensor, pages: int) -> Rows:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+import kvstore.reservations
 from kvstore.envelope import HEADER_BYTES, Header, envelope_bytes
 from kvstore.errors import BlockCorrupt, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
@@ -349,3 +350,16 @@ def test_consecutive_blocks_are_taken_together() -> None:
     assert list(consecutive([*one, *two[1:]])) == [one, two[1:]]
     assert list(consecutive([one[0], one[2]])) == [[one[0]], [one[2]]]
     assert list(consecutive([])) == []
+
+
+async def test_a_part_that_nobody_comes_for_does_not_hold_its_slot_for_ever(
+    rig: Rig, chain: list[SealedBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvstore.reservations, "UNCLAIMED_SECONDS", 0.05)
+    block = [NewBlock(chain[0].key, NO_PARENT, 0)]
+    rig.store.reserve(rig.session, NAMESPACE, LENGTH, 64, block, part=0, parts=2)
+    assert await rig.store.commit(rig.session, [chain[0].key], part=0) == []
+    assert rig.host.stats().used_bytes == SLOT
+    while rig.host.stats().used_bytes:
+        await asyncio.sleep(0.01)
+    assert isinstance(rig.store.reserve(rig.session, NAMESPACE, LENGTH, 64, block, part=1, parts=2)[0], int)
