@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 import uuid
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from kvstore.config import Config
-from kvstore.demand import Demand
+from kvstore.demand import Demand, prefill_seconds
 from kvstore.errors import TierError
 from kvstore.identity import Namespace
 from kvstore.namespaces import NamespaceBook
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kvstore.catalog.sharing import Sharing
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
+    from kvstore.tiers.object.hotness import HotnessSnapshot
 
 log = structlog.get_logger(__name__)
 
@@ -57,12 +60,20 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
             if sharing is not None:
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
-            demand.publish = partial(bucket.put_hotness, node_name(config.node.directory))
+            demand.publish = partial(_tell_region, demand, bucket, node_name(config.node.directory))
         return Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission)
     except BaseException:
         for tier in reversed([host, *lower]):
             await tier.close()
         raise
+
+
+async def _tell_region(demand: Demand, bucket: ObjectTier, node: str, counted: HotnessSnapshot) -> None:
+    """What is expected of the bucket's blocks, and what was counted of those that this node knows nothing else of."""
+    from kvstore.tiers.object.hotness import HotnessSnapshot
+
+    expected = HotnessSnapshot.learnt(demand.traffic, bucket.index, time.time(), prefill_seconds)
+    await bucket.put_hotness(node, replace(expected, scores={**counted.scores, **expected.scores}))
 
 
 def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:

@@ -1,8 +1,8 @@
 """What is hot in a bucket, found from the bucket alone.
 
-Scores come from the snapshots that nodes leave there (``hotness/``): each names the deepest blocks of hot prefixes, whose
-ancestors inherit the score. While none names a block of the bucket, the blocks stored last count as the hottest:
-1 for a block stored now, half of it for each day since. Parents and times of creation come from the blocks' headers; those
+Scores come from the snapshots that nodes leave there (``hotness/``); a block is at least as hot as what continues it. While no
+snapshot names a block of the bucket, the blocks stored last count as the hottest: 1 for a block stored now, half of it for
+each day since. Parents and times of creation come from the blocks' headers; those
 that an earlier manifest listed are not read again.
 """
 

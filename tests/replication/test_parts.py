@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import threading
 import time
@@ -14,9 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.envelope import Header
 from kvstore.errors import ProtocolError, TierUnavailable
 from kvstore.identity import BlockKey
+from kvstore.index import BlockIndex
 from kvstore.policy.hotness import Hotness
+from kvstore.policy.reuse import Traffic
+from kvstore.testing.blocks import SealedBlock, random_chain, random_key, seal
 from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import MAX_BLOCKS, HotnessSnapshot, merged
@@ -56,6 +61,42 @@ class TestHotnessSnapshot:
         snapshot = HotnessSnapshot.of(hotness, 1000.0, lambda tokens: tokens / 100)
         assert snapshot.scores.keys() == {chain[-1]}
         assert snapshot.scores[chain[-1]] == pytest.approx(3 * 256 / 100 / 4, rel=0.4)
+
+    def test_a_conversation_that_goes_on_is_expected_back_before_any_hit(self) -> None:
+        """Conversations are continued after a minute, one-off prompts never: that is learnt, and no count shows it."""
+        traffic, index, source = Traffic(1 << 14), BlockIndex(), random.Random(1)
+        going_on: dict[int, list[SealedBlock]] = {}
+        once: list[SealedBlock] = []
+        for minute in range(40):
+            now = 60.0 * minute
+            for number, conversation in list(going_on.items()):
+                conversation += self.tail(source, conversation, 2)
+                traffic.observe([block.key for block in conversation], now)
+                if len(conversation) > 12:
+                    del going_on[number]
+            going_on[minute] = random_chain(source, 4, 100)
+            once = random_chain(source, 60, 100)
+            for blocks in (going_on[minute], once):
+                traffic.observe([block.key for block in blocks], now)
+        newest = going_on[39]
+        for block in (*newest, *once):
+            index.add(block.header, 0, 60.0 * 39)
+        snapshot = HotnessSnapshot.learnt(traffic, index, 60.0 * 40, lambda tokens: tokens / 100)
+        assert snapshot.scores.keys() == {block.key for block in (*newest, *once)}
+        coldest = min(snapshot.scores[block.key] for block in newest)
+        assert coldest > max(snapshot.scores[block.key] for block in once)
+
+    def tail(self, source: random.Random, chain: list[SealedBlock], blocks: int) -> list[SealedBlock]:
+        added: list[SealedBlock] = []
+        for _ in range(blocks):
+            last = (chain + added)[-1]
+            added.append(seal(random_key(source), b"x" * 100, parent=last.key, index=last.header.index + 1))
+        return added
+
+    def test_blocks_of_which_only_the_size_is_known_are_not_ranked(self) -> None:
+        index = BlockIndex()
+        index.add(Header(key=KEY, namespace=b"n" * 16, index=0, tokens=0, length=100, crc=0), 0, 1.0)
+        assert HotnessSnapshot.learnt(Traffic(64), index, 2.0, float).scores == {}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a node tells its region of the prompts that are asked for most: one small object, overwritten now and then.
 
-It names the deepest block of each hot prefix; the ancestors are found through the blocks' headers. Scores decay with time, so snapshots of different age are brought to one moment before they are added up.
+It names blocks; ancestors that it does not name are found through the blocks' headers, and are as hot as what continues them.
+Scores decay with time, so snapshots of different age are brought to one moment before they are added up.
 """
 
 from __future__ import annotations
@@ -15,31 +16,58 @@ import numpy as np
 
 from kvstore.errors import ProtocolError
 from kvstore.identity import KEY_BYTES, BlockKey
+from kvstore.index import BlockIndex
 from kvstore.policy.hotness import Hotness
+from kvstore.policy.reuse import Traffic
 
 MAX_BLOCKS = 200_000
 """20 bytes each: 4 MB."""
 MAX_SNAPSHOT_BYTES = MAX_BLOCKS * 20 + 4096
+
+EXPECTED_WITHIN = 3600.0
+"""Seconds to which rates of use are related."""
+MOST_RANKED = 32_768
 
 _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class HotnessSnapshot:
-    """A node's hottest prefixes at one time."""
+    """A node's hottest blocks at one time."""
 
     taken: float
     """Seconds since the epoch."""
     half_life: float
     """Seconds in which a score falls to half."""
     scores: Mapping[BlockKey, float]
-    """Prefill seconds that each block of the prefix is expected to save, by the key of the deepest; never negative."""
+    """Prefill seconds that a block is expected to save; never negative."""
 
     @classmethod
     def of(cls, hotness: Hotness, now: float, prefill_seconds: Callable[[int], float], most: int = 4096) -> Self:
-        """The best ``most`` prefixes; ``prefill_seconds`` as for ``Hotness.top``."""
+        """The deepest blocks of the best ``most`` prefixes, as counted; ``prefill_seconds`` as for ``Hotness.top``."""
         chains = hotness.top(most, now, prefill_seconds)
         return cls(now, hotness.half_life, {c.key: c.hits * c.seconds_saved / c.extent.blocks for c in chains})
+
+    @classmethod
+    def learnt(cls, traffic: Traffic, index: BlockIndex, now: float, prefill_seconds: Callable[[int], float]) -> Self:
+        """The blocks of ``index`` by what is expected of them: uses within ``EXPECTED_WITHIN`` x prefill seconds each.
+
+        Sees what a count of hits cannot: that a conversation used once, a minute ago, will most likely go on. Of the blocks
+        whose place in a chain is known, the ``MOST_RANKED`` used last are ranked, which takes some 10 ms.
+        """
+        rows = index.used()
+        rows = rows[index.tokens[rows] > 0]
+        if len(rows) > MOST_RANKED:
+            rows = rows[np.argpartition(-index.accessed[rows], MOST_RANKED)[:MOST_RANKED]]
+        rates = traffic.values(index.key_bytes(rows), index.hits[rows], now - index.accessed[rows])
+        tokens = index.tokens[rows].astype(np.int64)
+        before = index.depth[rows] * tokens
+        scores = {}
+        for row, rate, start, end in zip(
+            rows, rates.tolist(), before.tolist(), (before + tokens).tolist(), strict=True
+        ):
+            scores[index.key(int(row))] = rate * EXPECTED_WITHIN * (prefill_seconds(end) - prefill_seconds(start))
+        return cls(now, EXPECTED_WITHIN, scores)
 
     def pack(self) -> bytes:
         """At most ``MAX_BLOCKS``; beyond, the coldest are left out."""

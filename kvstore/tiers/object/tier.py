@@ -14,6 +14,7 @@ from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from kvstore.envelope import HEADER_BYTES, Header, verify
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, TierUnavailable
 from kvstore.identity import BlockKey, Namespace
+from kvstore.index import BlockIndex
 from kvstore.policy.eviction import LRU, EvictionPolicy
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.object.bucket import Bucket
@@ -178,6 +179,11 @@ class ObjectTier(Tier):
         await self._objects.close()
 
     # --- what only this tier has
+
+    @property
+    def index(self) -> BlockIndex:
+        """What is known of the bucket's blocks; to be read only."""
+        return self._contents.index
 
     @property
     def bad_blocks(self) -> Sequence[BadBlock]:
