@@ -88,7 +88,7 @@ class Entry(NamedTuple):
         """None for what cannot be an entry: it counts as absent, and the next ``record`` of the key replaces it."""
         if len(key) != KEY_BYTES or len(value) != _VALUE.size:
             return None
-        entry = cls(BlockKey(key), *_VALUE.unpack(value))
+        entry = cls._make((key, *_VALUE.unpack(value)))
         return entry if 0 < entry.length <= MAX_PAYLOAD_BYTES else None
 
 
