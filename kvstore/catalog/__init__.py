@@ -1,8 +1,12 @@
 """The shared index of a region's bucket.
 
+sharing     a node's part in its region: joins an object tier to a catalog
+├── publisher   tells the catalog what the node did
+├── follower    learns from it what others did
+└── rebuild     fills it from the bucket
 base        the interface and what it speaks of
-├── sqlite    one file, for one machine
-└── redis     Redis or Valkey, for a region; scripts: what the server runs
+├── sqlite      one file, for one machine
+└── redis       Redis or Valkey, for a region; scripts: what the server runs
 """
 
 from __future__ import annotations

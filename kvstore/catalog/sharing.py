@@ -147,11 +147,12 @@ class Sharing(Peers):
             try:
                 await work()
                 delay = seconds
-            except CatalogUnavailable as error:
-                self._publisher.heard(error)
-                delay = min(2 * delay, LAST_RETRY_SECONDS)
             except KVStoreError as error:
-                log.warning("a duty of the region failed", error=str(error))
+                if isinstance(error, CatalogUnavailable):
+                    self._publisher.heard(error)
+                else:
+                    log.warning("a duty of the region failed", error=str(error))
+                delay = min(2 * delay, LAST_RETRY_SECONDS)
             await asyncio.sleep(delay)
 
     async def _follow(self) -> None:

@@ -58,6 +58,8 @@ class SQLiteCatalog(Catalog):
         try:
             await catalog._run(lambda _: None)
         except CatalogUnavailable as error:
+            if getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                return catalog
             await catalog.close()
             raise ConfigError("catalog.url", f"sqlite://{path}", str(error), "Name a writable file.") from error
         except BaseException:
