@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from kvstore.catalog.sharing import Sharing
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
-    from kvstore.tiers.object.hotness import HotnessSnapshot
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +45,7 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
     measured = TierMetrics(metrics.registry)
     eviction: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
     admission = AdmissionPolicy(demand.traffic, mode=Mode(config.policy.admission))
-    host = HostTier(arena, config.host.extent_bytes, eviction)
+    host = HostTier(arena, config.host.extent, eviction)
     lower: list[Tier] = []
     probe: Probe | None = None
     try:
@@ -68,11 +67,13 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
         raise
 
 
-async def _tell_region(demand: Demand, bucket: ObjectTier, node: str, counted: HotnessSnapshot) -> None:
+async def _tell_region(demand: Demand, bucket: ObjectTier, node: str) -> None:
     """What is expected of the bucket's blocks, and what was counted of those that this node knows nothing else of."""
     from kvstore.tiers.object.hotness import HotnessSnapshot
 
-    expected = HotnessSnapshot.learnt(demand.traffic, bucket.index, time.time(), prefill_seconds)
+    now = time.time()
+    counted = HotnessSnapshot.of(demand.hotness, now, prefill_seconds)
+    expected = HotnessSnapshot.learnt(demand.traffic, bucket.index, now, prefill_seconds)
     await bucket.put_hotness(node, replace(expected, scores={**counted.scores, **expected.scores}))
 
 
@@ -157,7 +158,7 @@ async def open_sharing(config: Config) -> Sharing | None:
         return None
     from kvstore.catalog.sharing import Sharing
 
-    return Sharing(catalog, config.object.bytes, config.host.extent_bytes)
+    return Sharing(catalog, config.object.bytes, config.host.extent)
 
 
 def object_settings(config: Config) -> ObjectSettings:

@@ -18,7 +18,6 @@ from kvstore.errors import TierError
 from kvstore.identity import BlockKey
 from kvstore.policy.hotness import HotChain, Hotness
 from kvstore.policy.reuse import Traffic
-from kvstore.tiers.object.hotness import HotnessSnapshot
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +28,7 @@ _REMEMBERED_REQUESTS = 4096
 _PREFILL_SECONDS_PER_TOKEN = 33e-6
 _PREFILL_DOUBLES_AT = 64_000
 
-Publish = Callable[[HotnessSnapshot], Awaitable[None]]
+Publish = Callable[[], Awaitable[None]]
 
 
 def prefill_seconds(tokens: int) -> float:
@@ -92,7 +91,7 @@ class Demand:
         if self.publish is None:
             return
         try:
-            await self.publish(HotnessSnapshot.of(self.hotness, time.time(), prefill_seconds))
+            await self.publish()
         except TierError as error:
             log.warning("hotness not published", error=str(error))
 

@@ -74,7 +74,14 @@ def test_torch_stays_in_the_testing_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import kvstore", "import kvstore.cli", "import kvstore.config", "import kvstore.node.client"]
+    "statement",
+    [
+        "import kvstore",
+        "import kvstore.cli",
+        "import kvstore.config",
+        "import kvstore.node.client",
+        "import kvstore.node.server",
+    ],
 )
 def test_the_package_starts_light(statement: str) -> None:
     code = f"{statement}; import sys; print(*sorted({HEAVY!r} & sys.modules.keys()))"

@@ -77,20 +77,27 @@ class HostSection(_Section):
     """Shared host memory."""
 
     bytes: Bytes = Field(4 * _GIB, ge=_MIB, description="Size of the arena in /dev/shm, taken when the node starts.")
-    extent_bytes: Bytes = Field(
-        64 * _MIB,
+    extent_bytes: Bytes | None = Field(
+        None,
         ge=64 << 10,
-        description="Unit in which the arena is given to a block size; at least the largest block.",
+        description="Unit in which the arena is given to a block size, at least the largest block; "
+        "empty: a sixteenth of host.bytes, but 64MiB to 1GiB.",
     )
+
+    @property
+    def extent(self) -> int:
+        """``extent_bytes``, or its default. Few large extents waste little at their ends, many suit many block sizes."""
+        share = self.bytes // 16 // 4096 * 4096
+        return self.extent_bytes or min(max(share, 64 * _MIB), _GIB)
 
     @model_validator(mode="after")
     def _check(self) -> HostSection:
-        if self.extent_bytes % 4096:
+        if self.extent % 4096:
             raise _refuse("host.extent_bytes", "not a multiple of 4096 bytes", "Use a size such as 64MiB.")
-        if self.bytes < self.extent_bytes:
+        if self.bytes < self.extent:
             raise _refuse(
                 "host.bytes",
-                f"smaller than host.extent_bytes ({exact_bytes(self.extent_bytes)}), so not one block fits",
+                f"smaller than host.extent_bytes ({exact_bytes(self.extent)}), so not one block fits",
                 "Raise host.bytes, or lower host.extent_bytes.",
             )
         return self

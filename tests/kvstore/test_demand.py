@@ -12,7 +12,6 @@ import kvstore.demand
 from kvstore.demand import Demand, prefill_seconds
 from kvstore.errors import TierUnavailable
 from kvstore.identity import BlockKey
-from kvstore.tiers.object.hotness import HotnessSnapshot
 
 TOKENS, BYTES = 64, 1 << 20
 
@@ -53,13 +52,13 @@ async def test_a_request_that_asks_again_counts_once(tmp_path: Path) -> None:
 
 async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvstore.demand, "KEEP_EVERY_SECONDS", 0.01)
-    published: list[HotnessSnapshot] = []
+    published: list[list[BlockKey]] = []
     failures = [TierUnavailable("away")]
 
-    async def publish(snapshot: HotnessSnapshot) -> None:
+    async def publish() -> None:
         if failures:
             raise failures.pop()
-        published.append(HotnessSnapshot.unpack(snapshot.pack()))
+        published.append([hot.key for hot in demand.top(10)])
 
     prompt = chain(1, 2)
     demand = Demand(tmp_path / "hotness.msgpack")
@@ -68,7 +67,7 @@ async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, mon
     demand.observe(2, prompt, TOKENS, BYTES)
     while not published:
         await asyncio.sleep(0.01)
-    assert list(published[0].scores) == [prompt[-1]]
+    assert published[0] == [prompt[-1]]
     await demand.close()
 
 
