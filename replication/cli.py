@@ -177,7 +177,8 @@ def purge(
         prefix=_digest("--prefix", prefix),
     )
     if not yes:
-        named = [f"{kind} {name}" for kind, name in _selectors(tenant, model, namespace, prefix) if name]
+        selectors = {"tenant": tenant, "model": model, "namespace": namespace, "prefix": prefix}
+        named = [f"{kind} {name}" for kind, name in selectors.items() if name]
         typer.confirm(f"Delete every block of {', '.join(named)} in all regions?", abort=True, err=True)
 
     async def once() -> int:
@@ -191,10 +192,6 @@ def purge(
         return 0
 
     _repeat(once, False, 0.0)
-
-
-def _selectors(tenant: str, model: str, namespace: str, prefix: str) -> list[tuple[str, str]]:
-    return [("tenant", tenant), ("model", model), ("namespace", namespace), ("prefix", prefix)]
 
 
 def _load(path: Path, region: str) -> Topology:

@@ -31,7 +31,7 @@ COPIES_AT_ONCE = 32
 """As many as ``Objects`` has threads: 32 blocks of 1 MiB under way fill 5 Gbit/s at a round trip of 50 ms."""
 MEMORY_BYTES = 256 << 20
 """Blocks held in memory at a time, at most."""
-FIRST_BYTES = 16 << 20
+FIRST_BYTES = 2 << 20
 LATENCY_SECONDS = 2.0
 """How long a block may take: more than any round trip, less than it takes for a link to look dead."""
 

@@ -249,12 +249,18 @@ def _path(
 
 async def _read_all(bucket: Links, folder: str, limit: int, parse: Callable[[Found, bytes], T]) -> list[T]:
     """Every object of a folder, parsed; what cannot be read is left out and logged."""
-    results = []
-    for found in await bucket.listing(folder):
+
+    async def read(found: Found) -> T | None:
         try:
-            body = await bucket.read(found.name, limit)
-            if body is not None:
-                results.append(parse(found, body))
+            into = memoryview(bytearray(min(found.size, limit)))
+            return await bucket.get(found.name, into, lambda found, body: parse(found, bytes(body)))
         except (ValueError, IdentityError, ProtocolError, BlockTooLarge) as error:
             log.warning("unreadable object", name=found.name, error=str(error))
+            return None
+
+    results: list[T] = []
+    listed = await bucket.listing(folder)
+    for start in range(0, len(listed), READS_AT_ONCE):
+        batch = await asyncio.gather(*map(read, listed[start : start + READS_AT_ONCE]))
+        results += [one for one in batch if one is not None]
     return results

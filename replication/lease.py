@@ -86,6 +86,7 @@ async def hold(bucket: Links, role: str, seconds: float = LEASE_SECONDS) -> Asyn
     except asyncio.CancelledError:
         if not lost:
             raise
+        task.uncancel()
         raise LeaseTaken(f"the lease for {role} was lost") from None
     finally:
         keeper.cancel()

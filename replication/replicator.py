@@ -100,17 +100,16 @@ class Replicator:
         """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
         cycle = Cycle()
         pulled = await self._pull(cycle)
-        stones = await self._tombstones(pulled)
-        await self._plan(cycle, pulled, stones)
+        await self._plan(cycle, pulled, _united(await read_tombstones(self.near), pulled))
         return cycle
 
     async def cycle(self, progress: Progress = lambda report, block, outcome: None) -> Cycle:
         """Do it. A source that fails is left for the next cycle. Raises TierUnavailable, as ``plan`` does."""
         cycle = Cycle()
         pulled = await self._pull(cycle)
-        known = set(await read_tombstones(self.near))
-        stones = await self._tombstones(pulled)
-        if new := [stone for stone in stones if stone not in known]:
+        known = await read_tombstones(self.near)
+        stones = _united(known, pulled)
+        if new := stones[len(known) :]:
             cycle.buried = await entomb(self.near, new)
         for source, one in pulled.items():
             await self._believe(source, one)
@@ -148,12 +147,6 @@ class Replicator:
             await self.near.put(manifest_name(source), pulled.raw, create=False)
             cursor.sequence, cursor.published = manifest.sequence, manifest.published
             await cursor.save(self.near)
-
-    async def _tombstones(self, pulled: Mapping[str, _Pulled]) -> list[Tombstone]:
-        stones = dict.fromkeys(await read_tombstones(self.near))
-        for one in pulled.values():
-            stones.update(dict.fromkeys(one.manifest.tombstones))
-        return list(stones)
 
     # --- planning
 
@@ -241,6 +234,11 @@ class _Paced:
 
     async def take(self, nbytes: int) -> bool:
         return await self._ledger.spend(nbytes) and await self._rate.take(nbytes)
+
+
+def _united(known: Sequence[Tombstone], pulled: Mapping[str, _Pulled]) -> list[Tombstone]:
+    """Those that are known here, then those that the manifests add."""
+    return list(dict.fromkeys([*known, *(stone for one in pulled.values() for stone in one.manifest.tombstones)]))
 
 
 def _affordable(flow: Flow, cursor: Cursor, now: float) -> int | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.errors import IdentityError
-from kvstore.identity import KEY_BYTES, BlockKey
+from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
 
 _MAX_NAME = 512
 
@@ -62,6 +62,8 @@ class Tombstone:
         for field in (self.namespace, self.prefix):
             if field and len(field) != KEY_BYTES:
                 raise IdentityError(f"a tombstone names a digest of {len(field)} bytes, not {KEY_BYTES}")
+        if self.prefix == NO_PARENT:
+            raise IdentityError("a tombstone's prefix is no block")
         if len(self.tenant) > _MAX_NAME or len(self.model) > _MAX_NAME:
             raise IdentityError("a tombstone's tenant or model is too long")
 
@@ -107,7 +109,11 @@ class Tombstone:
 def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones: Sequence[Tombstone]) -> set[BlockKey]:
     """Keys of the dead among ``blocks``, which come parents first."""
     whole = [stone for stone in tombstones if not stone.prefix]
-    prefixes = [(stone, {stone.prefix}) for stone in tombstones if stone.prefix]
+    over: dict[bytes, tuple[Tombstone, ...]] = {}
+    """Tombstones of a prefix that a block belongs to."""
+    for stone in tombstones:
+        if stone.prefix:
+            over[stone.prefix] = (*over.get(stone.prefix, ()), stone)
     until: dict[bytes, float] = {}
     dead = set()
     for block in blocks:
@@ -116,10 +122,8 @@ def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones
             until[namespace] = max((s.time for s in whole if s.covers(namespace, label)), default=-math.inf)
         if block.created <= until[namespace]:
             dead.add(block.key)
-        for stone, below in prefixes:
-            if block.key not in below and block.parent not in below:
-                continue
-            below.add(block.key)
-            if block.created <= stone.time and stone.covers(namespace, label):
+        if mine := (*over.get(block.parent, ()), *over.get(block.key, ())):
+            over[block.key] = mine
+            if any(block.created <= stone.time and stone.covers(namespace, label) for stone in mine):
                 dead.add(block.key)
     return dead

@@ -176,6 +176,12 @@ class Topology(_Table):
                 raise _refusal(f"a flow leads from {flow.source!r} to itself", "Remove it from 'to'.")
             if not self.regions[flow.source].public_key:
                 raise _refusal(f"the source {flow.source!r} has no public_key", MAKE_ONE)
+        for name in self.regions:
+            flows = [flow.identity for flow in self.flows_to(name)]
+            if len(flows) != len(set(flows)):
+                raise _refusal(
+                    f"two flows bring the same to {name!r}", "Join them, or tell them apart by model or tenant."
+                )
         for rule in self.residency:
             for place in (*rule.allowed, *rule.forbidden):
                 if place not in places:

@@ -131,13 +131,13 @@ class ShapedLink:
     async def _end(self) -> None:
         self._server.close()
         self._abort()
-        for task in self._pipes:
-            task.cancel()
         await asyncio.gather(*self._pipes, return_exceptions=True)
 
     def _abort(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
+        for task in self._pipes:
+            task.cancel()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from region_cases import KEY, chain, hot, manifest_of
 
+from kvstore.errors import IdentityError
 from kvstore.identity import BlockKey
 from replication.manifest import (
     BLOCK_BYTES,
@@ -145,6 +147,18 @@ class TestTombstones:
     def test_what_was_computed_anew_lives(self) -> None:
         blocks = [self.block(b"a", created=5.0), self.block(b"b", b"a", created=10.0)]
         assert buried(blocks, LABELS, [Tombstone(time=9.0, model="llama")]) == {BlockKey(b"a" * 16)}
+
+    def test_several_tombstones_over_one_chain(self) -> None:
+        stones = [Tombstone(time=4.0, prefix=b"a" * 16), Tombstone(time=9.0, prefix=b"c" * 16)]
+        assert buried(self.chain(), LABELS, stones) == {BlockKey(b"c" * 16)}
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{}, {"prefix": bytes(16)}, {"prefix": b"short"}, {"tenant": "x" * 1000}, {"model": "m", "time": -1.0}],
+    )
+    def test_a_tombstone_that_names_nothing_or_everything_is_refused(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(IdentityError):
+            Tombstone(**{"time": 1.0, **fields})
 
     def test_json_and_back(self) -> None:
         stone = Tombstone(time=1.25, tenant="t", prefix=b"p" * 16)

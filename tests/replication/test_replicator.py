@@ -16,6 +16,7 @@ from typing import Any
 import obstore
 import pytest
 from conftest import Pair, bucket_on
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from region_cases import KEY, LLAMA, chain, hot, manifest_of, store, stored
 from typer.testing import CliRunner, Result
 
@@ -172,8 +173,6 @@ class TestTrust:
 
         def sealed(sequence: int) -> bytes:
             return manifest_of(hot(blocks), sequence=sequence).sealed(KEY)
-
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         assert "forged" in await self.cycle_with(pair, manifest_of(hot(blocks)).sealed(Ed25519PrivateKey.generate()))
         assert "truncated" in await self.cycle_with(pair, sealed(5)[:-100])

@@ -101,6 +101,7 @@ def test_residency(tmp_path: Path, rule: str, permitted: bool) -> None:
         (('endpoints = ["https://one.example.com", "https://two.example.com"]', "endpoints = []"), ["no endpoint"]),
         (('url = "s3://kv-eu/prod"', ""), ["regions.eu.url"]),
         (("[[flows]]", "[[flows"), ["not TOML"]),
+        (("[[residency]]", '[[flows]]\nfrom = "na"\nto = ["eu"]\nmodels = ["llama*"]\n[[residency]]'), ["two flows"]),
     ],
 )
 def test_what_is_said_of_a_bad_file(tmp_path: Path, change: tuple[str, str], said: list[str]) -> None:
