@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ class NodeProcess:
         assert self.process.wait(timeout=30) == 0
 
 
+Start = Callable[..., NodeProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts nodes in one directory, and leaves none behind."""
+    nodes: list[NodeProcess] = []
+
+    def start(*settings: str) -> NodeProcess:
+        nodes.append(NodeProcess(tmp_path, *settings))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if node.process.poll() is None:
+            node.kill()
+
+
 def connected(client: Client) -> Client:
     deadline = time.monotonic() + 30
     while True:
@@ -93,11 +112,11 @@ def check(client: Client, keys: list[BlockKey]) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kill_9(start: Start) -> None:
     source = random.Random(1)
     acknowledged: list[BlockKey] = []
     for number in range(KILLS):
-        node = NodeProcess(tmp_path)
+        node = start()
         killer = threading.Timer(0, lambda: None)
         try:
             with Client(node.socket) as client:
@@ -117,15 +136,15 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
             if node.process.poll() is None:
                 node.kill()
     assert len(acknowledged) > KILLS
-    node = NodeProcess(tmp_path)
+    node = start()
     with Client(node.socket) as client:
         assert check(connected(client), acknowledged) == len(acknowledged)
         assert client.call("verify", 60.0, medium="disk", limit=1000)["bad"] == []
     node.stop()
 
 
-def test_sigterm_writes_down_what_was_saved(tmp_path: Path) -> None:
-    node = NodeProcess(tmp_path, "host.bytes=32MiB")
+def test_sigterm_writes_down_what_was_saved(start: Start) -> None:
+    node = start("host.bytes=32MiB")
     with Client(node.socket) as client:
         connected(client)
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
@@ -136,7 +155,7 @@ def test_sigterm_writes_down_what_was_saved(tmp_path: Path) -> None:
             reserved.arena.buffer[offset : offset + BLOCK_BYTES] = payload_of(key)
         client.commit(keys)
         node.stop()
-    node = NodeProcess(tmp_path)
+    node = start()
     with Client(node.socket) as client:
         assert check(connected(client), keys) == len(keys)
     node.stop()
