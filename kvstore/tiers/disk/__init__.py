@@ -9,7 +9,6 @@ tier.py         DiskTier: reads, writes, commits and deletions, in the event loo
   journal.py      the journal file
     records.py      its 64-byte records (pure)
   segments.py     slots in files, O_DIRECT
-  tasks.py        waiting for threads through cancellation
   files.py        the system calls, where tests put faults
 """
 

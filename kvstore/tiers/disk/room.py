@@ -20,8 +20,8 @@ from kvstore.index import BlockIndex
 from kvstore.policy.eviction import EvictionPolicy
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.disk.segments import Segments
-from kvstore.tiers.disk.tasks import run
 from kvstore.tiers.disk.victims import victims
+from kvstore.tiers.tasks import run
 
 EVICTED_AT_ONCE = 32
 """Blocks given up in one go, as many as share a sync when they are written."""

@@ -26,7 +26,7 @@ from kvstore.tiers.disk.journal import EXTEND_BYTES
 from kvstore.tiers.disk.opening import Opened, open_directory
 from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Delete, Entry, Put, Touch, slot_sizes, snapshot
 from kvstore.tiers.disk.room import RETRY_SECONDS, Room
-from kvstore.tiers.disk.tasks import run, uninterrupted
+from kvstore.tiers.tasks import run, uninterrupted
 
 MAX_BATCH = 32
 """Puts that share one sync of data and journal."""

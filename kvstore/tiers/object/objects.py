@@ -20,6 +20,7 @@ from obstore.store import LocalStore, S3Store
 
 from kvstore.errors import BlockTooLarge, ConfigError, TierUnavailable
 from kvstore.tiers.object.settings import ObjectSettings
+from kvstore.tiers.tasks import run
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -101,14 +102,7 @@ class Objects:
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking call in one of the threads, with obstore's errors translated."""
-        work = self._threads.submit(_translated, function, *arguments)
-        future = asyncio.wrap_future(work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            if not work.cancel():
-                await _settled(future)
-            raise
+        return await run(self._threads, _translated, function, *arguments)
 
     async def close(self) -> None:
         """Wait for the requests under way."""
@@ -274,14 +268,3 @@ def _translation() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     """obstore appends a long dump of its internals to every message."""
     return str(error).partition("\n")[0][:300] or type(error).__name__
-
-
-async def _settled(future: asyncio.Future[Any]) -> None:
-    """Wait for ``future`` through further cancellations."""
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled():
-        future.exception()  # nobody else will look at it
