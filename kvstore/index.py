@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.envelope import Header
+from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
 from kvstore.tiers.base import BlockStat
 
@@ -239,3 +239,8 @@ class BlockIndex:
 
 def _split(identities: Identities) -> list[BlockKey]:
     return [BlockKey(identity) for identity in np.ascontiguousarray(identities).tolist()]
+
+
+def slot_sizes(lengths: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """``kvstore.envelope.envelope_bytes`` of many payload lengths."""
+    return (-(-lengths.astype(np.int64) // HEADER_BYTES) + 1) * HEADER_BYTES

@@ -8,22 +8,21 @@ one stays in place until its last pin is gone.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-
-import numpy as np
 
 from kvstore.envelope import Header, verify
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError
 from kvstore.identity import BlockKey
-from kvstore.index import BlockIndex, Rows
+from kvstore.index import BlockIndex, Rows, slot_sizes
 from kvstore.node.arena import Arena
 from kvstore.policy.eviction import LRU, EvictionPolicy, eviction_order
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 
-EVICTED_AT_ONCE = 1 / 64
-"""Share of a size class that is given up when it is full: ranking is a pass over the class, so it pays to rank rarely."""
+RANKED_AT_ONCE = 1 / 16
+"""Share of a size class that one ranking names for eviction: a ranking is a pass over the tier."""
 
 
 class HostTier(Tier):
@@ -42,6 +41,9 @@ class HostTier(Tier):
         self.policy = policy or LRU()
         self._slabs = SlabAllocator(extents, extent_bytes)
         self._used_bytes = 0
+        self._candidates: dict[int, deque[int]] = {}
+        """Rows to evict next, by size class."""
+        self._ranked_at = 0.0
         self._unlisted: dict[int, int] = {}
         """Pins left on slots whose block was deleted, by offset."""
         self._evicted = self._refused = self._quarantined = 0
@@ -167,17 +169,38 @@ class HostTier(Tier):
         return True
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict within the size class; failing that, empty the least valuable extent of another class."""
-        rows = self.index.used()
-        free = rows[self.index.pins[rows] == 0]
-        sizes = self._slabs.extents()
-        classes = np.fromiter((sizes[e] for e in self.index.location[free] // self._slabs.extent_bytes), dtype=np.int64)
-        peers = free[classes == nbytes]
-        if len(peers):
-            count = max(1, int(len(peers) * EVICTED_AT_ONCE))
-            self._evict(eviction_order(self.index, self.policy, peers, time.time())[:count])
+        """Evict a block of the size class; failing that, empty the least valuable extent of another class."""
+        victim = self._next_candidate(nbytes)
+        if victim is None:
+            self._rank(nbytes)
+            victim = self._next_candidate(nbytes)
+        if victim is not None:
+            self._evict([victim])
             return True
-        return self._empty_an_extent(free)
+        rows = self.index.used()
+        return self._empty_an_extent(rows[self.index.pins[rows] == 0])
+
+    def _rank(self, nbytes: int) -> None:
+        """Find the next blocks of a size class to give up. Takes a pass over the tier, so it serves several evictions."""
+        now = time.time()
+        rows = self.index.used()
+        may_go = (self.index.pins[rows] == 0) & (slot_sizes(self.index.length[rows]) == nbytes)
+        order = eviction_order(self.index, self.policy, rows[may_go], now)
+        self._candidates[nbytes] = deque(order[: max(1, int(len(order) * RANKED_AT_ONCE))].tolist())
+        self._ranked_at = now
+
+    def _next_candidate(self, nbytes: int) -> int | None:
+        """The next ranked row that was neither used, replaced nor pinned since."""
+        candidates = self._candidates.get(nbytes)
+        while candidates:
+            row = candidates.popleft()
+            if (
+                self.index.location[row] >= 0
+                and self.index.accessed[row] <= self._ranked_at
+                and not self.index.pins[row]
+            ):
+                return row
+        return None
 
     def _empty_an_extent(self, free: Rows) -> bool:
         """Of the extents without a pinned or reserved slot, evict the one whose most valuable block is worth least."""
@@ -192,7 +215,7 @@ class HostTier(Tier):
                 return True
         return False
 
-    def _evict(self, rows: Rows) -> None:
+    def _evict(self, rows: Iterable[int]) -> None:
         for row in rows:
             self._drop(self.index.key(int(row)))
-        self._evicted += len(rows)
+            self._evicted += 1

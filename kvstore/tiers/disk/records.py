@@ -151,11 +151,6 @@ def offsets(records: Records) -> npt.NDArray[np.int64]:
     return records["slot"].astype(np.int64) * HEADER_BYTES
 
 
-def slot_sizes(lengths: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """``envelope_bytes`` of many payload lengths."""
-    return (-(-lengths.astype(np.int64) // HEADER_BYTES) + 1) * HEADER_BYTES
-
-
 def snapshot(index: BlockIndex) -> Blocks:
     """All blocks of an index."""
     rows = index.used()

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import BlockCorrupt
 from kvstore.identity import BlockKey
+from kvstore.index import slot_sizes
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.disk.journal import Journal
 from kvstore.tiers.disk.records import (
@@ -39,7 +40,6 @@ from kvstore.tiers.disk.records import (
     kinds,
     offsets,
     put_word,
-    slot_sizes,
 )
 from kvstore.tiers.disk.segments import Segments
 

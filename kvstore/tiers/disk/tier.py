@@ -19,12 +19,13 @@ import structlog
 from kvstore.envelope import Header, envelope_bytes, verify
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
+from kvstore.index import slot_sizes
 from kvstore.policy.eviction import LRU, EvictionPolicy
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.disk.files import Files
 from kvstore.tiers.disk.journal import EXTEND_BYTES
 from kvstore.tiers.disk.opening import Opened, open_directory
-from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Delete, Entry, Put, Touch, slot_sizes, snapshot
+from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Delete, Entry, Put, Touch, snapshot
 from kvstore.tiers.disk.room import RETRY_SECONDS, Room
 from kvstore.tiers.tasks import run, uninterrupted
 

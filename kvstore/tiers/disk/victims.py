@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.index import BlockIndex, Rows
+from kvstore.index import BlockIndex, Rows, slot_sizes
 from kvstore.policy.eviction import EvictionPolicy, Values, eviction_order
-from kvstore.tiers.disk.records import slot_sizes
 
 
 class _KeepPinned(EvictionPolicy):
