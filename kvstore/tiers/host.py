@@ -23,6 +23,8 @@ from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 
 RANKED_AT_ONCE = 1 / 16
 """Share of a size class that one ranking names for eviction: a ranking is a pass over the tier."""
+RANKED_AT_LEAST = 32
+"""Blocks, of a small tier: about what one reservation asks for."""
 
 
 class HostTier(Tier):
@@ -186,7 +188,7 @@ class HostTier(Tier):
         rows = self.index.used()
         may_go = (self.index.pins[rows] == 0) & (slot_sizes(self.index.length[rows]) == nbytes)
         order = eviction_order(self.index, self.policy, rows[may_go], now)
-        self._candidates[nbytes] = deque(order[: max(1, int(len(order) * RANKED_AT_ONCE))].tolist())
+        self._candidates[nbytes] = deque(order[: max(RANKED_AT_LEAST, int(len(order) * RANKED_AT_ONCE))].tolist())
         self._ranked_at = now
 
     def _next_candidate(self, nbytes: int) -> int | None:
