@@ -25,7 +25,7 @@ check: .venv/base.stamp lint
 	$(BIN)/python -m pytest -m "not engine and not s3 and not gpu" $(ARGS)
 
 docs: .venv/base.stamp
-	$(BIN)/python docs/generate.py
+	PYTHONPATH=. $(BIN)/python docs/generate.py
 
 lint: .venv/base.stamp
 	$(BIN)/ruff check $(SOURCES)

@@ -34,8 +34,8 @@ from kvstore.tiers.disk import DiskTier
 
 SIZES_MIB = (2, 8, 20)
 THREADS = 4
-IN_FLIGHT = 32
-"""Blocks that clients offer at a time: a full batch for one sync. The tier's threads bound what reaches the disk."""
+IN_FLIGHT = 64
+"""Blocks that clients offer at a time, as a node does: one batch is written while another is synced."""
 
 SWITCH_INTERVAL_SECONDS = 0.0002
 """What a node sets; see its server."""

@@ -1,11 +1,13 @@
-"""Rewrites the generated parts of the user documentation: ``python docs/generate.py`` (``make docs``).
+"""Rewrites the generated parts of the user documentation: ``make docs``.
 
-The table of settings comes from the configuration object, the command reference from the command line's own help.
+The table of settings comes from the configuration object, the command reference from the command line's own help, the
+README's measurements from benchmarks/results/.
 A test holds the files to what this prints.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.study import judge
 from kvstore.cli import app
 from kvstore.config import fields, load
 
@@ -63,7 +66,61 @@ def _usage(parameter: Any) -> str:
     return ", ".join(parameter.opts) + value
 
 
-GENERATED = {"configuration.md": settings, "cli.md": commands}
+MEASURED = {
+    "hashing": {"ms_128k_tokens": "block keys of a 128k-token prompt, ms"},
+    "node": {
+        "lookup_2048_us": "lookup of a 2,048-block chain through the node's socket, µs",
+        "save_ratio_to_memcpy": "saving 8 MiB blocks, share of memcpy's speed",
+        "load_ratio_to_memcpy": "loading 8 MiB blocks from host memory, share of memcpy's speed",
+        "node_heap_mb_1m_blocks": "memory of a node with a million blocks indexed, MB",
+    },
+    "overhead": {"slowdown": "vLLM with the connector and no hit at all, times vLLM without it"},
+    "disk": {
+        "write_ratio_to_fio": "disk tier, writing with checksum, journal and sync, share of fio without",
+        "read_ratio_to_fio": "disk tier, reading with verification, share of fio",
+    },
+    "object": {
+        "put_ratio_to_raw": "object tier, PUT, share of the fastest raw client",
+        "get_ratio_to_raw": "object tier, verified GET, share of the fastest raw client",
+    },
+    "catalog": {
+        "lookup_500_ms": "lookup of 500 blocks in a Redis catalog of a million, ms",
+        "visible_ms": "from durable on one node to listed on another, ms",
+    },
+    "replication": {
+        "link_utilisation_50ms": "replication over a link of 50 ms, share of the link",
+        "convergence_seconds_after_cut": "replication after a cut of 5 s, seconds beyond it",
+    },
+    "wan": {"wan_efficiency_gain": "bytes over the WAN for 80% of the benefit of sending everything, times fewer"},
+    "traces": {
+        "worst_deficit_points": "eviction on three traces, points behind the best other policy at worst",
+        "mean_belady_gap_closed": "eviction on three traces, share of the gap from LRU to Belady closed",
+        "disk_write_ratio": "admission, disk bytes written, share of writing everything",
+        "hits_lost_percent": "admission, hits lost by that, percent",
+    },
+    "gpu": {
+        "offload_ratio_to_memcpy": "GPU to arena, worst of four geometries, share of pinned memcpy",
+        "reload_ratio_to_memcpy": "arena to GPU, worst of four geometries, share of pinned memcpy",
+        "decode_slowdown": "a decode loop beside offload at full rate, times alone",
+    },
+}
+"""What the README shows of each study."""
+
+
+def results() -> str:
+    """The kept results of the studies, missed targets included."""
+    rows = ["| what | measured | target | |", "|---|---|---|---|"]
+    for study, shown in MEASURED.items():
+        kept = json.loads((DOCS.parent / "benchmarks" / "results" / f"{study}.json").read_text())
+        verdicts = judge(kept["figures"], kept["targets"])
+        for figure, text in shown.items():
+            target = kept["targets"].get(figure, "")
+            verdict = "" if verdicts.get(figure, True) else " **missed**"
+            rows.append(f"| {text} | {kept['figures'][figure]:.4g} | {target}{verdict} | `{study}` |")
+    return "\n".join(rows)
+
+
+GENERATED = {"configuration.md": settings, "cli.md": commands, "../README.md": results}
 
 
 def render(file: str) -> str:

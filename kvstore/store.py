@@ -66,12 +66,12 @@ class Store:
         lower: Sequence[Tier],
         metrics: StoreMetrics,
         queue_bytes: int,
-        writers: int = 32,
+        writers: int = 64,
         probe: Probe | None = None,
         admission: AdmissionPolicy | None = None,
     ) -> None:
         """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
-        ``writers`` how many blocks are on their way to it (enough to share the disk's syncs).
+        ``writers`` how many blocks are on their way to it (two batches of the disk: one is written while the other is synced).
 
         ``probe`` is told of keys that no tier listed, to look for them off the caller's path. ``admission`` says which blocks
         are written down; without one, all are.
