@@ -147,9 +147,7 @@ def reference(site: Site) -> list[list[int]]:
     """What computing gives; a first engine with the store, which saves it all, gives the same."""
     with site.plain_engine() as plain, site.engine() as first:
         expected = tokens(one_by_one(plain))
-        assert len({tuple(answer) for answer in expected}) == len(PROMPTS), (
-            "the model must tell the prompts apart"
-        )
+        assert len({tuple(answer) for answer in expected}) == len(PROMPTS), "the model must tell the prompts apart"
         first.ready()
         wait(site.linked)
         assert tokens(one_by_one(first)) == expected
@@ -178,9 +176,7 @@ def test_altered_kv_alters_the_answers(site: Site, engine: EngineProcess, refere
     """The control: were wrong KV loaded, these tests would see it."""
     site.alter_blocks()
     engine.forget()
-    same = sum(
-        answer == expected for answer, expected in zip(tokens(one_by_one(engine)), reference, strict=True)
-    )
+    same = sum(answer == expected for answer, expected in zip(tokens(one_by_one(engine)), reference, strict=True))
     assert same < len(PROMPTS) // 2
 
 
