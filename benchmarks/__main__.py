@@ -23,7 +23,7 @@ def find(name: str) -> Study:
 
 def names() -> list[str]:
     """Modules and packages of this package that offer a study."""
-    helpers = {"study", "__main__", "results", "common"}
+    helpers = {"study", "micros", "__main__", "results", "common"}
     return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in helpers)
 
 

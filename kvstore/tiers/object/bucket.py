@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import structlog
+
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.tiers.object.names import QUARANTINE, SCRATCH
 from kvstore.tiers.object.settings import ObjectSettings
+
+log = structlog.get_logger(__name__)
 
 QUARANTINE_DAYS = 14
 """How long a bad object is kept for whoever wants to know what happened to it."""
@@ -51,6 +55,14 @@ class Bucket:
                 if not self.settings.create_bucket:
                     raise
                 self.create()
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Give a bucket that we made our rules. Some servers have none."""
+        try:
+            self.set_lifecycle()
+        except (ConfigError, TierUnavailable) as error:
+            log.warning("no lifecycle rules: clean the bucket's quarantine by hand", error=str(error))
 
     def create(self) -> None:
         """Create the bucket; one that is ours already is as good."""

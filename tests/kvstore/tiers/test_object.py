@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -435,6 +436,13 @@ class TestBucket:
         other = dataclasses.replace(s3_settings, url=s3_settings.url.replace("some/prefix", "elsewhere"))
         Bucket(other).set_lifecycle()
         assert len(bucket.lifecycle()) == 4
+
+    def test_a_bucket_that_we_make_gets_our_rules(self, s3_settings: ObjectSettings) -> None:
+        made = dataclasses.replace(
+            s3_settings, url=f"s3://made-{uuid.uuid4().hex[:12]}/some/prefix", create_bucket=True
+        )
+        Bucket(made).check()
+        assert len(Bucket(made).lifecycle()) == 2
 
     async def test_features_are_what_the_server_does(self, s3_server: S3Server, s3_settings: ObjectSettings) -> None:
         async with listed(s3_settings) as tier:
