@@ -83,14 +83,14 @@ class Store:
         self._promoter = Promoter(host, lower)
         self._queues = [Writeback(host, tier, metrics, queue_bytes, writers) for tier in lower]
         self._probe = probe
-        self._admission = admission
+        self.admission = admission
         self._probes: set[asyncio.Task[None]] = set()
 
     # --- loading
 
     def lookup(self, keys: Sequence[BlockKey], start: int = 0) -> Lookup:
         """Longest prefix of ``keys[start:]`` that some tier holds. Counts the chain as used."""
-        runs = runs_of([(tier.medium, tier.keys()) for tier in self.tiers], keys[start:])
+        runs = self.peek(keys[start:])
         blocks = sum(count for _, count in runs)
         for medium, count in runs:
             self.metrics.found.labels(medium.value).inc(count)
@@ -99,7 +99,19 @@ class Store:
         asyncio.get_running_loop().call_soon(self._touch, keys[:end])
         if end < len(keys):
             self._look_further(keys[end : end + PROBED_AFTER_MISS])
-        return Lookup(blocks, tuple(runs), self._promoter.estimate(keys[start:end], runs))
+        return Lookup(blocks, tuple(runs), self.estimate(keys[start:end], runs))
+
+    def peek(self, keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:
+        """Where the longest prefix of ``keys`` is, as runs of (medium, blocks). Does not count as a use."""
+        return runs_of([(tier.medium, tier.keys()) for tier in self.tiers], keys)
+
+    def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
+        """Seconds until ``keys``, which are in ``runs``, are in the arena."""
+        return self._promoter.estimate(keys, runs)
+
+    def pressure(self, medium: Medium) -> float:
+        """Fill of a slower tier's write queue, 0 to 1."""
+        return next((queue.fill for queue in self._queues if queue.tier.medium is medium), 0.0)
 
     async def find(self, keys: Sequence[BlockKey]) -> None:
         """Look in the bucket for blocks that no tier lists, as others may have stored them; a bounded number of them."""
@@ -289,11 +301,11 @@ class Store:
         self._write_down(headers)
 
     def _admit(self, queue: Writeback, chain: Sequence[Header]) -> list[bool]:
-        if self._admission is None:
+        if self.admission is None:
             return [True] * len(chain)
         medium = queue.tier.medium.value
         keys = [header.key for header in chain]
-        decisions = self._admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
+        decisions = self.admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
         for decision in decisions:
             self.metrics.judged.labels(medium, decision.reason.value).inc()
         return [decision.admit for decision in decisions]

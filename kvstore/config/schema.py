@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -272,6 +273,61 @@ class PolicySection(_Section):
     )
 
 
+class ApiSection(_Section):
+    """The admin API."""
+
+    listen: str = Field("", description="host:port of the admin API, as 127.0.0.1:7070; empty: none.")
+    ready_warm: float = Field(
+        0.0, ge=0, le=1, description="Share of its warm-up that a node needs to be ready; 0: it is ready cold."
+    )
+    tokenizers: Path | None = Field(
+        None,
+        description="Folder with MODEL/tokenizer.json of each model, for lookups of text; empty: token ids only.",
+    )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``, which is not empty."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @model_validator(mode="after")
+    def _check(self) -> ApiSection:
+        if not self.listen:
+            return self
+        if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", self.listen) or self.address[1] > 65535:
+            raise _refuse("api.listen", "not host:port", "Write it as 127.0.0.1:7070.")
+        if not _is_loopback(self.address[0]):
+            raise _refuse(
+                "api.listen",
+                "others than this machine could reach it, and it does not ask who they are",
+                "Listen on 127.0.0.1 and put a proxy that authenticates in front.",
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class RegionSection(_Section):
+    """The node's region, for what the admin API shows of replication."""
+
+    name: str = Field("", description="Name of this region in the topology; empty: it stands alone.")
+    topology: Path | None = Field(None, description="TOML file with all regions.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RegionSection:
+        if bool(self.name) != bool(self.topology):
+            raise _refuse(
+                "region.name" if self.topology else "region.topology", "name and topology come as a pair", "Set both."
+            )
+        return self
+
+
 class Config(_Section):
     """Every setting of a node and of the tools around it."""
 
@@ -283,6 +339,8 @@ class Config(_Section):
     identity: IdentitySection = IdentitySection()
     write: WriteSection = WriteSection()
     policy: PolicySection = PolicySection()
+    api: ApiSection = ApiSection()
+    region: RegionSection = RegionSection()
 
     @property
     def disk_directory(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from heapq import nsmallest
 from typing import Any
@@ -20,17 +20,17 @@ from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
 from kvstore.identity import KEY_BYTES, BlockKey, Namespace
 from kvstore.namespaces import KnownNamespace, NamespaceBook
+from kvstore.node.adminverbs import admin_verbs
 from kvstore.node.api import Miss, NewBlock
+from kvstore.node.arguments import Arguments, bytes_of, digest_of, integer_of, medium_of, seconds_of
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.store import Session, Store
-from kvstore.tiers.base import Medium, Tier
+from kvstore.tiers.base import Tier
 
-MAX_TIMEOUT_SECONDS = 3600.0
 MAX_PARTS = 1024
 MAX_PAGE = 1000
 """Blocks a listing or a scrub takes per request."""
 
-Arguments = Mapping[str, Any]
 Verb = Callable[["Caller", Arguments], Any | Awaitable[Any]]
 
 
@@ -77,20 +77,21 @@ class Verbs:
             "find": self.find,
             "drain": self.drain,
             "hot": self.hot,
+            **admin_verbs(store),
         }
 
     # --- engines
 
     def lookup(self, caller: Caller, args: Arguments) -> Any:
         keys = split_keys(args.get("keys"))
-        found = self._store.lookup(keys, _integer(args, "start", 0, 1 << 31))
+        found = self._store.lookup(keys, integer_of(args, "start", 0, 1 << 31))
         if (known := caller.namespace) is not None and known.block_bytes is not None:
             tokens, nbytes = known.fields.block_tokens, known.block_bytes
             asyncio.get_running_loop().call_soon(self._demand.observe, caller, keys, tokens, nbytes)
         return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
-        delivery = await self._store.acquire(caller.session, split_keys(args.get("keys")), _seconds(args, "timeout"))
+        delivery = await self._store.acquire(caller.session, split_keys(args.get("keys")), seconds_of(args, "timeout"))
         miss = delivery.miss.value if delivery.miss else None
         return [delivery.offsets, [medium.value for medium in delivery.media], miss]
 
@@ -103,8 +104,8 @@ class Verbs:
             raise ProtocolError("keys, parents and indices must be of one length")
         if not all(type(index) is int and 0 <= index < 1 << 32 for index in indices):
             raise ProtocolError("indices must be unsigned 32-bit integers")
-        parts = _integer(args, "parts", 1, MAX_PARTS)
-        namespace = self._namespaces.get(_digest(args, "namespace"))
+        parts = integer_of(args, "parts", 1, MAX_PARTS)
+        namespace = self._namespaces.get(digest_of(args, "namespace"))
         if namespace is None or namespace.block_bytes is None:
             raise ProtocolError("open the namespace first")
         if self.draining:
@@ -116,7 +117,7 @@ class Verbs:
             namespace.block_bytes,
             namespace.fields.block_tokens,
             blocks,
-            part=_integer(args, "part", 0, parts - 1),
+            part=integer_of(args, "part", 0, parts - 1),
             parts=parts,
         )
         return [answer.value if isinstance(answer, Miss) else answer for answer in answers]
@@ -126,9 +127,9 @@ class Verbs:
             await self._store.commit(
                 caller.session,
                 split_keys(args.get("keys")),
-                part=_integer(args, "part", 0, MAX_PARTS),
-                durable=_medium(args, "durable"),
-                timeout=_seconds(args, "timeout"),
+                part=integer_of(args, "part", 0, MAX_PARTS),
+                durable=medium_of(args, "durable"),
+                timeout=seconds_of(args, "timeout"),
             )
         )
 
@@ -138,7 +139,7 @@ class Verbs:
     def open_namespace(self, caller: Caller, args: Arguments) -> Any:
         # The node says whose blocks these are: a client cannot choose its tenant.
         namespace = replace(Namespace.from_dict(args.get("fields")), tenant=self._tenant)
-        block_bytes = _integer(args, "block_bytes", 1, MAX_PAYLOAD_BYTES)
+        block_bytes = integer_of(args, "block_bytes", 1, MAX_PAYLOAD_BYTES)
         largest = self._store.host.largest_block
         if envelope_bytes(block_bytes) > largest:
             raise ConfigError(
@@ -181,23 +182,24 @@ class Verbs:
     async def list(self, caller: Caller, args: Arguments) -> Any:
         tier = self._tier(args)
         namespace = args.get("namespace")
-        prefix = _bytes(args, "prefix", KEY_BYTES)
+        prefix = bytes_of(args, "prefix", KEY_BYTES)
         page, cursor = await _page(tier, args)
         stats = [stat for key in page if key.startswith(prefix) and (stat := tier.stat(key)) is not None]
         blocks = [asdict(stat) for stat in stats if namespace is None or stat.namespace == namespace]
         return {"blocks": blocks, "cursor": cursor}
 
     def inspect(self, caller: Caller, args: Arguments) -> Any:
-        key = BlockKey(_digest(args, "key"))
+        key = BlockKey(digest_of(args, "key"))
         holding = [(tier.medium.value, stat) for tier in self._store.tiers if (stat := tier.stat(key)) is not None]
         if not holding:
             return {"media": []}
         return {"media": [medium for medium, _ in holding], **asdict(holding[0][1])}
 
     async def verify(self, caller: Caller, args: Arguments) -> Any:
-        """Read a page of blocks with the tier's own ``get``, which drops and quarantines the bad ones."""
+        """Read a page of blocks, or those named, with the tier's own ``get``, which drops and quarantines the bad ones."""
         tier = self._tier(args)
-        page, cursor = await _page(tier, args)
+        named = args.get("keys")
+        page, cursor = await _page(tier, args) if named is None else (split_keys(named)[:MAX_PAGE], b"")
         checked = nbytes = 0
         bad = []
         for key in page:
@@ -234,7 +236,7 @@ class Verbs:
     def hot(self, caller: Caller, args: Arguments) -> Any:
         """The hottest prompts, by the key of their deepest shared block."""
         prompts = []
-        for chain in self._demand.top(_integer(args, "limit", 1, MAX_PAGE)):
+        for chain in self._demand.top(integer_of(args, "limit", 1, MAX_PAGE)):
             stats = [
                 (tier.medium.value, stat) for tier in self._store.tiers if (stat := tier.stat(chain.key)) is not None
             ]
@@ -253,14 +255,14 @@ class Verbs:
         return {"prompts": prompts}
 
     async def drain(self, caller: Caller, args: Arguments) -> Any:
-        drained = await self._store.drain(_seconds(args, "timeout"))
+        drained = await self._store.drain(seconds_of(args, "timeout"))
         return {"drained": drained, "queued_bytes": sum(self._store.queued_bytes.values())}
 
     def _stats(self) -> Any:
         return [tier.stats() for tier in self._store.tiers]
 
     def _tier(self, args: Arguments) -> Tier:
-        medium = _medium(args, "medium")
+        medium = medium_of(args, "medium")
         for tier in self._store.tiers:
             if tier.medium is medium:
                 return tier
@@ -275,43 +277,8 @@ async def _page(tier: Tier, args: Arguments) -> tuple[list[BlockKey], bytes]:
 
     Chosen in a thread: among a million keys it takes longer than an engine waits for a lookup.
     """
-    limit = _integer(args, "limit", 1, MAX_PAGE)
-    cursor = _bytes(args, "cursor", KEY_BYTES)
+    limit = integer_of(args, "limit", 1, MAX_PAGE)
+    cursor = bytes_of(args, "cursor", KEY_BYTES)
     keys = list(tier.keys())
     page = await asyncio.to_thread(lambda: nsmallest(limit + 1, (key for key in keys if key > cursor)))
     return page[:limit], page[limit - 1] if len(page) > limit else b""
-
-
-def _integer(args: Arguments, name: str, low: int, high: int) -> int:
-    value = args.get(name, low)
-    if type(value) is not int or not low <= value <= high:
-        raise ProtocolError(f"{name} must be an integer from {low} to {high}")
-    return value
-
-
-def _seconds(args: Arguments, name: str) -> float:
-    value = args.get(name)
-    if not isinstance(value, int | float) or not 0 <= value <= MAX_TIMEOUT_SECONDS:
-        raise ProtocolError(f"{name} must be seconds from 0 to {MAX_TIMEOUT_SECONDS:g}")
-    return float(value)
-
-
-def _bytes(args: Arguments, name: str, longest: int) -> bytes:
-    value = args.get(name, b"")
-    if not isinstance(value, bytes) or len(value) > longest:
-        raise ProtocolError(f"{name} must be at most {longest} bytes")
-    return value
-
-
-def _digest(args: Arguments, name: str) -> bytes:
-    value = args.get(name)
-    if not isinstance(value, bytes) or len(value) != KEY_BYTES:
-        raise ProtocolError(f"{name} must be {KEY_BYTES} bytes")
-    return value
-
-
-def _medium(args: Arguments, name: str) -> Medium:
-    try:
-        return Medium(args.get(name))
-    except ValueError:
-        raise ProtocolError(f"{name} must be one of {', '.join(medium.value for medium in Medium)}") from None

@@ -141,14 +141,26 @@ class AdmissionPolicy:
         """
         if self.mode is Mode.OFF:
             return [Decision(True, Reason.POLICY_OFF)] * len(keys)
+        reasons = self.consider(target, keys, now, pressure, hits)
+        self.decisions.update((target, reason) for reason in reasons)
+        enforce = self.mode is Mode.ENFORCE
+        return [Decision(not enforce or reason in ADMITTED, reason) for reason in reasons]
+
+    def consider(
+        self,
+        target: Target,
+        keys: Sequence[BlockKey],
+        now: float,
+        pressure: float = 0.0,
+        hits: Sequence[float] | None = None,
+    ) -> list[Reason]:
+        """What the rule says of a chain, whatever the mode. Counts nothing; arguments as for ``admit``."""
         reasons = [
             judge(target, candidate, pressure, self.thresholds) for candidate in self._candidates(keys, now, hits)
         ]
         refused = next((at for at, reason in enumerate(reasons) if reason not in ADMITTED), len(reasons))
         reasons[refused:] = [reasons[refused]] * (len(reasons) - refused) if refused < len(reasons) else []
-        self.decisions.update((target, reason) for reason in reasons)
-        enforce = self.mode is Mode.ENFORCE
-        return [Decision(not enforce or reason in ADMITTED, reason) for reason in reasons]
+        return reasons
 
     def _candidates(self, keys: Sequence[BlockKey], now: float, hits: Sequence[float] | None) -> list[Candidate]:
         if not keys:
