@@ -11,7 +11,6 @@ cli, warmcli       the commands ``kvstore region`` and ``kvstore warm``
 
 topology           which regions there are and what may flow (one TOML file)
 manifest, keys     the signed form of a hot set
-tombstones         what must never come back (pure)
 links, rate, lease, names   a bucket over several links; bytes per second; one worker at a time; object names
 
 ``kvstore`` does not import this package: its commands come through the entry-point group ``kvstore.commands``.

@@ -162,9 +162,9 @@ def purge(
     """Delete blocks here and, with the next manifests, in every region. Options together narrow it down."""
     import time
 
+    from kvstore.tombstones import Tombstone
     from replication.links import Links
     from replication.publisher import entomb
-    from replication.tombstones import Tombstone
 
     regions = _load(topology, region)
     if not (tenant or model or namespace or prefix):

@@ -24,12 +24,14 @@ from kvstore.tiers.object.names import (
     BLOCKS,
     HOTNESS,
     NAMESPACES,
+    TOMBSTONES,
     block_name,
     namespace_name,
     parse_block_name,
     parse_namespace_name,
 )
 from kvstore.tiers.object.objects import Found
+from kvstore.tombstones import Tombstone, buried
 from replication.links import Links
 from replication.manifest import (
     BLOCK_BYTES,
@@ -40,8 +42,7 @@ from replication.manifest import (
     ManifestRefused,
     read_trusted,
 )
-from replication.names import MANIFESTS, TOMBSTONES, manifest_name
-from replication.tombstones import Tombstone, buried
+from replication.names import MANIFESTS, manifest_name
 
 T = TypeVar("T")
 

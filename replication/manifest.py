@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from kvstore.envelope import MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import IdentityError, KVStoreError
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
-from replication.tombstones import Tombstone
+from kvstore.tombstones import Tombstone
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_TOMBSTONES = 10_000

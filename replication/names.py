@@ -1,7 +1,6 @@
 """Names of the objects that regions keep beside their blocks, relative to the bucket's prefix.
 
 * ``manifests/{region}/hot.manifest``: the region's signed hot set; in its own bucket, and a copy wherever it was pulled
-* ``tombstones/{id}.json``: what must never come back
 * ``replication/{source}.json``: how far this region has come with each source
 * ``leases/{role}/{epoch}.json``: who does a job that only one may do
 """
@@ -9,17 +8,12 @@
 from __future__ import annotations
 
 MANIFESTS = "manifests"
-TOMBSTONES = "tombstones"
 CURSORS = "replication"
 LEASES = "leases"
 
 
 def manifest_name(region: str) -> str:
     return f"{MANIFESTS}/{region}/hot.manifest"
-
-
-def tombstone_name(identity: str) -> str:
-    return f"{TOMBSTONES}/{identity}.json"
 
 
 def cursor_name(source: str) -> str:

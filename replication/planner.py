@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.tombstones import Tombstone, buried
 from replication.manifest import HotBlock, Label
-from replication.tombstones import Tombstone, buried
 
 GB = 10**9
 

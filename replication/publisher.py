@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kvstore.identity import NO_PARENT, BlockKey
-from kvstore.tiers.object.names import block_name
+from kvstore.tiers.object.names import block_name, tombstone_name
+from kvstore.tombstones import Tombstone, buried
 from replication.hotset import (
     CLOCK_MARGIN_SECONDS,
     Listed,
@@ -23,8 +24,7 @@ from replication.hotset import (
 )
 from replication.links import Links
 from replication.manifest import MAX_TOMBSTONES, HotBlock, Manifest
-from replication.names import manifest_name, tombstone_name
-from replication.tombstones import Tombstone, buried
+from replication.names import manifest_name
 
 DELETED_AT_ONCE = 1000
 

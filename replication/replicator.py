@@ -15,6 +15,7 @@ import structlog
 from kvstore.errors import BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
 from kvstore.tiers.object import ObjectSettings
+from kvstore.tombstones import Tombstone
 from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, Window, copy
 from replication.cursor import Cursor, Ledger
 from replication.hotset import list_blocks, read_tombstones, share_namespaces
@@ -24,7 +25,6 @@ from replication.names import manifest_name
 from replication.planner import GB, LeftOut, Limits, Plan, affordable, plan
 from replication.publisher import entomb
 from replication.rate import RateLimit
-from replication.tombstones import Tombstone
 from replication.topology import Flow, Topology
 
 log = structlog.get_logger(__name__)

@@ -40,8 +40,8 @@ from pydantic_core import PydanticCustomError
 from kvstore.config.schema import Bytes
 from kvstore.errors import ConfigError
 from kvstore.tiers.object import ObjectSettings
+from kvstore.tombstones import Labelled
 from replication.keys import MAKE_ONE, parse_public
-from replication.tombstones import Labelled
 
 Name = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 

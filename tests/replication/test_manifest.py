@@ -13,6 +13,7 @@ from region_cases import KEY, chain, hot, manifest_of
 
 from kvstore.errors import IdentityError
 from kvstore.identity import BlockKey
+from kvstore.tombstones import Tombstone, buried
 from replication.manifest import (
     BLOCK_BYTES,
     MAX_MANIFEST_BYTES,
@@ -23,7 +24,6 @@ from replication.manifest import (
     open_manifest,
     read_trusted,
 )
-from replication.tombstones import Tombstone, buried
 
 PUBLIC = KEY.public_key()
 LABELS = {b"n" * 16: Label(b"n" * 16, "llama", "bank", 64)}

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.tombstones import Tombstone
 from replication.manifest import HotBlock, Label
 from replication.planner import LeftOut, Limits, affordable, by_value, plan
-from replication.tombstones import Tombstone
 
 NA, EU = b"n" * 16, b"e" * 16
 LABELS = {NA: Label(NA, "llama", "shop", 64), EU: Label(EU, "qwen", "bank", 64)}

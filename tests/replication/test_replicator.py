@@ -28,6 +28,7 @@ from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import block_name, hotness_name, namespace_name
 from kvstore.tiers.object.objects import Objects
+from kvstore.tombstones import Tombstone
 from replication import lease
 from replication.copier import Outcome
 from replication.cursor import Cursor, Ledger
@@ -36,7 +37,6 @@ from replication.names import manifest_name
 from replication.planner import LeftOut
 from replication.publisher import entomb
 from replication.replicator import Replicator
-from replication.tombstones import Tombstone
 
 pytestmark = pytest.mark.s3
 

@@ -4,6 +4,7 @@
 * ``namespaces/{namespace}.json``: the fields of a namespace
 * ``quarantine/{namespace}/{key}-{microseconds}``: a block that failed verification
 * ``hotness/{node}.msgpack``: what a node's engines ask for most (``kvstore.tiers.object.hotness``)
+* ``tombstones/{id}.json``: what must never come back (``kvstore.tombstones``)
 
 Namespaces and keys are written as 32 hexadecimal digits.
 """
@@ -19,6 +20,7 @@ NAMESPACES = "namespaces"
 QUARANTINE = "quarantine"
 SCRATCH = "scratch"
 HOTNESS = "hotness"
+TOMBSTONES = "tombstones"
 
 _BLOCK = re.compile(rf"{BLOCKS}/([0-9a-f]{{32}})/([0-9a-f]{{2}})/(\2[0-9a-f]{{30}})")
 _NAMESPACE = re.compile(rf"{NAMESPACES}/([0-9a-f]{{32}})\.json")
@@ -51,3 +53,8 @@ def quarantine_name(namespace: bytes, key: BlockKey, microseconds: int) -> str:
 def hotness_name(node: str) -> str:
     """``node`` is a name of letters, digits, '.', '_' and '-'."""
     return f"{HOTNESS}/{node}.msgpack"
+
+
+def tombstone_name(identity: str) -> str:
+    """``identity`` as ``Tombstone.identity``."""
+    return f"{TOMBSTONES}/{identity}.json"
