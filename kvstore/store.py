@@ -21,6 +21,7 @@ import numpy as np
 
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import TierError
+from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.node.api import Lookup, Miss, NewBlock
 from kvstore.policy.admission import AdmissionPolicy, Target
@@ -69,19 +70,21 @@ class Store:
         writers: int = 64,
         probe: Probe | None = None,
         admission: AdmissionPolicy | None = None,
+        history: History | None = None,
     ) -> None:
         """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
         ``writers`` how many blocks are on their way to it (two batches of the disk: one is written while the other is synced).
 
         ``probe`` is told of keys that no tier listed, to look for them off the caller's path. ``admission`` says which blocks
-        are written down; without one, all are.
+        are written down; without one, all are. ``history`` is told what becomes of blocks.
         """
         self.host = host
         self.tiers: tuple[Tier, ...] = (host, *lower)
         self.metrics = metrics
+        self.history = history if history is not None else History()
         self._reservations = Reservations(host)
-        self._promoter = Promoter(host, lower)
-        self._queues = [Writeback(host, tier, metrics, queue_bytes, writers) for tier in lower]
+        self._promoter = Promoter(host, lower, self.history)
+        self._queues = [Writeback(host, tier, metrics, self.history, queue_bytes, writers) for tier in lower]
         self._probe = probe
         self.admission = admission
         self._probes: set[asyncio.Task[None]] = set()
@@ -112,6 +115,18 @@ class Store:
     def pressure(self, medium: Medium) -> float:
         """Fill of a slower tier's write queue, 0 to 1."""
         return next((queue.fill for queue in self._queues if queue.tier.medium is medium), 0.0)
+
+    def holds(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which blocks some tier holds, each by itself; no I/O. Counts them as used."""
+        present = [tier.keys() for tier in self.tiers]
+        held = [any(key in tier for tier in present) for key in keys]
+        found, lacking = (
+            [key for key, here in zip(keys, held, strict=True) if here is wanted] for wanted in (True, False)
+        )
+        asyncio.get_running_loop().call_soon(self._touch, found)
+        if lacking:
+            self._look_further(lacking[:PROBED_AFTER_MISS])
+        return held
 
     async def find(self, keys: Sequence[BlockKey]) -> None:
         """Look in the bucket for blocks that no tier lists, as others may have stored them; a bounded number of them."""
@@ -151,6 +166,10 @@ class Store:
             self.metrics.delivered.labels(medium.value).inc()
         if miss is not None:
             self.metrics.missed.labels(miss.value).inc(len(keys) - kept)
+        if miss is Miss.DEADLINE:
+            self.history.record(What.DEADLINE, keys[kept:])
+        elif miss is Miss.NO_ROOM:
+            self.history.record(What.NO_ROOM, keys[kept:], Medium.HOST)
         self._write_down_lacking(keys[:kept])
         return Delivery(offsets, media, miss)
 
@@ -195,6 +214,8 @@ class Store:
             answers.append(self._reservations.open(session, header, part, parts))
         for answer in answers:
             self.metrics.reserved.labels(answer.value if isinstance(answer, Miss) else "granted").inc()
+        crowded_out = [block.key for block, answer in zip(blocks, answers, strict=True) if answer is Miss.NO_ROOM]
+        self.history.record(What.NO_ROOM, crowded_out, Medium.HOST)
         return answers
 
     async def commit(
@@ -210,6 +231,7 @@ class Store:
         sealed = await asyncio.gather(*(self._reservations.seal(reservation) for reservation in complete))
         published = [header for header in sealed if header is not None]
         self.metrics.published.inc(len(published))
+        self.history.record(What.SAVED, [header.key for header in published], Medium.HOST)
         writes = self._write_down(published)
         if durable is Medium.HOST:
             return [header.key for header in published]
@@ -234,7 +256,11 @@ class Store:
 
     async def delete(self, keys: Sequence[BlockKey]) -> dict[Medium, int]:
         """Delete blocks, from the slowest tier first so that no promotion brings one back; how many went, by tier."""
-        return {tier.medium: await tier.delete(keys) for tier in reversed(self.tiers)}
+        deleted = {}
+        for tier in reversed(self.tiers):
+            self.history.record(What.DELETED, [key for key in keys if key in tier.keys()], tier.medium)
+            deleted[tier.medium] = await tier.delete(keys)
+        return deleted
 
     async def drain(self, timeout: float) -> bool:
         """Wait until what was saved has been written down. False when the timeout came first."""
@@ -306,8 +332,10 @@ class Store:
         medium = queue.tier.medium.value
         keys = [header.key for header in chain]
         decisions = self.admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
-        for decision in decisions:
+        for key, decision in zip(keys, decisions, strict=True):
             self.metrics.judged.labels(medium, decision.reason.value).inc()
+            if not decision.admit:
+                self.history.record(What.NOT_ADMITTED, [key], queue.tier.medium, decision.reason)
         return [decision.admit for decision in decisions]
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:

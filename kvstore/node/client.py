@@ -73,6 +73,14 @@ class Client:
         blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start)
         return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds)
 
+    def holds(self, keys: Sequence[BlockKey], timeout: float = 0.05) -> list[bool]:
+        """Which blocks some tier holds, each by itself. Counts them, in order, as one prompt."""
+        return [bool(held) for held in self.call("holds", timeout, keys=join_keys(keys))]
+
+    def delete(self, keys: Sequence[BlockKey], timeout: float = 10.0) -> None:
+        """Delete blocks from every tier; a leased one goes when its leases do."""
+        self.call("delete", timeout, keys=join_keys(keys))
+
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         connection = self._connected()
         offsets, media, miss = connection.call(
