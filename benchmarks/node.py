@@ -21,6 +21,7 @@ from benchmarks.study import Study
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
 from kvstore.node.client import Client
+from kvstore.testing.node import NodeProcess
 
 CHAIN = 2048
 BLOCK_BYTES = 8 << 20
@@ -43,28 +44,10 @@ def run(args: Any) -> Mapping[str, float]:
 
 @contextmanager
 def node_process(host_bytes: int, *more: str) -> Iterator[Path]:
-    """A node of its own process: host tier only, unless ``more`` settings name others."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "node.sock"
-        settings = [
-            f"node.directory={directory}",
-            f"node.socket={path}",
-            f"host.bytes={host_bytes}",
-            "disk.enabled=false",
-            "node.log_level=warning",
-            *more,
-        ]
-        command = [sys.executable, "-m", "kvstore", "node"]
-        process = subprocess.Popen([*command, *(f"--set={setting}" for setting in settings)])
-        try:
-            while not path.exists():
-                if process.poll() is not None:
-                    raise SystemExit("the node did not start")
-                time.sleep(0.05)
-            yield path
-        finally:
-            process.terminate()
-            process.wait()
+    """The socket of a node of its own process: host tier only, unless ``more`` settings name others."""
+    settings = [f"host.bytes={host_bytes}", "disk.enabled=false", "node.log_level=warning", *more]
+    with tempfile.TemporaryDirectory() as directory, NodeProcess(Path(directory), *settings) as node:
+        yield node.socket
 
 
 def namespace(name: str, block_tokens: int = 64) -> Namespace:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,19 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.study import Study
-from connectors.vllm.process import EngineProcess
+from connectors.vllm.testing import cpu_engine
 from kvstore.testing.model import MEDIUM, make_model
+from kvstore.testing.node import NodeProcess
 
-ENGINE = {
-    "dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": 32,
-    "num_gpu_blocks_override": 512,
-}  # fmt: skip
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
+ENGINE = {"max_model_len": 4096, "num_gpu_blocks_override": 512}
 WORDS = [
     "river",
     "stone",
@@ -65,17 +55,11 @@ def run(args: Any) -> Mapping[str, float]:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = str(make_model(folder / "model", [prompt()], MEDIUM))
-        socket = folder / "node.sock"
-        settings = [f"node.socket={socket}", f"node.directory={folder}", "host.bytes=512MiB", "disk.enabled=false"]
-        command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
-        with open(folder / "node.log", "wb") as log:
-            node = subprocess.Popen(command, stdout=log, stderr=log)
-        stack.callback(node.wait)
-        stack.callback(node.terminate)
-        plain = stack.enter_context(EngineProcess(model, None, ENGINE, ENVIRONMENT))
-        extra = {"socket": str(socket), "autostart": False}
-        connected = stack.enter_context(EngineProcess(model, extra, ENGINE, ENVIRONMENT))
+        model = make_model(folder / "model", [prompt()], MEDIUM)
+        node = stack.enter_context(NodeProcess(folder, "host.bytes=512MiB", "disk.enabled=false"))
+        log = folder / "engines.log"
+        plain = stack.enter_context(cpu_engine(model, log, threads=1, **ENGINE))
+        connected = stack.enter_context(cpu_engine(model, log, node.socket, threads=1, **ENGINE))
         for engine in (plain, connected):
             engine.ready()
             for _ in range(2):

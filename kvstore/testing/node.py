@@ -1,14 +1,25 @@
-"""A node for tests, in a thread of the test's own process."""
+"""Nodes for tests, demos and studies: in a thread of the own process, or in a process that can be killed."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from kvstore.config import Config, load
+from kvstore.errors import NodeUnavailable
+from kvstore.identity import BlockKey
+from kvstore.node.client import Client
 from kvstore.node.server import Node
+from kvstore.testing.servers import Daemon
+
+DRAIN_SECONDS = 60.0
+STOP_SECONDS = 30.0
+"""More than a node takes to write down what is queued."""
 
 
 class RunningNode:
@@ -59,3 +70,94 @@ class RunningNode:
         finally:
             self._started.set()
             self._loop.close()
+
+
+class NodeProcess:
+    """``kvstore node`` in a process of its own; starts again on the same files. A context manager."""
+
+    def __init__(self, directory: Path, *settings: str, config: Path | None = None) -> None:
+        """Socket, log and ``data/`` go to ``directory``; ``settings`` are ``section.key=value`` texts over ``config``."""
+        self.directory = directory
+        self.socket = directory / "node.sock"
+        self.data = directory / "data"
+        places = [f"node.directory={self.data}", f"node.socket={self.socket}"]
+        argv = [sys.executable, "-m", "kvstore", "node", *(f"--set={text}" for text in (*places, *settings))]
+        argv += ["--config", str(config)] if config else []
+        self.daemon = Daemon(argv, directory / "node.log", self._answers, patience=STOP_SECONDS)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.daemon.stop()
+
+    def start(self) -> None:
+        """Start and wait until it answers. Raises ServerUnavailable with the end of its log."""
+        self.daemon.start()
+
+    def stop(self) -> None:
+        """Stop as SIGTERM does, and wait. Raises RuntimeError with the end of its log if it did not end well."""
+        if status := self.daemon.stop():
+            raise RuntimeError(f"the node ended with status {status}:\n{self.daemon.tail()}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.daemon.kill()
+
+    def client(self) -> Client:
+        return Client(self.socket, name=_OWN_NAME)
+
+    def status(self) -> dict[str, Any]:
+        """The node's own account of itself. Raises NodeUnavailable."""
+        with self.client() as client:
+            status: dict[str, Any] = client.call("status")
+        return status
+
+    def blocks(self) -> dict[str, int]:
+        """How many blocks each tier holds, by medium."""
+        return {tier["medium"]: tier["blocks"] for tier in self.status()["tiers"]}
+
+    def clients(self) -> int:
+        """Who else is connected: two for an engine of one rank."""
+        return sum(client["name"] != _OWN_NAME for client in self.status()["clients"])
+
+    def drain(self) -> None:
+        """Wait until what was saved is in every tier. Raises RuntimeError with the end of its log."""
+        with self.client() as client:
+            if not client.call("drain", DRAIN_SECONDS + 5, timeout=DRAIN_SECONDS)["drained"]:
+                raise RuntimeError(f"not all was written in {DRAIN_SECONDS:g} s:\n{self.daemon.tail()}")
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.status())
+        except NodeUnavailable:
+            return False
+
+
+_OWN_NAME = "testing"
+
+
+def alter_host_blocks(client: Client) -> int:
+    """Change the first page of every block in host memory, as a broken engine would; how many there are.
+
+    Blocks of the host tier are not verified when they are loaded, so this is what wrong KV looks like to an engine.
+    """
+    blocks = client.call("list", medium="host", limit=1000)["blocks"]
+    for block in blocks:
+        key = BlockKey(bytes(block["key"]))
+        acquired = client.acquire([key], 5)
+        for offset in acquired.offsets:
+            page = acquired.arena.buffer[offset : offset + 4096]
+            acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
+        client.release([key])
+    return len(blocks)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until ``condition`` holds. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s in vain")
+        time.sleep(0.02)

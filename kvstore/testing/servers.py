@@ -39,16 +39,32 @@ class Daemon:
     """A child process that can be ended, started again on the same data, and frozen."""
 
     def __init__(
-        self, argv: Sequence[str], log: Path, ready: Callable[[], bool], environ: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        log: Path,
+        ready: Callable[[], bool],
+        environ: Mapping[str, str] | None = None,
+        patience: float = STOP_SECONDS,
     ) -> None:
-        """``ready`` is asked until it says that the server answers."""
+        """``ready`` is asked until it says that the server answers; ``patience`` is how long it may take to end, in seconds."""
         self.argv = tuple(argv)
         with_parent = ["setpriv", "--pdeathsig", "KILL", "--"]  # a killed test run leaves no server behind
         self._command = [*(with_parent if shutil.which("setpriv") else []), *argv]
         self.log = log
         self._ready = ready
         self._environ = {**os.environ, **(environ or {})}
+        self._patience = patience
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended, by itself or otherwise."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not running"
+        return self._process.pid
 
     def start(self) -> None:
         """Start and wait until it answers. Raises ServerUnavailable with the end of its log."""
@@ -65,22 +81,25 @@ class Daemon:
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                tail = self.log.read_text(errors="replace")[-2000:]
-                raise ServerUnavailable(f"{self.argv[0]} did not start:\n{tail}")
+                raise ServerUnavailable(f"{self.argv[0]} did not start:\n{self.tail()}")
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        """End it; a frozen one too."""
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def stop(self) -> int:
+        """End it, a frozen one too. Its exit status, negative for the signal that ended it; 0 when it was not started."""
         process, self._process = self._process, None
         if process is None:
-            return
+            return 0
         process.send_signal(signal.SIGCONT)
         process.terminate()
         try:
-            process.wait(STOP_SECONDS)
+            return process.wait(self._patience)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            return process.wait()
 
     def kill(self) -> None:
         """End it without warning."""

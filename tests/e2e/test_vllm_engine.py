@@ -5,13 +5,8 @@ float32 throughout: bfloat16 is not reproducible between chunk sizes even withou
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,27 +17,19 @@ import pytest
 pytest.importorskip("vllm")
 
 from connectors.vllm.process import Answer, EngineProcess
-from kvstore.errors import NodeUnavailable
+from connectors.vllm.testing import cpu_engine
 from kvstore.identity import BlockKey
 from kvstore.node.client import Client
 from kvstore.testing.model import make_model
+from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-PAGE = 32
 OUTPUT = 24
-ENGINE = {
-    "dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": PAGE,
-    "num_gpu_blocks_override": 200,
-}  # fmt: skip
+ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 200}
 TIGHT = {**ENGINE, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 82}
 """Several chunks per prompt, and too few pages for what is asked at a time."""
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
+NODE = ["host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
 
 WORDS = [
     "river",
@@ -68,70 +55,16 @@ SYSTEM = prose(0, 700)
 PROMPTS = [SYSTEM + prose(seed, 150) for seed in range(1, 5)] + [prose(5, 900), prose(6, 50), SYSTEM]
 
 
-class Node:
-    """``kvstore node`` in a process that can be killed and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.socket = directory / "node.sock"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        small = ["host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
-        settings = [f"node.directory={self.directory / 'data'}", f"node.socket={self.socket}", *small]
-        with open(self.directory / "node.log", "ab") as log:
-            command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait(self.answers)
-
-    def answers(self) -> bool:
-        try:
-            self.status()
-        except NodeUnavailable:
-            return False
-        return True
-
-    def client(self) -> Client:
-        return Client(self.socket, name="test")
-
-    def status(self) -> Any:
-        with self.client() as client:
-            return client.call("status")
-
-    def blocks(self, tier: str) -> int:
-        return next((t["blocks"] for t in self.status()["tiers"] if t["medium"] == tier), 0)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(60)
-
-
-def wait(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
-
-
 class Engines:
     """Engines started together, since most of a start is spent importing; each joins when it is first used."""
 
-    def __init__(self, stack: ExitStack, model: Path, node: Node) -> None:
-        log = os.open(node.directory / "engines.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        stack.callback(os.close, log)
+    def __init__(self, stack: ExitStack, model: Path, node: NodeProcess) -> None:
+        log = node.directory / "engines.log"
 
-        def engine(arguments: dict[str, Any], **extra: Any) -> EngineProcess:
-            options = {"socket": str(node.socket), "autostart": False, **extra}
-            return stack.enter_context(EngineProcess(str(model), options, arguments, ENVIRONMENT, log))
+        def engine(arguments: dict[str, Any], socket: Path | None = node.socket) -> EngineProcess:
+            return stack.enter_context(cpu_engine(model, log, socket, threads=1, **arguments))
 
-        plain = {**ENGINE, "enable_prefix_caching": False}
-        self.plain = stack.enter_context(EngineProcess(str(model), None, plain, ENVIRONMENT, log))
+        self.plain = engine({**ENGINE, "enable_prefix_caching": False}, None)
         self.first = engine(ENGINE)
         self.tight = engine(TIGHT)
         self.bare = engine({**TIGHT, "enable_prefix_caching": False})
@@ -145,15 +78,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    node = Node(tmp_path_factory.mktemp("node"))
-    node.start()
-    yield node
-    node.stop()
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with NodeProcess(tmp_path_factory.mktemp("node"), *NODE) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
-def engines(model: Path, node: Node) -> Iterator[Engines]:
+def engines(model: Path, node: NodeProcess) -> Iterator[Engines]:
     with ExitStack() as stack:
         yield Engines(stack, model, node)
 
@@ -170,11 +101,11 @@ def reference(engines: Engines) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def saved(engines: Engines, node: Node, reference: dict[str, list[int]]) -> int:
+def saved(engines: Engines, node: NodeProcess, reference: dict[str, list[int]]) -> int:
     """Blocks that the first engine left on the node, after answering every prompt."""
     check([engines.first.generate([prompt], OUTPUT)[0] for prompt in PROMPTS], reference)
-    wait(lambda: node.blocks("disk") == node.blocks("host") >= 30)
-    return node.blocks("host")
+    wait_for(lambda: node.blocks()["disk"] == node.blocks()["host"] >= 30)
+    return node.blocks()["host"]
 
 
 def check(answers: list[Answer], reference: dict[str, list[int]], prompts: list[str] = PROMPTS) -> None:
@@ -236,20 +167,16 @@ def test_salts_separate_users(engines: Engines, saved: int, reference: dict[str,
         return gained(engines.tight, "tokens_loaded", before)
 
     assert loaded_by("alice") == 0
-    wait(lambda: loaded_by("alice") > 0)
+    wait_for(lambda: loaded_by("alice") > 0)
     assert loaded_by("bob") == 0
 
 
 def test_altered_kv_alters_the_answers(
-    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+    engines: Engines, node: NodeProcess, saved: int, reference: dict[str, list[int]]
 ) -> None:
     """The control: were wrong KV loaded, these tests would see it."""
     with node.client() as client:
-        for key in listed(client):
-            acquired = client.acquire([key], 5)
-            for offset in acquired.offsets:
-                page = acquired.arena.buffer[offset : offset + 4096]
-                acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
+        assert alter_host_blocks(client)
         engines.tight.forget()
         (answer,) = engines.tight.generate(PROMPTS[4:5], OUTPUT)
         assert answer.tokens != reference[PROMPTS[4]][:OUTPUT]
@@ -262,19 +189,17 @@ def listed(client: Client) -> list[BlockKey]:
 
 
 def test_corrupt_blocks_are_computed_and_healed(
-    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+    engines: Engines, node: NodeProcess, saved: int, reference: dict[str, list[int]]
 ) -> None:
     engines.bare.generate(PROMPTS, OUTPUT)
-    wait(lambda: node.blocks("disk") > saved // 2)
+    wait_for(lambda: node.blocks()["disk"] > saved // 2)
     node.stop()
-    flipped = sum(
-        flip_every_fifth_block(segment) for segment in (node.directory / "data").rglob("*") if segment.is_file()
-    )
+    flipped = sum(flip_every_fifth_block(segment) for segment in (node.data).rglob("*") if segment.is_file())
     assert flipped
     node.start()
     for engine in (engines.tight, engines.bare):
         engine.forget()
-        wait(lambda: any(c["name"] == "vLLM" for c in node.status()["clients"]))
+        wait_for(lambda: node.clients())
         check([engine.generate([prompt], OUTPUT)[0] for prompt in PROMPTS], reference)
     assert engines.tight.counters()["vllm:kvstore_blocks_missed{corrupt}"] > 0
 
@@ -295,7 +220,7 @@ def flip_every_fifth_block(segment: Path) -> int:
 
 
 def test_a_node_that_dies_and_returns(
-    engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]
+    engines: Engines, node: NodeProcess, saved: int, reference: dict[str, list[int]]
 ) -> None:
     for delay in (0.0, 0.03, 0.1):
         engines.tight.forget()
@@ -306,20 +231,19 @@ def test_a_node_that_dies_and_returns(
         check(engines.tight.generate(PROMPTS[:1], OUTPUT), reference, PROMPTS[:1])
         node.start()
         before = kvstore(engines.tight, "tokens_loaded")
-        wait(lambda before=before: loads_again(engines.tight, before, reference))
+        wait_for(lambda before=before: loads_again(engines.tight, before, reference))
 
 
-def test_a_node_that_hangs(engines: Engines, node: Node, saved: int, reference: dict[str, list[int]]) -> None:
+def test_a_node_that_hangs(engines: Engines, node: NodeProcess, saved: int, reference: dict[str, list[int]]) -> None:
     engines.tight.forget()
     before = kvstore(engines.tight, "tokens_loaded")
-    assert node.process is not None
-    os.kill(node.process.pid, signal.SIGSTOP)
+    node.daemon.freeze()
     try:
         check(engines.tight.generate(PROMPTS, OUTPUT), reference)
         assert gained(engines.tight, "tokens_loaded", before) == 0
     finally:
-        os.kill(node.process.pid, signal.SIGCONT)
-    wait(lambda: loads_again(engines.tight, before, reference))
+        node.daemon.thaw()
+    wait_for(lambda: loads_again(engines.tight, before, reference))
 
 
 def loads_again(engine: EngineProcess, before: float, reference: dict[str, list[int]]) -> bool:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,8 @@ pytest.importorskip("vllm")
 import torch
 
 from connectors.vllm.process import Answer, EngineProcess
-from kvstore.errors import NodeUnavailable
-from kvstore.identity import BlockKey
-from kvstore.node.client import Client
 from kvstore.testing.model import make_model
+from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
 
 pytestmark = [
     pytest.mark.engine,
@@ -58,65 +53,21 @@ class Site:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.socket = directory / "node.sock"
+        self.node = NodeProcess(directory, *NODE)
         self.model = make_model(directory / "model", PROMPTS)
         self.log = os.open(directory / "engines.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.node: subprocess.Popen[bytes] | None = None
-
-    def start_node(self) -> None:
-        settings = [f"node.directory={self.directory / 'data'}", f"node.socket={self.socket}", *NODE]
-        command = [sys.executable, "-m", "kvstore", "node", *(f"--set={setting}" for setting in settings)]
-        self.node = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        wait(self.answers)
-
-    def stop_node(self) -> None:
-        assert self.node is not None
-        self.node.terminate()
-        self.node.wait(60)
 
     def engine(self, **arguments: Any) -> EngineProcess:
-        store = {"socket": str(self.socket), "autostart": False}
+        store = {"socket": str(self.node.socket), "autostart": False}
         return EngineProcess(str(self.model), store, {**ENGINE, **arguments}, ENVIRONMENT, self.log)
 
     def plain_engine(self) -> EngineProcess:
         arguments = {**ENGINE, "enable_prefix_caching": False}
         return EngineProcess(str(self.model), None, arguments, ENVIRONMENT, self.log)
 
-    def answers(self) -> bool:
-        try:
-            self.status()
-        except NodeUnavailable:
-            return False
-        return True
-
-    def status(self) -> Any:
-        with Client(self.socket, name="test") as client:
-            return client.call("status")
-
-    def blocks(self, medium: str) -> int:
-        return next((tier["blocks"] for tier in self.status()["tiers"] if tier["medium"] == medium), 0)
-
     def linked(self) -> bool:
         """Whether both sides of an engine have found the node."""
-        return sum(client["name"] == "vLLM" for client in self.status()["clients"]) == 2
-
-    def alter_blocks(self) -> None:
-        """Change the first page of every block in host memory."""
-        with Client(self.socket, name="test") as client:
-            for block in client.call("list", medium="host", limit=1000)["blocks"]:
-                key = BlockKey(bytes(block["key"]))
-                acquired = client.acquire([key], 5)
-                for offset in acquired.offsets:
-                    page = acquired.arena.buffer[offset : offset + 4096]
-                    acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
-                client.release([key])
-
-
-def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
+        return self.node.clients() == 2
 
 
 def one_by_one(engine: EngineProcess) -> list[Answer]:
@@ -137,9 +88,8 @@ def check_loaded(answers: Sequence[Answer]) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(tmp_path_factory.mktemp("site"))
-    site.start_node()
-    yield site
-    site.stop_node()
+    with site.node:
+        yield site
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +99,9 @@ def reference(site: Site) -> list[list[int]]:
         expected = tokens(one_by_one(plain))
         assert len({tuple(answer) for answer in expected}) == len(PROMPTS), "the model must tell the prompts apart"
         first.ready()
-        wait(site.linked)
+        wait_for(site.linked)
         assert tokens(one_by_one(first)) == expected
-        wait(lambda: site.blocks("disk") == site.blocks("host") >= 30)
+        wait_for(lambda: 30 <= site.node.blocks()["host"] == site.node.blocks()["disk"])
     return expected
 
 
@@ -160,7 +110,7 @@ def engine(site: Site, reference: list[list[int]]) -> Iterator[EngineProcess]:
     """An engine started after the one that saved has ended."""
     with site.engine() as engine:
         engine.ready()
-        wait(site.linked)
+        wait_for(site.linked)
         yield engine
 
 
@@ -174,7 +124,8 @@ def test_an_engine_loads_what_one_before_it_saved(engine: EngineProcess, referen
 
 def test_altered_kv_alters_the_answers(site: Site, engine: EngineProcess, reference: list[list[int]]) -> None:
     """The control: were wrong KV loaded, these tests would see it."""
-    site.alter_blocks()
+    with site.node.client() as client:
+        assert alter_host_blocks(client)
     engine.forget()
     same = sum(answer == expected for answer, expected in zip(tokens(one_by_one(engine)), reference, strict=True))
     assert same < len(PROMPTS) // 2
@@ -183,10 +134,10 @@ def test_altered_kv_alters_the_answers(site: Site, engine: EngineProcess, refere
 def test_blocks_come_from_disk_when_the_node_was_restarted(
     site: Site, engine: EngineProcess, reference: list[list[int]]
 ) -> None:
-    site.stop_node()
-    site.start_node()
-    wait(site.linked)
-    assert site.blocks("host") == 0
+    site.node.stop()
+    site.node.start()
+    wait_for(site.linked)
+    assert site.node.blocks()["host"] == 0
     engine.forget()
     answers = one_by_one(engine)
     assert tokens(answers) == reference

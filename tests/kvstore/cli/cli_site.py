@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +11,10 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from kvstore.cli import app
-from kvstore.errors import NodeUnavailable
 from kvstore.identity import BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
 from kvstore.node.client import Client
+from kvstore.testing.node import NodeProcess
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 100_000
@@ -32,18 +29,13 @@ NAMESPACE = Namespace(
 class Site:
     """A node's configuration file and what was saved through it."""
 
-    folder: Path
     config: Path
-    process: subprocess.Popen[bytes]
+    node: NodeProcess
     keys: list[BlockKey] = field(default_factory=list)
 
     def run(self, *arguments: str) -> Result:
         """A command with this site's configuration."""
         return CliRunner().invoke(app, [arguments[0], "--config", str(self.config), *arguments[1:]])
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
 
 
 def payload(index: int) -> bytes:
@@ -68,27 +60,8 @@ def settings_file() -> Iterator[Path]:
 def running_site() -> Iterator[Site]:
     """A running node that holds one chain of blocks in host memory and on disk."""
     with settings_file() as settings:
-        folder = settings.parent
-        with (folder / "log").open("wb") as log:
-            argv = [sys.executable, "-m", "kvstore", "node", "--config", str(settings)]
-            process = subprocess.Popen(argv, stdout=log, stderr=log)
-        try:
-            wait_until_it_answers(folder / "node.sock", process, folder / "log")
-            yield Site(folder, settings, process, save_a_chain(folder / "node.sock"))
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-def wait_until_it_answers(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    while True:
-        try:
-            with Client(socket) as client:
-                client.call("status")
-            return
-        except NodeUnavailable:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
+        with NodeProcess(settings.parent, config=settings) as node:
+            yield Site(settings, node, save_a_chain(node.socket))
 
 
 def save_a_chain(socket: Path) -> list[BlockKey]:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from cli_site import BLOCK_BYTES, BLOCKS, NAMESPACE, Site, payload
 
-from kvstore.node.client import Client
-
 
 def document(site: Site, *arguments: str) -> Any:
     result = site.run(*arguments, "--json")
@@ -45,15 +43,15 @@ def test_ls_lists_filters_and_pages(shared: Site) -> None:
 
 
 def test_get_writes_the_payload(shared: Site) -> None:
-    file = shared.folder / "block"
+    file = shared.node.directory / "block"
     assert document(shared, "get", shared.keys[3].hex(), "-o", str(file))["length"] == BLOCK_BYTES
     assert file.read_bytes() == payload(3)
 
 
 def test_get_of_an_unknown_block_is_a_problem_and_of_no_key_bad_input(shared: Site) -> None:
-    assert shared.run("get", "00" * 16, "-o", str(shared.folder / "x")).exit_code == 1
-    assert shared.run("get", "abc", "-o", str(shared.folder / "x")).exit_code == 2
-    assert shared.run("get", shared.keys[0].hex(), "-o", str(shared.folder / "no" / "x")).exit_code == 2
+    assert shared.run("get", "00" * 16, "-o", str(shared.node.directory / "x")).exit_code == 1
+    assert shared.run("get", "abc", "-o", str(shared.node.directory / "x")).exit_code == 2
+    assert shared.run("get", shared.keys[0].hex(), "-o", str(shared.node.directory / "no" / "x")).exit_code == 2
 
 
 def test_rm_deletes_keys_from_every_tier_and_then_the_namespace(site: Site) -> None:
@@ -78,7 +76,7 @@ def test_rm_refuses_what_is_not_one_choice(shared: Site, arguments: tuple[str, .
 
 def damage_a_block(site: Site) -> None:
     """Flip bytes in the middle of one payload, wherever it is on disk."""
-    for file in (site.folder / "data" / "disk").rglob("*"):
+    for file in (site.node.data / "disk").rglob("*"):
         data = file.read_bytes() if file.is_file() else b""
         start = data.find(payload(2))
         if start >= 0:
@@ -92,7 +90,7 @@ def damage_a_block(site: Site) -> None:
 @pytest.mark.parametrize("running", [True, False])
 def test_verify_finds_damage_and_quarantines_it(site: Site, running: bool) -> None:
     if not running:
-        site.stop()
+        site.node.stop()
     clean = site.run("verify", "--tier", "disk", "--json")
     assert clean.exit_code == 0, clean.output
     assert json.loads(clean.stdout)["disk"]["checked"] == BLOCKS
@@ -112,7 +110,7 @@ def test_verify_of_a_tier_that_the_node_lacks_is_bad_input(shared: Site) -> None
 
 
 def test_no_node_is_status_3_and_says_how_to_start_one(site: Site) -> None:
-    site.stop()
+    site.node.stop()
     for command in ("status", "ls"):
         result = site.run(command)
         assert result.exit_code == 3
@@ -130,7 +128,7 @@ def test_doctor_is_content_with_a_running_node(shared: Site) -> None:
 def test_hot_shows_the_prompts_that_are_asked_for_again(site: Site) -> None:
     assert "twice" in site.run("hot").stderr
     for _ in range(2):
-        with Client(site.folder / "node.sock") as client:
+        with site.node.client() as client:
             client.open_namespace(NAMESPACE, BLOCK_BYTES)
             client.lookup(site.keys)
     (prompt,) = document(site, "hot")
