@@ -18,11 +18,13 @@ import structlog
 from kvstore.config import Config
 from kvstore.demand import Demand, prefill_seconds
 from kvstore.errors import TierError
+from kvstore.history import History
 from kvstore.identity import Namespace
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.arena import Arena
 from kvstore.policy.admission import AdmissionPolicy, Mode
 from kvstore.policy.eviction import LRU, EvictionPolicy
+from kvstore.policy.pins import PinnedLast
 from kvstore.policy.reuse import Reuse
 from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
@@ -43,24 +45,30 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
     """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again."""
     metrics = StoreMetrics()
     measured = TierMetrics(metrics.registry)
-    eviction: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
-    admission = AdmissionPolicy(demand.traffic, mode=Mode(config.policy.admission))
+    history = History()
+    ranking: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
+    eviction = PinnedLast(ranking, demand.pins)
+    admission = AdmissionPolicy(demand.traffic, demand.pins, Mode(config.policy.admission))
     host = HostTier(arena, config.host.extent, eviction)
+    host.on_evict = history.evicted
     lower: list[Tier] = []
     probe: Probe | None = None
     try:
         if config.disk.enabled:
-            lower.append(Metered(await open_disk(config, eviction), measured))
+            disk = await open_disk(config, eviction)
+            disk.on_evict = history.evicted
+            lower.append(Metered(disk, measured))
         if config.object.url:
             sharing = await open_sharing(config)
             bucket = await open_object(config, sharing, eviction)
+            bucket.on_evict = history.evicted
             lower.append(Metered(Breaker(bucket), measured))
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
             demand.publish = partial(_tell_region, demand, bucket, node_name(config.node.directory))
-        return Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission)
+        return Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
     except BaseException:
         for tier in reversed([host, *lower]):
             await tier.close()

@@ -1,4 +1,4 @@
-"""What engines ask of this node: counted by prompt, kept over restarts, told to the region.
+"""What engines ask of this node: counted by prompt, learnt from, kept over restarts, told to the region; and its pins.
 
 A lookup stands for a request. An engine that cannot admit a request yet asks again and again: within ``SAME_REQUEST_SECONDS``
 a client's lookups of the same chain count once.
@@ -11,12 +11,14 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from kvstore.errors import TierError
 from kvstore.identity import BlockKey
 from kvstore.policy.hotness import HotChain, Hotness
+from kvstore.policy.pins import Pins
 from kvstore.policy.reuse import Traffic
 
 log = structlog.get_logger(__name__)
@@ -28,6 +30,7 @@ _REMEMBERED_REQUESTS = 4096
 _PREFILL_SECONDS_PER_TOKEN = 33e-6
 _PREFILL_DOUBLES_AT = 64_000
 
+T = TypeVar("T")
 Publish = Callable[[], Awaitable[None]]
 
 
@@ -43,12 +46,16 @@ class Demand:
     """Hot prompts of one node. Owned by its event loop."""
 
     def __init__(self, path: Path) -> None:
-        """``path`` is the file that keeps the counts."""
+        """``path`` is the file that keeps the counts; ``traffic.msgpack`` and ``pins.msgpack`` beside it keep the rest."""
         self.publish: Publish | None = None
         """Tells the region; may raise TierError."""
-        self.hotness = _read(path)
-        self.traffic = Traffic()
+        now = time.time()
         self._path = path
+        self._traffic_path, self._pins_path = path.with_name("traffic.msgpack"), path.with_name("pins.msgpack")
+        self.hotness = _read(path, Hotness.unpack) or Hotness()
+        self.traffic = _read(self._traffic_path, lambda data: Traffic.unpack(data, now)) or Traffic()
+        pins = _read(self._pins_path, lambda data: Pins.unpack(data, now))
+        self.pins = pins if pins is not None else Pins()
         self._recent: dict[tuple[object, BlockKey], float] = {}
         self._keeping = asyncio.create_task(self._keep_regularly())
 
@@ -83,11 +90,15 @@ class Demand:
             await self._keep()
 
     async def _keep(self) -> None:
-        packed = self.hotness.pack()
-        try:
-            await asyncio.to_thread(_write, self._path, packed)
-        except OSError as error:
-            log.warning("hotness not kept", file=str(self._path), error=str(error))
+        for path, packed in (
+            (self._path, self.hotness.pack()),
+            (self._traffic_path, self.traffic.pack()),
+            (self._pins_path, self.pins.pack()),
+        ):
+            try:
+                await asyncio.to_thread(_write, path, packed)
+            except OSError as error:
+                log.warning("what was learnt is not kept", file=str(path), error=str(error))
         if self.publish is None:
             return
         try:
@@ -96,14 +107,15 @@ class Demand:
             log.warning("hotness not published", error=str(error))
 
 
-def _read(path: Path) -> Hotness:
+def _read(path: Path, unpack: Callable[[bytes], T]) -> T | None:
+    """What the file keeps; None, to start anew, without a file or with one that cannot be read."""
     try:
-        return Hotness.unpack(path.read_bytes())
+        return unpack(path.read_bytes())
     except FileNotFoundError:
-        return Hotness()
+        return None
     except (OSError, ValueError) as error:
-        log.warning("hotness starts anew", file=str(path), error=str(error))
-        return Hotness()
+        log.warning("what was learnt starts anew", file=str(path), error=str(error))
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvstore.envelope import Header, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError
+from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
 from kvstore.tiers.base import Medium, Tier
@@ -21,8 +22,9 @@ FETCHES_PER_ACQUIRE = 32
 class Promoter:
     """Singleflight fetches into the host tier. Owned by the store's event loop."""
 
-    def __init__(self, host: HostTier, lower: Sequence[Tier]) -> None:
+    def __init__(self, host: HostTier, lower: Sequence[Tier], history: History) -> None:
         self._host = host
+        self._history = history
         self._lower = tuple(lower)
         self._flights: dict[BlockKey, asyncio.Task[Medium | Miss]] = {}
         self._speeds = {tier.medium: _Speed() for tier in lower}
@@ -62,7 +64,7 @@ class Promoter:
             if (stat := tier.stat(key)) is None:
                 continue
             try:
-                offset = self._host.allocate(envelope_bytes(stat.length))
+                offset = self._host.allocate(envelope_bytes(stat.length), key)
             except BlockTooLarge:
                 return Miss.NO_ROOM
             if offset is None:
@@ -72,12 +74,15 @@ class Promoter:
             try:
                 header = await tier.get(key, self._host.slot(offset))
             except BlockNotFound:
+                self._history.record(What.GONE, [key], tier.medium)
                 continue
             except (BlockCorrupt, BlockTooLarge):
                 miss = Miss.CORRUPT
+                self._history.record(What.CORRUPT, [key], tier.medium)
                 continue
             except TierError:
                 miss = Miss.UNAVAILABLE
+                self._history.record(What.UNAVAILABLE, [key], tier.medium)
                 continue
             finally:
                 if header is None:
@@ -87,6 +92,7 @@ class Promoter:
                 self._host.discard(offset)
             else:
                 self._host.publish(header, offset)
+                self._history.record(What.FETCHED, [key], tier.medium)
             return tier.medium
         return miss
 

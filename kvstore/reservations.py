@@ -54,7 +54,7 @@ class Reservations:
         reservation = self._open.get(header.key)
         if reservation is None:
             try:
-                offset = self._host.allocate(envelope_bytes(header.length))
+                offset = self._host.allocate(envelope_bytes(header.length), header.key)
             except BlockTooLarge:
                 return Miss.NO_ROOM
             if offset is None:

@@ -12,6 +12,7 @@ import structlog
 
 from kvstore.envelope import Header
 from kvstore.errors import TierError
+from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import PutResult, Tier
@@ -23,11 +24,14 @@ log = structlog.get_logger(__name__)
 class Writeback:
     """One queue and a few workers for one slower tier."""
 
-    def __init__(self, host: HostTier, tier: Tier, metrics: StoreMetrics, limit_bytes: int, workers: int) -> None:
+    def __init__(
+        self, host: HostTier, tier: Tier, metrics: StoreMetrics, history: History, limit_bytes: int, workers: int
+    ) -> None:
         self.tier = tier
         self.queued_bytes = 0
         self._host = host
         self._metrics = metrics
+        self._history = history
         self._limit = limit_bytes
         self._pending: dict[BlockKey, asyncio.Future[bool]] = {}
         self._queue: asyncio.Queue[tuple[Header, int]] = asyncio.Queue()
@@ -46,6 +50,7 @@ class Writeback:
         size = header.envelope_bytes
         if self.queued_bytes + size > self._limit or (offset := self._host.pin(key)) is None:
             self._metrics.dropped.labels(self.tier.medium.value).inc()
+            self._history.record(What.QUEUE_FULL, [key], self.tier.medium)
             return None
         self.queued_bytes += size
         future = self._pending[key] = asyncio.get_running_loop().create_future()
@@ -80,6 +85,9 @@ class Writeback:
         except TierError as error:
             log.warning("block not written", tier=medium, block=header.key.hex(), error=str(error))
             self._metrics.written.labels(medium, "failed").inc()
+            self._history.record(What.WRITE_FAILED, [header.key], self.tier.medium)
             return False
         self._metrics.written.labels(medium, result.value).inc()
-        return result is not PutResult.REFUSED
+        stored = result is not PutResult.REFUSED
+        self._history.record(What.WRITTEN if stored else What.NO_ROOM, [header.key], self.tier.medium)
+        return stored

@@ -121,7 +121,7 @@ class AdmissionPolicy:
     ) -> None:
         self.mode = mode
         self.thresholds = thresholds or Thresholds()
-        self.pins = pins or Pins()
+        self.pins = pins if pins is not None else Pins()
         self.decisions: Counter[tuple[Target, Reason]] = Counter()
         """What the rule said, per target; counted in ``observe`` too."""
         self._traffic = traffic

@@ -13,6 +13,7 @@ horizon of its own and sees that a conversation which rests will come back later
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,19 @@ class Hazards:
         """Let the past count less."""
         for column in (self.used, self.lost, self.inside):
             column *= keep
+
+    def pack(self) -> list[Any]:
+        """Plain values for msgpack."""
+        return [column.astype("<f8").tobytes() for column in (self.used, self.lost, self.inside)]
+
+    def load(self, columns: Sequence[bytes]) -> None:
+        """Take over what ``pack`` made, of the same kinds. Raises ValueError, TypeError for anything else."""
+        loaded = [np.frombuffer(column, dtype="<f8").copy() for column in columns]
+        if len(loaded) != 3 or any(len(column) != len(self.used) for column in loaded):
+            raise ValueError("hazards of other kinds")
+        if not all(np.isfinite(column).all() and (column >= 0).all() for column in loaded):
+            raise ValueError("impossible hazards")
+        self.used, self.lost, self.inside = loaded
 
     def rates(self, kind: npt.NDArray[np.integer], age: Floats, shrink: float) -> tuple[Floats, Floats]:
         """Uses per second and the seconds at risk behind them, shapes (kinds, BINS).

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgpack
 import numpy as np
 
-from kvstore.identity import BlockKey
+from kvstore.identity import KEY_BYTES, BlockKey
 from kvstore.index import BlockIndex, Rows
 from kvstore.policy.eviction import EvictionPolicy, Values
 
@@ -16,6 +17,8 @@ LONGEST = 24 * 3600.0
 
 MOST = 1 << 20
 """Pinned blocks at most."""
+
+_VERSION = 1
 
 
 class Pins:
@@ -55,6 +58,36 @@ class Pins:
     def expire(self, now: float) -> None:
         """Forget pins that have ended."""
         self._until = {key: until for key, until in self._until.items() if until > now}
+
+    def deadlines(self) -> dict[BlockKey, float]:
+        """Each pinned block and when its pin ends, those that ended unnoticed included."""
+        return dict(self._until)
+
+    def pack(self) -> bytes:
+        """All of it, for a file: 24 bytes a pin."""
+        until = np.fromiter(self._until.values(), dtype="<f8", count=len(self._until))
+        packed: bytes = msgpack.packb([_VERSION, b"".join(self._until), until.tobytes()])
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes, now: float, most: int = MOST) -> Pins:
+        """What ``pack`` made, less what has ended. Raises ValueError for bytes that it cannot have made."""
+        if len(data) > most * (KEY_BYTES + 8) + 64:
+            raise ValueError("too much for pins")
+        try:
+            version, keys, packed = msgpack.unpackb(data)
+            if version != _VERSION:
+                raise ValueError("not pins of this version")
+            until = np.frombuffer(packed, dtype="<f8")
+            names = np.frombuffer(keys, dtype=f"V{KEY_BYTES}").tolist()
+        except (TypeError, msgpack.UnpackException) as error:
+            raise ValueError("not pins") from error
+        if len(names) != len(until) or not np.isfinite(until).all():
+            raise ValueError("not pins")
+        pins = cls(most)
+        ends = zip(names, until.tolist(), strict=True)
+        pins._until = {BlockKey(key): min(end, now + LONGEST) for key, end in ends if end > now}
+        return pins
 
 
 class PinnedLast(EvictionPolicy):

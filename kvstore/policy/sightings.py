@@ -6,7 +6,9 @@ takes the place of the one in its bucket that was seen longest ago. One call han
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +78,31 @@ class Sightings:
         self.count[slots] = 0
         self.kind[slots] = 0
         return slots, displaced
+
+    def pack(self) -> list[Any]:
+        """Plain values for msgpack."""
+        return [
+            self._tag.astype("<u8").tobytes(),
+            self.seen.astype("<f8").tobytes(),
+            self.kind.astype("<u2").tobytes(),
+            self.count.tobytes(),
+        ]
+
+    @classmethod
+    def unpack(cls, columns: Sequence[bytes], now: float) -> Sightings:
+        """What ``pack`` made; times ahead of ``now`` become ``now``. Raises ValueError, TypeError for anything else."""
+        tag, seen, kind, count = columns
+        sightings = cls(len(count))
+        size = sightings.buckets * WAYS
+        if [len(tag), len(seen), len(kind), len(count)] != [8 * size, 8 * size, 2 * size, size]:
+            raise ValueError("not a table of sightings")
+        sightings._tag = np.frombuffer(tag, dtype="<u8").reshape(-1, WAYS).copy()
+        sightings.seen = np.minimum(np.frombuffer(seen, dtype="<f8"), now)
+        sightings.kind = np.frombuffer(kind, dtype="<u2").copy()
+        sightings.count = np.frombuffer(count, dtype="u1").copy()
+        if np.isnan(sightings.seen).any():
+            raise ValueError("a table of sightings with impossible times")
+        return sightings
 
     def _place(self, words: Words) -> tuple[Slots, Words]:
         bucket = (words[:, 0] & np.uint64(self.buckets - 1)).astype(np.intp)

@@ -14,7 +14,7 @@ All methods are called in one event loop; bytes are moved in the tier's own thre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
@@ -70,10 +70,16 @@ class TierStats:
     refused: int = 0
 
 
+OnEvict = Callable[[Medium, Sequence[BlockKey], BlockKey | None], None]
+
+
 class Tier(ABC):
     """A place for blocks."""
 
     medium: Medium
+    on_evict: OnEvict | None = None
+    """Told of blocks that were given up to make room, and for which block where that is known. Must not block or raise; set on
+    the tier itself, not on a wrapper."""
 
     @abstractmethod
     def keys(self) -> AbstractSet[BlockKey]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 from kvstore.envelope import Header, verify
@@ -81,7 +81,7 @@ class HostTier(Tier):
     async def put(self, header: Header, envelope: memoryview) -> PutResult:
         if header.key in self.index:
             return PutResult.PRESENT
-        offset = self.allocate(header.envelope_bytes)
+        offset = self.allocate(header.envelope_bytes, header.key)
         if offset is None:
             return PutResult.REFUSED
         self.arena.buffer[offset : offset + header.envelope_bytes] = envelope[: header.envelope_bytes]
@@ -110,13 +110,13 @@ class HostTier(Tier):
     async def close(self) -> None:
         self.arena.close()
 
-    def allocate(self, nbytes: int) -> int | None:
+    def allocate(self, nbytes: int, newcomer: BlockKey | None = None) -> int | None:
         """Offset of a free slot of ``nbytes``, evicting if need be; None when all that could go is pinned or reserved.
 
-        Raises BlockTooLarge when no slot can ever hold it.
+        ``newcomer`` is the block it is for. Raises BlockTooLarge when no slot can ever hold it.
         """
         offset = self._slabs.allocate(nbytes)
-        if offset is None and self._make_room(nbytes):
+        if offset is None and self._make_room(nbytes, newcomer):
             offset = self._slabs.allocate(nbytes)
         if offset is None:
             self._refused += 1
@@ -170,17 +170,17 @@ class HostTier(Tier):
             self.discard(offset)
         return True
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _make_room(self, nbytes: int, newcomer: BlockKey | None) -> bool:
         """Evict a block of the size class; failing that, empty the least valuable extent of another class."""
         victim = self._next_candidate(nbytes)
         if victim is None:
             self._rank(nbytes)
             victim = self._next_candidate(nbytes)
         if victim is not None:
-            self._evict([victim])
+            self._evict([victim], newcomer)
             return True
         rows = self.index.used()
-        return self._empty_an_extent(rows[self.index.pins[rows] == 0])
+        return self._empty_an_extent(rows[self.index.pins[rows] == 0], newcomer)
 
     def _rank(self, nbytes: int) -> None:
         """Find the next blocks of a size class to give up. Takes a pass over the tier, so it serves several evictions."""
@@ -204,7 +204,7 @@ class HostTier(Tier):
                 return row
         return None
 
-    def _empty_an_extent(self, free: Rows) -> bool:
+    def _empty_an_extent(self, free: Rows, newcomer: BlockKey | None) -> bool:
         """Of the extents without a pinned or reserved slot, evict the one whose most valuable block is worth least."""
         order = eviction_order(self.index, self.policy, free, time.time())
         extents = self.index.location[order] // self._slabs.extent_bytes
@@ -213,11 +213,14 @@ class HostTier(Tier):
         for extent in by_best:
             members = order[extents == extent]
             if len(members) == self._slabs.used_slots(extent):
-                self._evict(members)
+                self._evict(members.tolist(), newcomer)
                 return True
         return False
 
-    def _evict(self, rows: Iterable[int]) -> None:
-        for row in rows:
-            self._drop(self.index.key(int(row)))
-            self._evicted += 1
+    def _evict(self, rows: Sequence[int], newcomer: BlockKey | None) -> None:
+        keys = [self.index.key(row) for row in rows]
+        for key in keys:
+            self._drop(key)
+        self._evicted += len(keys)
+        if self.on_evict is not None:
+            self.on_evict(self.medium, keys, newcomer)

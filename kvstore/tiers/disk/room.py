@@ -32,7 +32,7 @@ RANKED_AT_ONCE = 1 / 64
 RETRY_SECONDS = 10.0
 """How long not to try again what a full or broken filesystem refused."""
 
-Evict = Callable[[Sequence[BlockKey]], Awaitable[None]]
+Evict = Callable[[Sequence[BlockKey], BlockKey], Awaitable[None]]
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
 
 _log = structlog.get_logger(__name__)
@@ -53,7 +53,7 @@ class Room:
         evict: Evict,
         spawn: Spawn,
     ) -> None:
-        """``evict`` unlists blocks before it first waits, and has freed their slots when it returns."""
+        """``evict`` unlists blocks before it first waits, and has freed their slots when it returns; told for which block."""
         self._index = index
         self._slots = slots
         self._segments = segments
@@ -71,17 +71,17 @@ class Room:
         """Blocks to evict next, by the size class that they make room for."""
         self._ranked_at: dict[int, float] = {}
 
-    async def allocate(self, slot_bytes: int) -> int | None:
-        """Offset of a slot; None when there is none to be had."""
+    async def allocate(self, slot_bytes: int, newcomer: BlockKey) -> int | None:
+        """Offset of a slot for a block; None when there is none to be had."""
         offset = self._take(slot_bytes)
         if offset is None:
             async with self._making:
                 while (offset := self._take(slot_bytes)) is None:
-                    if not (await self._grow() or await self._evict(slot_bytes)):
+                    if not (await self._grow() or await self._evict(slot_bytes, newcomer)):
                         return None
         self.grow_ahead()
         if self._is_short(slot_bytes) and not self._making.locked():
-            self._spawn(self._evict_ahead(slot_bytes))
+            self._spawn(self._evict_ahead(slot_bytes, newcomer))
         return offset
 
     async def close(self) -> None:
@@ -136,18 +136,18 @@ class Room:
         """How many blocks to give up at a time: enough for the puts under way, but a small share of a small tier."""
         return max(1, min(EVICTED_AT_ONCE, len(self._index) // 8))
 
-    async def _evict_ahead(self, slot_bytes: int) -> None:
+    async def _evict_ahead(self, slot_bytes: int, newcomer: BlockKey) -> None:
         async with self._making:
             if self._is_short(slot_bytes):
-                await self._evict(slot_bytes)
+                await self._evict(slot_bytes, newcomer)
 
-    async def _evict(self, slot_bytes: int) -> bool:
+    async def _evict(self, slot_bytes: int, newcomer: BlockKey) -> bool:
         chosen = self._choose(slot_bytes)
         if not chosen:
             self._rank(slot_bytes)
             chosen = self._choose(slot_bytes)
         if chosen:
-            await self._evict_blocks(chosen)
+            await self._evict_blocks(chosen, newcomer)
         return bool(chosen)
 
     def _rank(self, slot_bytes: int) -> None:

@@ -237,7 +237,7 @@ class DiskTier(Tier):
     async def _store(self, header: Header, envelope: memoryview) -> bool:
         if len(envelope) > self._segments.segment_bytes or time.monotonic() < self._admit_after:
             return False
-        offset = await self._room.allocate(len(envelope))
+        offset = await self._room.allocate(len(envelope), header.key)
         if offset is None:
             return False
         self._slot_writes += 1
@@ -350,9 +350,11 @@ class DiskTier(Tier):
                 else:
                     self._slots.free(offset)
 
-    async def _evict(self, keys: Sequence[BlockKey]) -> None:
+    async def _evict(self, keys: Sequence[BlockKey], newcomer: BlockKey) -> None:
         unlisted = [self._unlist(key) for key in keys]
         self._evicted += len(unlisted)
+        if self.on_evict is not None:
+            self.on_evict(self.medium, keys, newcomer)
         await self._drop(unlisted, sync=False)
 
     async def delete(self, keys: Iterable[BlockKey]) -> int:

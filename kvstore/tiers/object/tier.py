@@ -235,7 +235,7 @@ class ObjectTier(Tier):
         if self.features and self.features.ranged_get:
             await self._survey.read_headers()
         async with self._admission:
-            return await self._evict(self._contents.victims(nbytes))
+            return await self._evict(self._contents.victims(nbytes), None)
 
     async def put_namespace(self, namespace: Namespace) -> None:
         """Write a namespace down, so that a listing can name its model. Raises TierUnavailable."""
@@ -269,7 +269,7 @@ class ObjectTier(Tier):
             done.set()
 
     async def _put(self, header: Header, envelope: memoryview) -> PutResult:
-        async with self._room(header.envelope_bytes) as admitted:
+        async with self._room(header.envelope_bytes, header.key) as admitted:
             if not admitted:
                 self._refused += 1
                 return PutResult.REFUSED
@@ -301,16 +301,16 @@ class ObjectTier(Tier):
         return None
 
     @asynccontextmanager
-    async def _room(self, nbytes: int) -> AsyncIterator[bool]:
+    async def _room(self, nbytes: int, newcomer: BlockKey) -> AsyncIterator[bool]:
         """Room for a block, counted as used until the end; False when there is none."""
         contents = self._contents
         if contents.capacity is not None:
             await self._listed()
         async with self._admission:
             if contents.full:
-                await self._thin_out()
+                await self._thin_out(newcomer)
             if not contents.fits(nbytes) and not self._peers.keep_room:
-                await self._evict(contents.victims(nbytes))
+                await self._evict(contents.victims(nbytes), newcomer)
             admitted = contents.fits(nbytes)
             contents.used_bytes += nbytes * admitted
         try:
@@ -326,21 +326,23 @@ class ObjectTier(Tier):
         except TimeoutError:
             raise TierUnavailable("the bucket has not been listed yet") from None
 
-    async def _thin_out(self) -> None:
+    async def _thin_out(self, newcomer: BlockKey) -> None:
         """Make room in the index: blocks stay in the bucket if that has room for them, or others to keep it."""
         if self._contents.capacity is None or self._peers.keep_room:
             self._forget_some()
         else:
-            await self._evict(self._contents.least_valuable())
+            await self._evict(self._contents.least_valuable(), newcomer)
 
     def _forget_some(self) -> None:
         """They stay in the bucket, merely unknown."""
         for key in self._contents.least_valuable():
             self._contents.forget(key)
 
-    async def _evict(self, victims: Sequence[BlockKey]) -> int:
+    async def _evict(self, victims: Sequence[BlockKey], newcomer: BlockKey | None) -> int:
         evicted = await self.delete(victims)
         self._evicted += evicted
+        if self.on_evict is not None:
+            self.on_evict(self.medium, victims, newcomer)
         return evicted
 
     async def _delete(self, known: Sequence[Header]) -> None:
