@@ -8,6 +8,7 @@
     hot.py       hot
     checks.py    doctor
     catalog.py   catalog status, catalog rebuild
+    api.py       api
 
 Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
@@ -21,7 +22,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import blocks, catalog, checks, hot, node, settings
+from kvstore.cli import api, blocks, catalog, checks, hot, node, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -53,6 +54,7 @@ app = typer.Typer(
     epilog=_EXIT_STATUS,
 )
 app.command("node")(node.run)
+app.command("api")(api.run)
 app.command("status")(node.status)
 app.command("ls")(blocks.ls)
 app.command("get")(blocks.get)

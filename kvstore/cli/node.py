@@ -16,6 +16,7 @@ def run(
     """Run this machine's node in the foreground, until SIGINT or SIGTERM."""
     import asyncio
 
+    from kvstore.admin.process import beside
     from kvstore.cli.logs import configure
     from kvstore.node.server import serve
 
@@ -24,7 +25,12 @@ def run(
     if loaded.config.identity.is_public and loaded.config.object.url.startswith("s3:"):
         note("Warning: no tenant secret is set, so whoever can list the bucket can guess which prompts are in it.")
         note("Set identity.secret_file on every node that shares the bucket.")
-    asyncio.run(serve(loaded.config))
+
+    async def run() -> None:
+        async with beside(loaded.config, options.arguments(config, overrides, socket)):
+            await serve(loaded.config)
+
+    asyncio.run(run())
 
 
 def status(

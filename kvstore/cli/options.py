@@ -43,6 +43,15 @@ def load(config: Path | None, overrides: list[str] | None, socket: Path | None =
     return load_sources(config, [*(overrides or ()), *([f"node.socket={socket}"] if socket else ())])
 
 
+def arguments(config: Path | None, overrides: list[str] | None, socket: Path | None) -> list[str]:
+    """The same options for another command of this package."""
+    return [
+        *(["--config", str(config)] if config else []),
+        *(f"--set={override}" for override in overrides or ()),
+        *(["--socket", str(socket)] if socket else []),
+    ]
+
+
 @contextmanager
 def connect(config: Path | None, overrides: list[str] | None, socket: Path | None) -> Iterator[Client]:
     """A client of the configured node. Raises NodeUnavailable on first use."""

@@ -1,0 +1,20 @@
+"""The admin API: an HTTP server in a process of its own, which asks the node over its socket as any client does.
+
+    server.py       serve: from configuration to a listening server
+    process.py      the server as a child of ``kvstore node``
+    app.py          create_app: routers, errors, extensions of other packages
+    site.py         what routes work with
+    node.py         the node as the API sees it: calls, and answers that are kept for a moment
+    auth.py         who may do what: the seam for authentication
+    guard.py        what is refused before any route: foreign hosts and origins, large bodies
+    idempotency.py  Idempotency-Key on writes
+    problems.py     errors as application/problem+json
+    models.py       what goes over the wire
+    jobs.py         long work: kinds, files, progress, cancellation
+    routes/         one module a subject
+    client.py       AdminClient: the same calls in Python
+    openapi.py      docs/openapi.json
+
+Other packages add routes, job kinds and parts of the live snapshot through the entry-point group ``kvstore.admin``: a function
+that takes the ``Site`` and returns an APIRouter, or None when it has nothing to add here.
+"""

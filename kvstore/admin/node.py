@@ -1,0 +1,79 @@
+"""The node as the API sees it: a client of its socket, and answers that are kept for a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvstore.admin.cached import Cached
+from kvstore.admin.models import HotPrompt, NamespaceInfo, NodeStatus
+from kvstore.admin.problems import Problem
+from kvstore.identity import BlockKey, Keyring, Namespace, chain_digests
+from kvstore.node.client import AsyncClient, Client
+
+STATUS_SECONDS = 0.25
+"""How old a status may be: readers beyond four a second cost the node nothing."""
+METRICS_SECONDS = 1.0
+HOT_SECONDS = 1.0
+HOT_PROMPTS = 1000
+"""As many as the node tells at a time."""
+CALL_SECONDS = 10.0
+WORK_SECONDS = 600.0
+"""For calls that read or delete many blocks."""
+
+
+class NodeView:
+    """One node. In one event loop; calls raise NodeUnavailable and DeadlineExceeded."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self._client = AsyncClient(Client(socket, name="admin API"))
+        self._keyrings: dict[str, Keyring] = {}
+        self.status = Cached(self._status, STATUS_SECONDS)
+        self.metrics = Cached(self._metrics, METRICS_SECONDS)
+        self.hot = Cached(self._hot, HOT_SECONDS)
+
+    async def call(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
+        """Any verb (``kvstore/node/verbs.py``); the answer as plain msgpack types."""
+        return await self._client.call(verb, timeout, **arguments)
+
+    async def close(self) -> None:
+        await self._client.__aexit__()
+
+    async def namespace(self, wanted: str) -> NamespaceInfo:
+        """The one namespace of that model, or whose digest begins so. Raises Problem (404, 409)."""
+        known = (await self.status()).namespaces
+        found = [space for space in known if space.model == wanted or space.digest.startswith(wanted.lower())]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise Problem(404, "no-such-namespace", f"the node knows no namespace {wanted!r}", "See /v1/namespaces.")
+        digests = [space.digest for space in found]
+        raise Problem(
+            409, "ambiguous-namespace", f"{len(found)} namespaces match {wanted!r}", "Give a digest.", digests=digests
+        )
+
+    async def chain(self, space: NamespaceInfo, tokens: Sequence[int]) -> list[BlockKey]:
+        """Keys of the prompt's full blocks. Raises Problem (409) when no client has said how large the blocks are."""
+        if (keyring := self._keyrings.get(space.digest)) is None:
+            if space.block_bytes is None:
+                raise Problem(
+                    409,
+                    "namespace-not-open",
+                    "no engine on this node has used the namespace yet",
+                    "Start the engine, or warm the node.",
+                )
+            keyring = await self._client.open_namespace(Namespace.from_dict(space.fields), space.block_bytes)
+            self._keyrings[space.digest] = keyring
+        return keyring.block_keys(chain_digests(tokens, space.block_tokens))
+
+    async def _status(self) -> NodeStatus:
+        return NodeStatus.model_validate(await self.call("status"))
+
+    async def _metrics(self) -> bytes:
+        text: bytes = await self.call("metrics")
+        return text
+
+    async def _hot(self) -> list[HotPrompt]:
+        return [HotPrompt.model_validate(prompt) for prompt in (await self.call("hot", limit=HOT_PROMPTS))["prompts"]]

@@ -1,0 +1,10 @@
+"""The routes, one module a subject."""
+
+from __future__ import annotations
+
+from kvstore.admin.routes import health, status
+
+ROUTERS = (health.router,)
+"""Those of every service."""
+NODE_ROUTERS = (status.router,)
+"""Those that ask a node."""

@@ -1,0 +1,74 @@
+"""From configuration to a listening server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+
+from kvstore.admin.app import create_app
+from kvstore.admin.guard import LOOPBACK
+from kvstore.admin.node import NodeView
+from kvstore.admin.site import Site
+from kvstore.config import Loaded
+from kvstore.errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+GRACE_SECONDS = 2
+"""What requests under way have, once the server stops."""
+
+
+async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | None = None) -> None:
+    """Listen at ``api.listen`` until cancelled. Raises ConfigError when that is not possible.
+
+    ``node``: whether a node is beside it, at ``node.socket``; else only routes that need none are there. ``started`` is set
+    once connections are accepted. The node may come and go meanwhile. Signals are the caller's business.
+    """
+    api = loaded.config.api
+    if not api.listen:
+        raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
+    listener = _listen(*api.address)
+    site = Site(loaded, NodeView(loaded.config.node.socket) if node else None)
+    app = create_app(site, LOOPBACK | {api.address[0]})
+    server = _Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS
+        )
+    )
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    log.info("API listening", address=api.listen)
+    if started is not None:
+        started.set()
+    try:
+        await asyncio.shield(running)
+    finally:
+        site.closing.set()
+        server.should_exit = True
+        await running
+
+
+class _Server(uvicorn.Server):
+    """One that leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound here, so that an address in use is a ConfigError and clients may connect at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(
+            "api.listen",
+            f"{host}:{port}",
+            error.strerror or str(error),
+            "Stop what listens there, or choose another port.",
+        ) from error
