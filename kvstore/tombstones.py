@@ -106,6 +106,15 @@ class Tombstone:
             raise IdentityError(f"not a tombstone: {error}") from None
 
 
+def end_of_second(now: float) -> float:
+    """The time for a tombstone that is made now.
+
+    It ends with a second, because the catalog knows only the second in which a block was created: so what the catalog and
+    what a header says of a block come to the same.
+    """
+    return math.floor(now) + 1 - 1e-6
+
+
 def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones: Sequence[Tombstone]) -> set[BlockKey]:
     """Keys of the dead among ``blocks``, which come parents first."""
     whole = [stone for stone in tombstones if not stone.prefix]

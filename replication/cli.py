@@ -14,6 +14,9 @@ from kvstore.cli.output import ago, note, number, print_json, print_table
 from kvstore.errors import ConfigError, KVStoreError
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from kvstore.config import Config
     from replication.copier import Outcome
     from replication.manifest import HotBlock
     from replication.replicator import Cycle, FlowReport, Progress
@@ -53,23 +56,21 @@ def publish(
     ],
     watch: Watch = False,
     interval: Interval = 60.0,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     json: options.Json = False,
 ) -> None:
     """Publish what is hot in the region's bucket, signed, for the other regions to pull."""
-    from replication.keys import public_text, read_key
     from replication.lease import hold
-    from replication.links import Links
     from replication.publisher import publish as publish_once
+    from replication.site import open_contents
 
-    regions = _load(topology, region)
-    private = read_key(signing_key, "--key")
-    if public_text(private.public_key()) != regions.regions[region].public_key:
-        problem = "not the private half of the region's public_key"
-        raise ConfigError("--key", str(signing_key), problem, "Put the public half of this key into the topology.")
+    regions, settings = _load(topology, region, config, overrides)
+    private = own_key(regions, region, signing_key)
 
     async def once() -> int:
-        async with Links.open(regions.links(region)) as bucket, hold(bucket, "publisher"):
-            manifest = await publish_once(bucket, region, private)
+        async with open_contents(settings, regions, region) as contents, hold(contents.bucket, "publisher"):
+            manifest = await publish_once(contents, region, private)
         size = sum(block.nbytes for block in manifest.blocks)
         _show(
             json,
@@ -82,14 +83,24 @@ def publish(
 
 
 @region.command()
-def plan(topology: TopologyFile, region: RegionName, json: options.Json = False) -> None:
+def plan(
+    topology: TopologyFile,
+    region: RegionName,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    json: options.Json = False,
+) -> None:
     """Show what a replication would copy now, what it would cost, and what would be left out and why."""
     from replication.replicator import Replicator
+    from replication.site import own_catalog
 
-    regions = _load(topology, region)
+    regions, settings = _load(topology, region, config, overrides)
 
     async def once() -> int:
-        async with Replicator.open(regions, region) as replicator:
+        async with (
+            own_catalog(settings, regions, region) as catalog,
+            Replicator.open(regions, region, catalog) as replicator,
+        ):
             cycle = await replicator.plan()
         _show_cycle(cycle, json, done=False)
         return int(bool(cycle.problems))
@@ -103,19 +114,25 @@ def replicate(
     region: RegionName,
     watch: Watch = False,
     interval: Interval = 30.0,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     json: options.Json = False,
 ) -> None:
     """Pull what is hot elsewhere into the region's bucket. The topology's mode says whether it is only observed."""
     from replication.lease import hold
     from replication.replicator import Replicator
+    from replication.site import own_catalog
 
-    regions = _load(topology, region)
+    regions, settings = _load(topology, region, config, overrides)
     if regions.mode == "off":
         note('Replication is off: mode = "off" in the topology.')
         return
 
     async def once() -> int:
-        async with Replicator.open(regions, region) as replicator:
+        async with (
+            own_catalog(settings, regions, region) as catalog,
+            Replicator.open(regions, region, catalog) as replicator,
+        ):
             if regions.mode == "observe":
                 cycle = await replicator.plan()
             else:
@@ -134,7 +151,7 @@ def status(topology: TopologyFile, region: RegionName, json: options.Json = Fals
     from replication.links import Links
     from replication.status import look
 
-    regions = _load(topology, region)
+    regions, _ = _load(topology, region)
 
     async def once() -> int:
         async with Links.open(regions.links(region)) as bucket:
@@ -157,20 +174,22 @@ def purge(
     namespace: Annotated[str, typer.Option(metavar="HEX", help="All blocks of this namespace.")] = "",
     prefix: Annotated[str, typer.Option(metavar="KEY", help="This block and all that continue it.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     json: options.Json = False,
 ) -> None:
     """Delete blocks here and, with the next manifests, in every region. Options together narrow it down."""
     import time
 
-    from kvstore.tombstones import Tombstone
-    from replication.links import Links
+    from kvstore.tombstones import Tombstone, end_of_second
     from replication.publisher import entomb
+    from replication.site import open_contents
 
-    regions = _load(topology, region)
+    regions, settings = _load(topology, region, config, overrides)
     if not (tenant or model or namespace or prefix):
         raise ConfigError("purge", "", "nothing is named", "Give --tenant, --model, --namespace or --prefix.")
     stone = Tombstone(
-        time=time.time(),
+        time=end_of_second(time.time()),
         tenant=tenant,
         model=model,
         namespace=_digest("--namespace", namespace),
@@ -182,8 +201,8 @@ def purge(
         typer.confirm(f"Delete every block of {', '.join(named)} in all regions?", abort=True, err=True)
 
     async def once() -> int:
-        async with Links.open(regions.links(region)) as bucket:
-            deleted = await entomb(bucket, [stone])
+        async with open_contents(settings, regions, region) as contents:
+            deleted = await entomb(contents, [stone])
         _show(
             json,
             {"tombstone": stone.identity, "deleted": deleted},
@@ -194,16 +213,29 @@ def purge(
     _repeat(once, False, 0.0)
 
 
-def _load(path: Path, region: str) -> Topology:
-    from kvstore.cli.logs import configure
+def own_key(topology: Topology, region: str, file: Path) -> Ed25519PrivateKey:
+    """The region's private key. Raises ConfigError."""
+    from replication.keys import public_text, read_key
+
+    private = read_key(file, "--key")
+    if public_text(private.public_key()) != topology.regions[region].public_key:
+        problem = "not the private half of the region's public_key"
+        raise ConfigError("--key", str(file), problem, "Put the public half of this key into the topology.")
+    return private
+
+
+def _load(
+    path: Path, region: str, config: Path | None = None, overrides: list[str] | None = None
+) -> tuple[Topology, Config]:
+    """The topology, and the configuration that names the region's catalog. Raises ConfigError."""
     from replication.topology import load_topology
 
-    configure("warning")
+    settings = options.load(config, overrides).config
     topology = load_topology(path)
     if region not in topology.regions:
         known = ", ".join(topology.regions)
         raise ConfigError("--region", region, f"not in {path}", f"There are: {known}.")
-    return topology
+    return topology, settings
 
 
 def _repeat(once: Callable[[], Awaitable[int]], watch: bool, interval: float) -> None:

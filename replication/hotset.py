@@ -1,9 +1,9 @@
-"""What is hot in a bucket, found from the bucket alone.
+"""What is hot in a bucket, found from the bucket alone, or quicker with its catalog.
 
 Scores come from the snapshots that nodes leave there (``hotness/``); a block is at least as hot as what continues it. While no
 snapshot names a block of the bucket, the blocks stored last count as the hottest: 1 for a block stored now, half of it for
 each day since. Parents and times of creation come from the blocks' headers; those
-that an earlier manifest listed are not read again.
+that the catalog knows, or an earlier manifest listed, are not read again.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import TypeVar
 
 import structlog
 
+from kvstore.catalog.base import Entry
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import BlockCorrupt, BlockTooLarge, IdentityError, ProtocolError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot, merged
 from kvstore.tiers.object.names import (
-    BLOCKS,
     HOTNESS,
     NAMESPACES,
     TOMBSTONES,
     block_name,
     namespace_name,
-    parse_block_name,
     parse_namespace_name,
 )
 from kvstore.tiers.object.objects import Found
 from kvstore.tombstones import Tombstone, buried
+from replication.contents import Contents
 from replication.links import Links
 from replication.manifest import (
     BLOCK_BYTES,
@@ -59,29 +59,11 @@ CLOCK_MARGIN_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A block as the bucket's listing shows it."""
-
-    namespace: bytes
-    size: int
-    modified: float
-
-
-@dataclass(frozen=True, slots=True)
 class HotSet:
     """Hot blocks, parents first, and the names of their namespaces."""
 
     blocks: Sequence[HotBlock]
     labels: Mapping[bytes, Label]
-
-
-async def list_blocks(bucket: Links) -> dict[BlockKey, Listed]:
-    """Every block in a bucket. Raises TierUnavailable."""
-    blocks = {}
-    for found in await bucket.listing(BLOCKS):
-        if (parsed := parse_block_name(found.name)) is not None:
-            blocks[parsed[1]] = Listed(parsed[0], found.size, found.modified)
-    return blocks
 
 
 async def read_namespaces(bucket: Links) -> dict[bytes, Namespace]:
@@ -115,20 +97,31 @@ async def kept_manifest(bucket: Links, region: str) -> Manifest | None:
         return None
 
 
-async def find_hot_set(bucket: Links, previous: Manifest | None, now: float, most: int = MOST_BLOCKS) -> HotSet:
+async def kept_manifests(bucket: Links) -> list[Manifest]:
+    """Those of this region and of all that it pulls from. Raises TierUnavailable."""
+    found = await bucket.listing(MANIFESTS)
+    return [m for one in found if (m := await kept_manifest(bucket, one.name.split("/")[1])) is not None]
+
+
+async def read_snapshots(bucket: Links) -> list[HotnessSnapshot]:
+    """What the region's nodes said last. Raises TierUnavailable."""
+    return await _read_all(bucket, HOTNESS, MAX_SNAPSHOT_BYTES, lambda _, body: HotnessSnapshot.unpack(body))
+
+
+async def find_hot_set(contents: Contents, previous: Manifest | None, now: float, most: int = MOST_BLOCKS) -> HotSet:
     """The hottest blocks that can be used: whole chains, at most ``most`` blocks.
 
     The region's ``previous`` manifest spares reading the headers of blocks that are as they were. Raises TierUnavailable.
     """
-    listing = await list_blocks(bucket)
-    namespaces = await read_namespaces(bucket)
-    snapshots = await _read_all(bucket, HOTNESS, MAX_SNAPSHOT_BYTES, lambda _, body: HotnessSnapshot.unpack(body))
-    scores = {key: score for key, score in merged(snapshots, now).items() if key in listing}
+    held = await contents.blocks()
+    namespaces = await read_namespaces(contents.bucket)
+    snapshots = await read_snapshots(contents.bucket)
+    scores = {key: score for key, score in merged(snapshots, now).items() if key in held}
     if not scores:
-        scores = {k: 0.5 ** (max(0.0, now - block.modified) / RECENCY_HALF_LIFE) for k, block in listing.items()}
+        scores = {k: 0.5 ** (max(0.0, now - block.stored) / RECENCY_HALF_LIFE) for k, block in held.items()}
     hottest = sorted(scores, key=lambda key: -scores[key])[:most]
-    found = _unchanged(previous, listing) if previous else {}
-    await _read_chains(bucket, listing, found, hottest)
+    found = _unchanged(previous, held) if previous else {}
+    await _read_chains(contents.bucket, held, found, hottest)
     chosen: dict[BlockKey, HotBlock] = {}
     for key in hottest:
         path = _path(key, found, chosen)
@@ -141,19 +134,18 @@ async def find_hot_set(bucket: Links, previous: Manifest | None, now: float, mos
     return HotSet(blocks, {digest: label_of(namespaces[digest]) for digest in used})
 
 
-async def usual_hot_set(bucket: Links, now: float) -> HotSet:
+async def usual_hot_set(contents: Contents, now: float) -> HotSet:
     """What a node here should be warm with: the manifests in the bucket, of this region and of those it pulls from.
 
     Without a manifest, what ``find_hot_set`` finds. Only blocks that the bucket has, and none that are dead. Raises
     TierUnavailable.
     """
-    found = await bucket.listing(MANIFESTS)
-    manifests = [m for one in found if (m := await kept_manifest(bucket, one.name.split("/")[1])) is not None]
-    if manifests:
-        listing = await list_blocks(bucket)
-        hot = merge_hot_sets([HotSet(m.blocks, m.labels) for m in manifests], listing.keys())
+    bucket = contents.bucket
+    if manifests := await kept_manifests(bucket):
+        held = await contents.blocks()
+        hot = merge_hot_sets([HotSet(m.blocks, m.labels) for m in manifests], held.keys())
     else:
-        hot = await find_hot_set(bucket, None, now)
+        hot = await find_hot_set(contents, None, now)
     dead = buried(hot.blocks, hot.labels, await read_tombstones(bucket))
     return HotSet([block for block in hot.blocks if block.key not in dead], hot.labels)
 
@@ -171,29 +163,53 @@ def merge_hot_sets(sets: Iterable[HotSet], held: Container[BlockKey]) -> HotSet:
     return HotSet(list(blocks.values()), labels)
 
 
-async def read_headers(bucket: Links, blocks: Mapping[BlockKey, Listed]) -> dict[BlockKey, Header]:
+async def read_headers(bucket: Links, blocks: Mapping[BlockKey, Entry]) -> dict[BlockKey, Header]:
     """Headers of listed blocks; of those that are gone or damaged, none. Raises TierUnavailable."""
 
-    async def read(key: BlockKey, listed: Listed) -> Header | None:
-        start = await bucket.start_of(block_name(listed.namespace, key), HEADER_BYTES)
+    async def read(key: BlockKey, entry: Entry) -> Header | None:
+        start = await bucket.start_of(block_name(entry.namespace, key), HEADER_BYTES)
         try:
             header = Header.unpack(start or b"")
         except BlockCorrupt:
             return None
-        sound = header.key == key and header.namespace == listed.namespace and header.envelope_bytes == listed.size
+        size = entry.envelope_bytes
+        sound = header.key == key and header.namespace == entry.namespace and header.envelope_bytes == size
         return header if sound else None
 
     headers: dict[BlockKey, Header] = {}
     wanted = list(blocks.items())
     for start in range(0, len(wanted), READS_AT_ONCE):
         batch = wanted[start : start + READS_AT_ONCE]
-        read_now = await asyncio.gather(*(read(key, listed) for key, listed in batch))
+        read_now = await asyncio.gather(*(read(key, entry) for key, entry in batch))
         headers.update((header.key, header) for header in read_now if header is not None)
     return headers
 
 
 def hot_block(header: Header, score: float = 0.0) -> HotBlock:
     return HotBlock(header.key, header.parent, header.namespace, header.length, header.created, score)
+
+
+async def describe(bucket: Links, blocks: Mapping[BlockKey, Entry]) -> dict[BlockKey, HotBlock]:
+    """Parent and time of creation of blocks: as the catalog knows them, else from their headers; without a score.
+
+    The catalog knows seconds, which is enough for tombstones: they end with one. Raises TierUnavailable.
+    """
+    unknown = {key: entry for key, entry in blocks.items() if not entry.tokens}
+    known = {key: hot_block(entry.header) for key, entry in blocks.items() if entry.tokens}
+    return known | {key: hot_block(header) for key, header in (await read_headers(bucket, unknown)).items()}
+
+
+def parents_first(blocks: Mapping[BlockKey, HotBlock]) -> list[HotBlock]:
+    """All blocks, each after its parent if that is among them."""
+    ordered: dict[BlockKey, HotBlock] = {}
+    for block in blocks.values():
+        path: list[HotBlock] = []
+        above: HotBlock | None = block
+        while above is not None and above.key not in ordered and len(path) <= len(blocks):
+            path.append(above)
+            above = blocks.get(above.parent)
+        ordered.update((one.key, one) for one in reversed(path))
+    return list(ordered.values())
 
 
 async def share_namespaces(source: Links, destination: Links, digests: Iterable[bytes]) -> None:
@@ -210,27 +226,30 @@ async def share_namespaces(source: Links, destination: Links, digests: Iterable[
             log.warning("unreadable namespace in the source", name=name, error=str(error))
 
 
-def _unchanged(previous: Manifest, listing: Mapping[BlockKey, Listed]) -> dict[BlockKey, HotBlock]:
-    """Blocks that were not stored anew since the manifest was made."""
+def _unchanged(previous: Manifest, held: Mapping[BlockKey, Entry]) -> dict[BlockKey, HotBlock]:
+    """Blocks that were not stored anew since the manifest was made, of which no more than that is known."""
     until = previous.published - CLOCK_MARGIN_SECONDS
     return {
         block.key: block
         for block in previous.blocks
-        if (listed := listing.get(block.key)) is not None and listed.modified < until and listed.size == block.nbytes
+        if (entry := held.get(block.key)) is not None
+        and not entry.tokens
+        and entry.stored < until
+        and entry.envelope_bytes == block.nbytes
     }
 
 
 async def _read_chains(
-    bucket: Links, listing: Mapping[BlockKey, Listed], found: dict[BlockKey, HotBlock], keys: Iterable[BlockKey]
+    bucket: Links, held: Mapping[BlockKey, Entry], found: dict[BlockKey, HotBlock], keys: Iterable[BlockKey]
 ) -> None:
     """Add to ``found`` the blocks named by ``keys`` and all their ancestors."""
     wanted = {key for key in keys if key not in found}
     seen = set(wanted)
     while wanted:
-        headers = await read_headers(bucket, {key: listing[key] for key in wanted})
-        found.update((key, hot_block(header)) for key, header in headers.items())
-        parents = {header.parent for header in headers.values()}
-        wanted = {key for key in parents if key in listing and key not in found and key not in seen}
+        described = await describe(bucket, {key: held[key] for key in wanted})
+        found.update(described)
+        parents = {block.parent for block in described.values()}
+        wanted = {key for key in parents if key in held and key not in found and key not in seen}
         seen |= wanted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,13 +12,15 @@ from typing import Self
 
 import structlog
 
+from kvstore.catalog.base import Catalog, Entry
 from kvstore.errors import BlockTooLarge, TierUnavailable
-from kvstore.identity import BlockKey
+from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tombstones import Tombstone
+from replication.contents import Contents
 from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, Window, copy
 from replication.cursor import Cursor, Ledger
-from replication.hotset import list_blocks, read_tombstones, share_namespaces
+from replication.hotset import read_tombstones, share_namespaces
 from replication.links import Links
 from replication.manifest import MAX_MANIFEST_BYTES, HotBlock, Label, Manifest, ManifestRefused, open_manifest
 from replication.names import manifest_name
@@ -72,11 +74,12 @@ class _Pulled:
 class Replicator:
     """Brings hot blocks to one region. Open it with ``Replicator.open``; all calls in one event loop."""
 
-    def __init__(self, topology: Topology, region: str, near: Links, far: Mapping[str, Links]) -> None:
-        """``near`` leads to the region's own bucket, ``far`` to those of all others."""
+    def __init__(self, topology: Topology, region: str, contents: Contents, far: Mapping[str, Links]) -> None:
+        """``contents`` are the region's own, ``far`` leads to the buckets of all others."""
         self.topology = topology
         self.region = region
-        self.near = near
+        self.near = contents.bucket
+        self._contents = contents
         self._far = far
         self._settings = {name: topology.links(name) for name in (region, *far)}
         self._sources = {flow.source for flow in topology.flows_to(region)}
@@ -85,16 +88,26 @@ class Replicator:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, topology: Topology, region: str) -> AsyncIterator[Self]:
-        """Connect to the region and to every other one whose key is known. Raises ConfigError."""
+    async def open(cls, topology: Topology, region: str, catalog: Catalog | None = None) -> AsyncIterator[Self]:
+        """Connect to the region and to every other one whose key is known. Raises ConfigError.
+
+        ``catalog`` is the region's own, if there is one: what is copied and deleted is recorded in it at once.
+        """
+        async with Links.open(topology.links(region)) as near, Contents.open(near, catalog) as contents:
+            async with cls.beside(topology, region, contents) as replicator:
+                yield replicator
+
+    @classmethod
+    @asynccontextmanager
+    async def beside(cls, topology: Topology, region: str, contents: Contents) -> AsyncIterator[Self]:
+        """As ``open``, for who has the region's contents open already."""
         async with AsyncExitStack() as stack:
-            near = await stack.enter_async_context(Links.open(topology.links(region)))
             far = {
                 name: await stack.enter_async_context(Links.open(topology.links(name)))
                 for name, table in topology.regions.items()
                 if name != region and table.public_key
             }
-            yield cls(topology, region, near, far)
+            yield cls(topology, region, contents, far)
 
     async def plan(self) -> Cycle:
         """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
@@ -110,7 +123,7 @@ class Replicator:
         known = await read_tombstones(self.near)
         stones = _united(known, pulled)
         if new := stones[len(known) :]:
-            cycle.buried = await entomb(self.near, new)
+            cycle.buried = await entomb(self._contents, new)
         for source, one in pulled.items():
             await self._believe(source, one)
         await self._plan(cycle, pulled, stones)
@@ -151,7 +164,7 @@ class Replicator:
     # --- planning
 
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
-        have: set[BlockKey] = set(await list_blocks(self.near))
+        have: set[BlockKey] = set(await self._contents.blocks())
         now = time.time()
         for flow in self.topology.flows_to(self.region):
             if flow.source not in pulled:
@@ -179,7 +192,7 @@ class Replicator:
         cursor = pulled.cursor if pulled else await Cursor.load(self.near, source)
         if pulled:
             try:
-                await self._copy(cycle, source, cursor, progress)
+                await self._copy(cycle, pulled.manifest, cursor, progress)
                 cursor.caught_up = pulled.manifest.published
             except TierUnavailable as error:
                 cycle.problems[source] = str(error)
@@ -187,15 +200,16 @@ class Replicator:
         cycle.lag[source] = cursor.lag(time.time())
         await cursor.save(self.near)
 
-    async def _copy(self, cycle: Cycle, source: str, cursor: Cursor, progress: Progress) -> None:
+    async def _copy(self, cycle: Cycle, manifest: Manifest, cursor: Cursor, progress: Progress) -> None:
         """All flows from one source, one after the other: they share its links."""
+        source = cursor.source
         for report in cycle.flows:
             if report.source == source and report.plan.blocks:
-                await self._copy_flow(report, cursor, progress)
+                await self._copy_flow(report, manifest, cursor, progress)
                 if bad := sum(report.copied.outcomes.get(outcome, 0) for outcome in (Outcome.CORRUPT, Outcome.UNPAID)):
                     cycle.problems[source] = f"{bad} blocks were damaged, and not copied"
 
-    async def _copy_flow(self, report: FlowReport, cursor: Cursor, progress: Progress) -> None:
+    async def _copy_flow(self, report: FlowReport, manifest: Manifest, cursor: Cursor, progress: Progress) -> None:
         flow = next(flow for flow in self.topology.flows_to(self.region) if flow.identity == report.flow)
         started = time.monotonic()
         ledger = Ledger(self.near, cursor, flow.identity, _affordable(flow, cursor, time.time()))
@@ -208,10 +222,9 @@ class Replicator:
             cursor.nbytes += block.nbytes * (outcome is Outcome.COPIED)
             progress(report, block, outcome)
 
+        transfer = self._transfer(flow.source, _Paced(ledger, self._rates[flow.identity]))
         try:
-            await copy(
-                report.plan.blocks, self._transfer(flow.source, _Paced(ledger, self._rates[flow.identity])), done
-            )
+            await copy(report.plan.blocks, Recorded(transfer, manifest, self._contents.copied), done)
         finally:
             report.seconds = time.monotonic() - started
             await ledger.settle()
@@ -223,6 +236,35 @@ class Replicator:
         from kvstore.tiers.object.bucket import connect
 
         return ServerSide(connect(near), self._far[source], far, self.near, near, pace)
+
+
+class Recorded:
+    """Tells what a transfer brought, as an entry of the catalog: nodes then find it without listing the bucket."""
+
+    def __init__(self, transfer: Transfer, manifest: Manifest, tell: Callable[[Entry], None]) -> None:
+        """``manifest`` says where in its chain a block is."""
+        self._transfer = transfer
+        self._labels = manifest.labels
+        self._tell = tell
+        self._depths: dict[BlockKey, int] = {NO_PARENT: -1}
+        for block in manifest.blocks:
+            self._depths[block.key] = self._depths[block.parent] + 1
+
+    async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
+        outcome = await self._transfer(block, parent)
+        if outcome in (Outcome.COPIED, Outcome.PRESENT):
+            self._tell(
+                Entry(
+                    key=block.key,
+                    length=block.length,
+                    namespace=block.namespace,
+                    tokens=self._labels[block.namespace].block_tokens,
+                    depth=self._depths[block.key],
+                    parent=block.parent,
+                    stored=int(block.created),
+                )
+            )
+        return outcome
 
 
 class _Paced:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvstore.config import Config
     from kvstore.identity import BlockKey, Namespace
     from kvstore.node.client import Client
-    from replication.hotset import HotSet, Listed
+    from replication.hotset import HotSet
     from replication.warmup import Progress, WarmReport
 
 INTERRUPTED = 130
@@ -81,31 +81,43 @@ def _find(
     """What to warm. Raises ConfigError, TierUnavailable."""
     import asyncio
 
-    from kvstore.assembly import object_settings
-    from replication.hotset import list_blocks, read_headers, read_namespaces, usual_hot_set
+    from kvstore.assembly import object_settings, open_catalog
+    from replication.contents import Contents
+    from replication.hotset import describe, read_namespaces, usual_hot_set
     from replication.links import Links
     from replication.warmup import blocks_of_prompts
 
     if not config.object.url:
         raise ConfigError("object.url", "", "there is no bucket to warm from", "Set object.url as for the node.")
 
-    async def hot_set() -> tuple[HotSet, dict[bytes, Namespace]]:
+    @asynccontextmanager
+    async def contents() -> AsyncIterator[Contents]:
         async with Links.open([object_settings(config)]) as bucket:
-            return await usual_hot_set(bucket, time.time()), await read_namespaces(bucket)
+            catalog = await open_catalog(config)
+            try:
+                async with Contents.open(bucket, catalog) as opened:
+                    yield opened
+            finally:
+                if catalog is not None:
+                    await catalog.close()
 
-    async def survey() -> tuple[dict[BlockKey, Listed], Namespace, int]:
-        async with Links.open([object_settings(config)]) as bucket:
-            chosen = _named(wanted, await read_namespaces(bucket))
-            listing = {k: b for k, b in (await list_blocks(bucket)).items() if b.namespace == chosen.digest}
-            headers = await read_headers(bucket, dict(list(listing.items())[:8]))
-            if not headers:
+    async def hot_set() -> tuple[HotSet, dict[bytes, Namespace]]:
+        async with contents() as held:
+            return await usual_hot_set(held, time.time()), await read_namespaces(held.bucket)
+
+    async def survey() -> tuple[set[BlockKey], Namespace, int]:
+        async with contents() as held:
+            chosen = _named(wanted, await read_namespaces(held.bucket))
+            blocks = {key: entry for key, entry in (await held.blocks()).items() if entry.namespace == chosen.digest}
+            described = await describe(held.bucket, dict(list(blocks.items())[:8]))
+            if not described:
                 raise ConfigError("--namespace", wanted, "the bucket has no blocks of it", "See kvstore ls.")
-            return listing, chosen, next(iter(headers.values())).length
+            return set(blocks), chosen, next(iter(described.values())).length
 
     if prompts is None:
         return asyncio.run(hot_set())
-    listing, chosen, length = asyncio.run(survey())
-    hot, lacking = blocks_of_prompts(client, chosen, length, _read_prompts(prompts), listing.__contains__)
+    stored, chosen, length = asyncio.run(survey())
+    hot, lacking = blocks_of_prompts(client, chosen, length, _read_prompts(prompts), stored.__contains__)
     report.skipped.update({"not_in_bucket": lacking} if lacking else {})
     return hot, {chosen.digest: chosen}
 

@@ -13,6 +13,7 @@ from region_cases import EU_KEY, KEY
 from kvstore.testing.servers import S3Server, ServerUnavailable, ministack
 from kvstore.testing.shaping import Shape, ShapedLink, shaped
 from kvstore.tiers.object import Bucket, ObjectSettings
+from replication.contents import Contents
 from replication.keys import public_text
 from replication.links import Links
 from replication.manifest import Manifest
@@ -105,7 +106,7 @@ class Pair:
     async def publish(self) -> Manifest:
         """What na's own service does, on its side of the link."""
         async with Links.open([self.na]) as bucket:
-            return await publish(bucket, "na", KEY)
+            return await publish(Contents(bucket), "na", KEY)
 
     async def cycle(self, topology: Topology) -> Cycle:
         async with Replicator.open(topology, "eu") as replicator:

@@ -30,6 +30,7 @@ from kvstore.tiers.object.names import block_name, hotness_name, namespace_name
 from kvstore.tiers.object.objects import Objects
 from kvstore.tombstones import Tombstone
 from replication import lease
+from replication.contents import Contents
 from replication.copier import Outcome
 from replication.cursor import Cursor, Ledger
 from replication.links import Links
@@ -190,7 +191,7 @@ class TestTrust:
 class TestTombstones:
     async def bury(self, settings: ObjectSettings, stone: Tombstone) -> int:
         async with Links.open([settings]) as bucket:
-            return await entomb(bucket, [stone])
+            return await entomb(Contents(bucket), [stone])
 
     async def test_a_purge_reaches_the_mirror(self, pair: Pair, random_source: random.Random) -> None:
         blocks = chain(random_source, 4)

@@ -29,6 +29,7 @@ from kvstore.tiers.base import Medium
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Objects
+from replication.contents import Contents
 from replication.links import Links
 from replication.publisher import publish
 
@@ -140,7 +141,7 @@ def published(bucket: ObjectSettings, folder: Path, prompts: int, blocks: int = 
 
     async def tell() -> None:
         async with Links.open([bucket]) as links:
-            await publish(links, "na", KEY)
+            await publish(Contents(links), "na", KEY)
 
     asyncio.run(tell())
     return chains

@@ -1,0 +1,134 @@
+"""What a region's bucket holds: from its catalog where there is one, else from a listing.
+
+With a catalog nothing is listed: the index is followed, change by change, as nodes do. Whatever is copied or deleted is told
+to it, so that nodes hear of it within a second. A catalog that is away or incomplete costs a listing, never an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Self
+
+import structlog
+
+from kvstore.catalog.base import START, Catalog, Entry
+from kvstore.catalog.publisher import Publisher
+from kvstore.errors import CatalogUnavailable
+from kvstore.identity import BlockKey
+from kvstore.tiers.object.contents import size_only
+from kvstore.tiers.object.names import BLOCKS, block_name, parse_block_name
+from replication.links import Links
+
+log = structlog.get_logger(__name__)
+
+DELETED_AT_ONCE = 1000
+TOLD_SECONDS = 2.0
+"""How long a deletion, or the end of the work, waits for the catalog. After that, nodes may meet a block that is gone: a miss."""
+
+
+class Contents:
+    """The blocks of one bucket. Open it with ``Contents.open``; owned by one event loop."""
+
+    def __init__(self, bucket: Links, catalog: Catalog | None = None) -> None:
+        self.bucket = bucket
+        self.catalog = catalog
+        self._publisher = None if catalog is None else Publisher(catalog)
+        self._known: dict[BlockKey, Entry] = {}
+        """The catalog's index, and what it has yet to hear."""
+        self._cursor = START
+        self._unseen: set[BlockKey] = set()
+        """While the whole index is read again: blocks that were not come across yet."""
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, bucket: Links, catalog: Catalog | None = None) -> AsyncIterator[Self]:
+        """``catalog`` stays open. At the end it has heard everything, unless it is away."""
+        contents = cls(bucket, catalog)
+        if contents._publisher is None:
+            yield contents
+            return
+        telling = asyncio.create_task(contents._publisher.run())
+        try:
+            yield contents
+            await contents._publisher.flush(set(contents._publisher.pending), TOLD_SECONDS)
+        finally:
+            telling.cancel()
+            await asyncio.wait([telling])
+
+    async def blocks(self) -> dict[BlockKey, Entry]:
+        """Every block; one of which only a listing is known has 0 tokens, and was ``stored`` when its object was.
+
+        Raises TierUnavailable when a listing is needed and the bucket does not answer.
+        """
+        if self.catalog is not None:
+            try:
+                if await self._follow(self.catalog):
+                    return dict(self._known)
+            except CatalogUnavailable as error:
+                log.warning("the catalog does not answer: listing the bucket", error=str(error))
+        listed = await list_blocks(self.bucket)
+        return {key: self._better(entry) for key, entry in listed.items()}
+
+    def copied(self, entry: Entry) -> None:
+        """A block was created in the bucket."""
+        if self._publisher is not None:
+            self._known[entry.key] = entry
+            self._publisher.offer(entry.key, entry)
+
+    async def delete(self, blocks: Iterable[Entry]) -> int:
+        """Delete blocks in this order, from the index first; how many. Raises TierUnavailable."""
+        waiting = list(blocks)
+        for start in range(0, len(waiting), DELETED_AT_ONCE):
+            batch = waiting[start : start + DELETED_AT_ONCE]
+            if self._publisher is not None:
+                for entry in batch:
+                    self._known.pop(entry.key, None)
+                    self._publisher.offer(entry.key, None)
+                await self._publisher.flush({entry.key for entry in batch}, TOLD_SECONDS)
+            await self.bucket.delete([block_name(entry.namespace, entry.key) for entry in batch])
+        return len(waiting)
+
+    async def _follow(self, catalog: Catalog) -> bool:
+        """Bring ``_known`` up to date; whether that is the whole bucket."""
+        async with self._turn:
+            while True:
+                batch = await catalog.follow(self._cursor)
+                if batch.restarted:
+                    self._unseen = set(self._known)
+                self._unseen.difference_update(batch.changes)
+                self._apply(batch.changes)
+                self._cursor = batch.cursor
+                if batch.caught_up:
+                    self._apply(dict.fromkeys(self._unseen))
+                    self._unseen = set()
+                    return batch.complete
+
+    def _apply(self, changes: Mapping[BlockKey, Entry | None]) -> None:
+        """What the catalog has yet to hear from us is newer than what it says."""
+        assert self._publisher is not None
+        for key, entry in changes.items():
+            if key in self._publisher.pending:
+                continue
+            if entry is None:
+                self._known.pop(key, None)
+            else:
+                self._known[key] = entry
+
+    def _better(self, listed: Entry) -> Entry:
+        """What the catalog says of a block that a listing shows, if both mean the same object."""
+        known = self._known.get(listed.key)
+        if known is None or known.namespace != listed.namespace or known.envelope_bytes != listed.envelope_bytes:
+            return listed
+        return known
+
+
+async def list_blocks(bucket: Links) -> dict[BlockKey, Entry]:
+    """Every block in a bucket, as far as a listing tells. Raises TierUnavailable."""
+    blocks = {}
+    for found in await bucket.listing(BLOCKS):
+        if (parsed := parse_block_name(found.name)) is not None:
+            blocks[parsed[1]] = Entry.of(size_only(*parsed, found))
+    return blocks
