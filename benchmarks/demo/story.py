@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.demo.document import document, prompts
-from benchmarks.demo.services import Node, engine
+from benchmarks.demo.services import engine, node_on, restart
 from connectors.vllm.process import EngineProcess
+from connectors.vllm.testing import Reply, ask
 from kvstore.testing.model import MEDIUM, ModelSize, make_model
 from kvstore.testing.servers import ministack
-from kvstore.tiers.base import Medium
 
 COMPUTED = "computed"
 NEW_TOKENS = 8
-LOADED = {tier.value: f"vllm:kvstore_tokens_loaded{{{tier.value}}}" for tier in Medium}
-"""vLLM's counters of what came from each tier."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,15 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> list[Answer]:
             model = make_model(folder / "model", [document(), *asked], size)
         with step("reference: an engine without the store answered every question"):
             with engine(folder, "reference", model, None) as plain:
-                reference = [_ask(plain, prompt) for prompt in asked]
+                reference = [ask(plain, prompt, NEW_TOKENS) for prompt in asked]
 
         answers: list[Answer] = []
 
         def ask_all(run: str, process: EngineProcess) -> None:
             for number, (prompt, expected) in enumerate(zip(asked, reference, strict=True), 1):
-                answers.append(_compare(run, number, _ask(process, prompt), expected))
+                answers.append(_compare(run, number, ask(process, prompt, NEW_TOKENS), expected))
 
-        with Node(folder, s3) as node:
+        with node_on(folder, s3) as node:
             with step("engine A computed the document and saved it"), engine(folder, "a", model, node) as a:
                 ask_all("engine A", a)
                 node.drain()
@@ -76,44 +74,23 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> list[Answer]:
                 with step("engine B, a new process, was asked the same"):
                     ask_all("engine B", b)
                 with step("the node was restarted: host memory is empty, and engine B asked again"):
-                    node.restart()
+                    restart(node)
                     ask_all("node restarted", b)
                 with step("the node was restarted without its disk: only the bucket is left, and engine B asked again"):
-                    node.restart(lose_disk=True)
+                    restart(node, lose_disk=True)
                     ask_all("disk lost", b)
         return answers
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """What an engine made of one prompt."""
-
-    tokens: list[int]
-    prompt_tokens: int
-    ttft_s: float
-    loaded: dict[str, int]
-    """Tokens loaded from the store, by tier."""
-
-
-def _ask(process: EngineProcess, prompt: str) -> _Reply:
-    """Ask once, with vLLM's own prefix cache empty: what is not computed comes from the store."""
-    process.forget()
-    before = process.counters()
-    (answer,) = process.generate([prompt], max_tokens=NEW_TOKENS)
-    after = process.counters()
-    loaded = {tier: int(after.get(name, 0) - before.get(name, 0)) for tier, name in LOADED.items()}
-    return _Reply(answer.tokens, answer.prompt_tokens, answer.ttft_seconds, loaded)
-
-
-def _compare(run: str, number: int, reply: _Reply, expected: _Reply) -> Answer:
+def _compare(run: str, number: int, reply: Reply, expected: Reply) -> Answer:
     return Answer(
         run=run,
         question=number,
         prompt_tokens=reply.prompt_tokens,
         loaded_tokens=sum(reply.loaded.values()),
-        source=max(reply.loaded, key=lambda tier: reply.loaded[tier]) if any(reply.loaded.values()) else COMPUTED,
-        ttft_s=reply.ttft_s,
-        baseline_s=expected.ttft_s,
+        source=max(reply.loaded, key=lambda tier: reply.loaded[tier]) if reply.loaded else COMPUTED,
+        ttft_s=reply.ttft_seconds,
+        baseline_s=expected.ttft_seconds,
         identical=reply.tokens == expected.tokens,
     )
 
