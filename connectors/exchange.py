@@ -18,6 +18,7 @@ from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
 from kvstore.node.client import Client
+from kvstore.node.protocol import join_keys
 
 logger = logging.getLogger("kvstore")
 
@@ -43,8 +44,10 @@ class Exchange:
         load_seconds: float = 10.0,
         start_node: Callable[[], None] | None = None,
     ) -> None:
-        """``client`` serves this exchange alone; ``load_seconds`` is the deadline of a load. ``start_node`` is called when
-        no node answers and need not wait for it."""
+        """``client`` may serve several exchanges and stays the caller's; ``load_seconds`` is the deadline of a load.
+
+        ``start_node`` is called when no node answers, and need not wait for it.
+        """
         self.misses: Counter[str] = Counter()
         self.block_bytes = block_bytes
         self._client = client
@@ -58,9 +61,17 @@ class Exchange:
     def contains(self, digests: Sequence[bytes]) -> list[bool]:
         """Which payloads some tier of the node holds. One round trip; the digests, in order, count as one prompt."""
         try:
-            return self._client.holds(self._keys(digests), LOOKUP_SECONDS)
+            return self._client.holds(self._keys(digests), LOOKUP_SECONDS, self._namespace)
         except KVStoreError as error:
             return self._lost(error, len(digests))
+
+    def holds(self, digests: Sequence[bytes]) -> list[bool]:
+        """Like ``contains``, but does not count as a use."""
+        try:
+            media = self._client.call("where", LOOKUP_SECONDS, keys=join_keys(self._keys(digests)))
+        except KVStoreError as error:
+            return self._lost(error, len(digests))
+        return [bool(held) for held in media]
 
     def lease(self, digests: Sequence[bytes]) -> list[bool]:
         """Bring payloads to the arena and keep them there until ``unlease``, which is owed for each that is True."""
@@ -119,9 +130,6 @@ class Exchange:
             return False
         return True
 
-    def close(self) -> None:
-        self._client.close()
-
     def _payload(self, arena: Arena, offset: int | None) -> Bytes:
         assert offset is not None
         return np.frombuffer(arena.slot(offset, self.block_bytes), np.uint8)
@@ -147,7 +155,8 @@ class Exchange:
         with self._lock:
             if self._keys_of is None or self._client.epoch != self._epoch:
                 self._keys_of = self._client.open_namespace(self._namespace, self.block_bytes).block_keys
-                self._epoch = self._client.epoch
+                arena, self._epoch = self._client.arena, self._client.epoch
+                threading.Thread(target=arena.populate, name="kvstore-populate", daemon=True).start()
             return self._keys_of(digests)
 
     def _lost(self, error: KVStoreError, count: int) -> list[bool]:

@@ -26,6 +26,8 @@ LAYOUT = "opaque:lmcache:"
 """Followed by the chunk's bytes."""
 MAX_SIZES = 8
 """Chunk sizes of one model and group. More would mean sizes that vary, as with a compressing serde, which has no namespace."""
+LEASED_SHARE = 0.25
+"""Of the node's host memory that lookups may hold: the rest is for saves and other engines."""
 ASK_SECONDS = 1.0
 """How often a node is asked which sizes it knows of a group that this process has not moved yet."""
 
@@ -55,8 +57,11 @@ class Chunks:
         self._lock = threading.Lock()
         self._exchanges: dict[Group, dict[int, Exchange]] = {}
         self._asked: dict[Group, float] = {}
-        self._probe = Client(self._socket, name="lmcache")
+        self._client = Client(self._socket, name="lmcache")
         self._refused: Counter[str] = Counter()
+        self._leases: dict[str, list[int]] = {}
+        """Bytes of each lease, by key."""
+        self._leased_bytes = 0
 
     @property
     def misses(self) -> Counter[str]:
@@ -69,14 +74,45 @@ class Chunks:
         return self._of_known_size(keys, Exchange.contains)
 
     def lease(self, keys: Sequence[str]) -> list[bool]:
-        """Bring chunks to host memory and hold them there; each True owes an ``unlease``."""
-        return self._of_known_size(keys, Exchange.lease)
+        """Bring chunks to host memory and hold them there, the first ones, as far as ``LEASED_SHARE`` goes.
+
+        Each True owes an ``unlease``.
+        """
+        sizes = [exchange.block_bytes for group in set(map(group_of, keys)) for exchange in self._known(group)]
+        with self._lock:
+            try:
+                room = int(self._client.arena.nbytes * LEASED_SHARE) - self._leased_bytes
+            except KVStoreError:
+                room = 0
+            tried = keys[: max(room, 0) // max(sizes, default=1)]
+            claimed = len(tried) * max(sizes, default=0)
+            self._leased_bytes += claimed
+        leased = self._of_known_size(tried, Exchange.lease)
+        with self._lock:
+            for key, held in zip(tried, leased, strict=True):
+                if held:
+                    self._leases.setdefault(key, []).append(max(sizes))
+                    claimed -= max(sizes)
+            self._leased_bytes -= claimed
+        return leased + [False] * (len(keys) - len(tried))
 
     def unlease(self, keys: Sequence[str]) -> None:
-        """Return leases; every size is told, since one that holds no lease ignores it."""
-        for group, places in _by(keys, group_of):
+        """Return one lease of each key; keys without one are ignored."""
+        held = []
+        with self._lock:
+            for key in keys:
+                if sizes := self._leases.get(key):
+                    held.append(key)
+                    self._leased_bytes -= sizes.pop()
+                    if not sizes:
+                        del self._leases[key]
+        for group, places in _by(held, group_of):
             for exchange in self._known(group):
-                exchange.unlease([_digest(keys[place]) for place in places])
+                exchange.unlease([_digest(held[place]) for place in places])
+
+    def holds(self, keys: Sequence[str]) -> list[bool]:
+        """Like ``contains``, but does not count as a use."""
+        return self._of_known_size(keys, Exchange.holds)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Bytes]) -> list[bool]:
         return self._of_buffer_size(keys, buffers, Exchange.load)
@@ -94,12 +130,16 @@ class Chunks:
                         done[place] = False
         return done
 
+    def is_healthy(self) -> bool:
+        """Whether the node answers."""
+        try:
+            self._client.call("where", ASK_SECONDS, keys=b"")
+        except KVStoreError:
+            return False
+        return True
+
     def close(self) -> None:
-        with self._lock:
-            for sizes in self._exchanges.values():
-                for exchange in sizes.values():
-                    exchange.close()
-        self._probe.close()
+        self._client.close()
 
     def _of_known_size(self, keys: Sequence[str], ask: Callable[[Exchange, Sequence[bytes]], list[bool]]) -> list[bool]:
         found = [False] * len(keys)
@@ -138,7 +178,7 @@ class Chunks:
                 if len(sizes) == MAX_SIZES:
                     return None
                 sizes[nbytes] = Exchange(
-                    Client(self._socket, name="lmcache"),
+                    self._client,
                     self._namespace(group, nbytes),
                     nbytes,
                     self._options.load_timeout_s,
@@ -155,7 +195,7 @@ class Chunks:
                 return known
             self._asked[group] = now
         try:
-            namespaces = self._probe.call("status", ASK_SECONDS)["namespaces"]
+            namespaces = self._client.call("status", ASK_SECONDS)["namespaces"]
         except KVStoreError:
             return []
         for listed in namespaces:

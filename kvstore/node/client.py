@@ -73,9 +73,10 @@ class Client:
         blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start)
         return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds)
 
-    def holds(self, keys: Sequence[BlockKey], timeout: float = 0.05) -> list[bool]:
-        """Which blocks some tier holds, each by itself. Counts them, in order, as one prompt."""
-        return [bool(held) for held in self.call("holds", timeout, keys=join_keys(keys))]
+    def holds(self, keys: Sequence[BlockKey], timeout: float, namespace: Namespace) -> list[bool]:
+        """Which blocks some tier holds, each by itself. Counts them, in order, as one prompt of the opened namespace."""
+        digest = self._namespaces[namespace][1]
+        return [bool(held) for held in self.call("holds", timeout, keys=join_keys(keys), namespace=digest)]
 
     def delete(self, keys: Sequence[BlockKey], timeout: float = 10.0) -> None:
         """Delete blocks from every tier; a leased one goes when its leases do."""

@@ -86,14 +86,15 @@ class Verbs:
     def lookup(self, caller: Caller, args: Arguments) -> Any:
         keys = split_keys(args.get("keys"))
         found = self._store.lookup(keys, integer_of(args, "start", 0, 1 << 31))
-        self._observe(caller, keys)
+        self._observe(caller, keys, caller.namespace)
         return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
 
     def holds(self, caller: Caller, args: Arguments) -> bytes:
         """One byte a key, in any order; for engines whose blocks are of use without those before them."""
         keys = split_keys(args.get("keys"))
+        namespace = self._namespaces.get(digest_of(args, "namespace"))
         held = self._store.holds(keys)
-        self._observe(caller, keys)
+        self._observe(caller, keys, namespace)
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
@@ -157,8 +158,8 @@ class Verbs:
         caller.namespace = self._namespaces.open(namespace, block_bytes)
         return [namespace.digest, namespace.keyring(self._secret).secret]
 
-    def _observe(self, caller: Caller, keys: list[BlockKey]) -> None:
-        if (known := caller.namespace) is not None and known.block_bytes is not None:
+    def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
+        if known is not None and known.block_bytes is not None:
             tokens, nbytes = known.fields.block_tokens, known.block_bytes
             asyncio.get_running_loop().call_soon(self._demand.observe, caller, keys, tokens, nbytes)
 
