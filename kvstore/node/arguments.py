@@ -50,3 +50,10 @@ def medium_of(args: Arguments, name: str) -> Medium:
         return Medium(args.get(name))
     except ValueError:
         raise ProtocolError(f"{name} must be one of {', '.join(medium.value for medium in Medium)}") from None
+
+
+def text_of(args: Arguments, name: str, longest: int) -> str:
+    value = args.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise ProtocolError(f"{name} must be a text of at most {longest} characters")
+    return value

@@ -18,12 +18,16 @@ import kvstore
 from kvstore.demand import Demand
 from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
-from kvstore.identity import KEY_BYTES, BlockKey, Namespace
+from kvstore.identity import DIGEST_BYTES, KEY_BYTES, BlockKey, Namespace
 from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.adminverbs import admin_verbs
 from kvstore.node.api import Miss, NewBlock
-from kvstore.node.arguments import Arguments, bytes_of, digest_of, integer_of, medium_of, seconds_of
+from kvstore.node.arguments import Arguments, bytes_of, digest_of, integer_of, medium_of, seconds_of, text_of
+from kvstore.node.chains import MAX_NAME, Chains
+from kvstore.node.explainverbs import explain_verbs
+from kvstore.node.pinverbs import pin_verbs
 from kvstore.node.protocol import join_keys, split_keys
+from kvstore.requests import MAX_ID_CHARS, Asked, RecentRequests
 from kvstore.store import Session, Store
 from kvstore.tiers.base import Tier
 
@@ -61,6 +65,8 @@ class Verbs:
         self._secret = tenant_secret
         self._epoch = epoch
         self._started = time.monotonic()
+        self._requests = RecentRequests()
+        chains = Chains(store, namespaces, self._requests, tenant_secret)
         self.table: dict[str, Verb] = {
             "lookup": self.lookup,
             "holds": self.holds,
@@ -79,6 +85,8 @@ class Verbs:
             "drain": self.drain,
             "hot": self.hot,
             **admin_verbs(store),
+            **explain_verbs(store, namespaces, demand, chains),
+            **pin_verbs(store, demand.pins, chains),
         }
 
     # --- engines
@@ -87,6 +95,7 @@ class Verbs:
         keys = split_keys(args.get("keys"))
         found = self._store.lookup(keys, integer_of(args, "start", 0, 1 << 31))
         self._observe(caller, keys, caller.namespace)
+        self._remember(caller, keys, found.blocks, args)
         return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
 
     def holds(self, caller: Caller, args: Arguments) -> bytes:
@@ -157,6 +166,14 @@ class Verbs:
             )
         caller.namespace = self._namespaces.open(namespace, block_bytes)
         return [namespace.digest, namespace.keyring(self._secret).secret]
+
+    def _remember(self, caller: Caller, keys: list[BlockKey], found: int, args: Arguments) -> None:
+        """So that it can be explained why this request was not found, or not all of it."""
+        name = text_of(args, "request", MAX_ID_CHARS)
+        if name and caller.namespace is not None:
+            digest, start = caller.namespace.digest, integer_of(args, "start", 0, 1 << 31)
+            asked = Asked(name, caller.name, digest, join_keys(keys), start, found, time.time())
+            self._requests.add(asked, bytes_of(args, "seed", DIGEST_BYTES), text_of(args, "lora", MAX_NAME))
 
     def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
         if known is not None and known.block_bytes is not None:

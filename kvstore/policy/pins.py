@@ -59,9 +59,17 @@ class Pins:
         """Forget pins that have ended."""
         self._until = {key: until for key, until in self._until.items() if until > now}
 
-    def deadlines(self) -> dict[BlockKey, float]:
-        """Each pinned block and when its pin ends, those that ended unnoticed included."""
-        return dict(self._until)
+    def ends(self, keys: Sequence[BlockKey], now: float) -> list[float | None]:
+        """When the pin of each block ends; None for those that are not pinned now."""
+        return [until if (until := self._until.get(key, now)) > now else None for key in keys]
+
+    def by_end(self, now: float) -> dict[float, list[BlockKey]]:
+        """Pinned blocks by when their pin ends, in the order in which they were pinned: so a pinned chain stays together."""
+        groups: dict[float, list[BlockKey]] = {}
+        for key, until in self._until.items():
+            if until > now:
+                groups.setdefault(until, []).append(key)
+        return groups
 
     def pack(self) -> bytes:
         """All of it, for a file: 24 bytes a pin."""

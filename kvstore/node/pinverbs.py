@@ -1,0 +1,55 @@
+"""``pin``, ``unpin`` and ``pins``: chains to keep until a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import ProtocolError
+from kvstore.node.arguments import Arguments
+from kvstore.node.chains import Chains
+from kvstore.policy.pins import LONGEST, Pins
+from kvstore.store import Store
+
+if TYPE_CHECKING:
+    from kvstore.node.verbs import Caller, Verb
+
+
+def pin_verbs(store: Store, pins: Pins, chains: Chains) -> Mapping[str, Verb]:
+    """The verbs by name. Called in the node's event loop; all take a chain as ``Chains.named`` does."""
+
+    async def pin(caller: Caller, args: Arguments) -> Any:
+        """Keep a chain for ``seconds``. Counts as a use of it, so that no tier gives it up on an earlier ranking."""
+        seconds = args.get("seconds")
+        if not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST:
+            raise ProtocolError(f"seconds must be above 0 and at most {LONGEST:g}: a pin ends, and may be renewed")
+        chain = await chains.named(args)
+        now = time.time()
+        pinned = pins.pin(chain.keys, now + seconds, now)
+        for tier in store.tiers:
+            tier.touch(chain.keys[:pinned])
+        return {"pinned": pinned, "blocks": len(chain.keys), "held": _held(store, chain.keys), "until": now + seconds}
+
+    async def unpin(caller: Caller, args: Arguments) -> Any:
+        chain = await chains.named(args)
+        pinned = sum(pins.hold(chain.keys, time.time()))
+        pins.unpin(chain.keys)
+        return {"unpinned": pinned}
+
+    def list_pins(caller: Caller, args: Arguments) -> Any:
+        """What is pinned, by deadline; ``key`` is the last block that was named with it."""
+        groups = pins.by_end(time.time())
+        return {
+            "pins": [
+                {"until": until, "blocks": len(keys), "key": keys[-1], "held": _held(store, keys)}
+                for until, keys in sorted(groups.items())
+            ]
+        }
+
+    return {"pin": pin, "unpin": unpin, "pins": list_pins}
+
+
+def _held(store: Store, keys: list[Any]) -> dict[str, int]:
+    """How many of the blocks each tier holds."""
+    return {tier.medium.value: sum(map(tier.keys().__contains__, keys)) for tier in store.tiers}
