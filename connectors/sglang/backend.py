@@ -1,0 +1,141 @@
+"""The class SGLang loads: one instance a rank. Everything it does is delegated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
+
+from connectors.sglang.compat import prefix_of
+from connectors.sglang.geometry import KV, bind
+from connectors.sglang.metrics import Recorder
+from connectors.sglang.options import Options
+from connectors.sglang.pools import usable_prefix
+from connectors.sglang.transfers import PoolTransfers
+from connectors.vllm.link import Link
+from kvstore.config import default_socket
+from kvstore.errors import KVStoreError
+from kvstore.node.client import Client
+from kvstore.node.launch import launch
+
+logger = logging.getLogger("kvstore")
+
+CONNECT_TIMEOUT = 0.5
+CLEAR_TIMEOUT = 60.0
+
+
+class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
+    """HiCache storage backend over the node of this machine. For SGLang 0.5.11 to 0.5.23.
+
+    A setting or a model that cannot be served is refused when SGLang attaches the backend. From then on nothing raises: what
+    cannot be had is a miss, what cannot be stored is dropped, and both are counted with a reason.
+    """
+
+    def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
+        self._config = storage_config
+        self._options = Options.parse(storage_config.extra_config or {})
+        self._socket = self._options.socket or str(default_socket())
+        self._pools: dict[str, PoolTransfers] = {}
+        self.recorder = Recorder()
+
+    # Attach and detach: SGLang's scheduler thread
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        super().register_mem_pool_host(mem_pool_host)
+        self._attach(KV, mem_pool_host)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        self._attach(str(host_pool_name), host_pool)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def clear(self) -> None:
+        """Delete this model's blocks from the node's tiers. One rank does it for all."""
+        if not self._leads:
+            return
+        for name, pool in self._pools.items():
+            try:
+                pool.clear(CLEAR_TIMEOUT)
+            except KVStoreError as error:
+                logger.warning("KV store: clearing pool %s: %s", name, error)
+
+    def get_stats(self) -> Any:
+        return self.recorder.take()
+
+    # Pages of the KV pool: SGLang's storage threads
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        return self._pools[KV].prefix(keys, prefix_of(extra_info))
+
+    def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        return self._pools[KV].load(keys, host_indices)
+
+    def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
+        return self._pools[KV].save(keys, host_indices, prefix_of(extra_info))
+
+    # Pages of a hybrid model's other pools
+
+    def batch_exists_v2(
+        self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: Any = None
+    ) -> PoolTransferResult:
+        kv_pages = self.batch_exists(keys, extra_info)
+        held = {
+            str(transfer.name): self._pools[str(transfer.name)].holds(keys[:kv_pages])
+            for transfer in pool_transfers or ()
+        }
+        return usable_prefix(kv_pages, pool_transfers or (), held)
+
+    def batch_get_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        return {
+            transfer.name: self._pools[str(transfer.name)].load(transfer.keys or [], transfer.host_indices)
+            for transfer in transfers
+        }
+
+    def batch_set_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        prefix = prefix_of(extra_info)
+        return {
+            transfer.name: self._pools[str(transfer.name)].save(transfer.keys or [], transfer.host_indices, prefix)
+            for transfer in transfers
+        }
+
+    # The page-by-page calls, which SGLang makes only without interface_v1
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> None:
+        return None
+
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[None]:
+        return [None] * len(keys)
+
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        return False
+
+    def batch_set(
+        self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
+    ) -> bool:
+        return False
+
+    @property
+    def _leads(self) -> bool:
+        config = self._config
+        return bool(config.tp_rank == config.pp_rank == getattr(config, "dp_rank", 0) == 0)
+
+    def _attach(self, name: str, pool: Any) -> None:
+        if name in self._pools:
+            return
+        binding = bind(name, pool, self._config, self._options)
+        start = partial(launch, self._socket) if self._leads and self._options.autostart else None
+        client = Client(self._socket, "SGLang", CONNECT_TIMEOUT)
+        link = Link(client, binding.namespace, binding.pages.block_bytes, start)
+        self._pools[name] = PoolTransfers(name, binding, client, link, self._options, self.recorder)
+        logger.info("KV store: pool %s, blocks of %d bytes, %s", name, binding.pages.block_bytes, binding.namespace)

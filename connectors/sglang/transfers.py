@@ -1,0 +1,223 @@
+"""Moves pages of one host pool to and from the node. SGLang's storage threads call; each call has a deadline, none raises."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+
+from connectors.sglang.geometry import Binding
+from connectors.sglang.metrics import Recorder
+from connectors.sglang.options import Options
+from connectors.sglang.pages import Place
+from connectors.vllm.link import Link
+from kvstore.errors import DeadlineExceeded, IdentityError, KVStoreError
+from kvstore.identity import NO_PARENT, BlockKey, Keyring
+from kvstore.node.api import Acquired, Miss, NewBlock
+from kvstore.node.client import Client
+
+logger = logging.getLogger("kvstore")
+
+CHUNK_BYTES = 64 << 20
+"""Of payload leased or reserved at a time: enough to hide a round trip, little enough to leave the arena to others."""
+
+T = TypeVar("T")
+
+
+class PoolTransfers:
+    """Lookups, loads and saves of one pool. Thread-safe; copies release the interpreter lock."""
+
+    def __init__(
+        self, name: str, binding: Binding, client: Client, link: Link, options: Options, recorder: Recorder
+    ) -> None:
+        """``link`` keeps ``client`` connected; both are closed with this."""
+        self._name = name
+        self._client = client
+        self._link = link
+        self._binding = binding
+        self._bytes = binding.pages.block_bytes
+        self._chunk = max(1, min(128, CHUNK_BYTES // self._bytes))
+        self._options = options
+        self._recorder = recorder
+        self._acquires = ThreadPoolExecutor(2, f"kvstore-{name}")
+        link.on_node(self._prepare)
+
+    def prefix(self, hashes: Sequence[str], before: Sequence[str]) -> int:
+        """How many of ``hashes`` are stored, from the first on. ``before`` are the prompt's hashes ahead of them."""
+
+        def ask(keyring: Keyring) -> int:
+            keys = keyring.block_keys(map(bytes.fromhex, (*before, *hashes)))
+            return self._client.lookup(keys, len(before), self._options.lookup_timeout_s).blocks
+
+        return self._asked(ask, 0)
+
+    def holds(self, hashes: Sequence[str]) -> list[bool]:
+        """Which of ``hashes`` are stored, each by itself."""
+
+        def ask(keyring: Keyring) -> list[bool]:
+            keys = keyring.block_keys(map(bytes.fromhex, hashes))
+            return self._client.holds(keys, self._options.lookup_timeout_s, self._binding.namespace)
+
+        return self._asked(ask, [False] * len(hashes))
+
+    def load(self, hashes: Sequence[str], host_indices: torch.Tensor) -> list[bool]:
+        """Fill the pages at ``host_indices``; stops at the first page that cannot be had."""
+        started = time.perf_counter()
+        good = 0
+        try:
+            keyring = self._keyring()
+            places = self._binding.pages.places(host_indices, len(hashes))
+            keys = keyring.block_keys(map(bytes.fromhex, hashes))
+            good, miss = self._load(keys, places, time.monotonic() + self._options.load_timeout_s)
+            reason = miss.value if miss else ""
+        except Exception as error:
+            reason = self._reason(error)
+        if good:
+            self._recorder.loaded(good, good * self._bytes, time.perf_counter() - started)
+            self._recorder.count("bytes_loaded", self._name, good * self._bytes)
+        self._recorder.count("pages_missed", reason, len(hashes) - good)
+        return [index < good for index in range(len(hashes))]
+
+    def save(self, hashes: Sequence[str], host_indices: torch.Tensor, before: Sequence[str]) -> list[bool]:
+        """Store pages that the node lacks; True for those that it holds, whoever stored them."""
+        if self._binding.part is None:
+            return [True] * len(hashes)
+        started = time.perf_counter()
+        deadline = time.monotonic() + self._options.save_timeout_s
+        held = [False] * len(hashes)
+        written, reason = 0, None
+        try:
+            places = self._binding.pages.places(host_indices, len(hashes))
+            blocks = self._blocks(hashes, before)
+            for at in range(0, len(blocks), self._chunk):
+                part = slice(at, at + self._chunk)
+                held[part], copied, reason = self._save(blocks[part], places[part], deadline)
+                written += copied
+                if reason:
+                    break
+        except Exception as error:
+            reason = self._reason(error)
+        if written:
+            self._recorder.saved(written, written * self._bytes, time.perf_counter() - started)
+            self._recorder.count("bytes_saved", self._name, written * self._bytes)
+        if reason:
+            self._recorder.count("pages_not_saved", reason, held.count(False))
+        return held
+
+    def clear(self, timeout: float) -> None:
+        """Delete every block of the namespace, from every tier of the node. Raises KVStoreError."""
+        fields = self._binding.namespace.to_dict()
+        digest, _ = self._client.call("open_namespace", timeout, fields=fields, block_bytes=self._bytes)
+        self._client.call("delete", timeout, namespace=digest)
+
+    def close(self) -> None:
+        """Let the node go. What is under way ends by its own deadline."""
+        self._acquires.shutdown(wait=True)
+        self._link.close()
+
+    def _load(self, keys: list[BlockKey], places: Sequence[Place], deadline: float) -> tuple[int, Miss | None]:
+        """Copies a chunk while the node brings the next one to its arena."""
+        good = 0
+        ahead: Future[Acquired] | None = self._begin_acquire(keys[: self._chunk], deadline)
+        try:
+            while ahead is not None:
+                chunk = keys[good : good + self._chunk]
+                acquired = ahead.result()
+                following = keys[good + len(chunk) : good + len(chunk) + self._chunk]
+                complete = len(acquired.offsets) == len(chunk)
+                ahead = self._begin_acquire(following, deadline) if complete and following else None
+                try:
+                    for offset, place in zip(acquired.offsets, places[good:], strict=False):
+                        self._binding.pages.load(place, acquired.arena.slot(offset, self._bytes))
+                finally:
+                    self._client.release(chunk[: len(acquired.offsets)])
+                good += len(acquired.offsets)
+                if not complete:
+                    return good, acquired.miss or Miss.NOT_STORED
+        finally:
+            if ahead is not None:  # a copy failed: give back what the next chunk got
+                ahead.add_done_callback(lambda late: self._release_late(keys[good + self._chunk :], late))
+        return good, None
+
+    def _begin_acquire(self, keys: Sequence[BlockKey], deadline: float) -> Future[Acquired]:
+        return self._acquires.submit(self._acquire, keys, deadline)
+
+    def _acquire(self, keys: Sequence[BlockKey], deadline: float) -> Acquired:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"loading took longer than {self._options.load_timeout_s} s")
+        return self._client.acquire(keys, left)
+
+    def _release_late(self, keys: Sequence[BlockKey], late: Future[Acquired]) -> None:
+        with suppress(KVStoreError):
+            self._client.release(keys[: len(late.result().offsets)])
+
+    def _blocks(self, hashes: Sequence[str], before: Sequence[str]) -> list[NewBlock]:
+        keys = self._keyring().block_keys(map(bytes.fromhex, (*before[-1:], *hashes)))
+        if not before:
+            keys = [NO_PARENT, *keys]
+        return [NewBlock(key, keys[at], len(before) + at) for at, key in enumerate(keys[1:])]
+
+    def _save(
+        self, blocks: Sequence[NewBlock], places: Sequence[Place], deadline: float
+    ) -> tuple[list[bool], int, str | None]:
+        """Store a chunk: which blocks the node holds now, how many of them we wrote, and why it refused one."""
+        binding = self._binding
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"saving took longer than {self._options.save_timeout_s} s")
+        reserved = self._client.reserve(binding.namespace, blocks, binding.part or 0, binding.parts, left)
+        wanted = [(at, offset) for at, offset in enumerate(reserved.offsets) if offset is not None]
+        keys = [blocks[at].key for at, _ in wanted]
+        try:
+            for at, offset in wanted:
+                binding.pages.save(places[at], reserved.arena.slot(offset, self._bytes))
+        except BaseException:
+            self._client.abort(keys)
+            raise
+        if keys:
+            self._client.commit(keys, binding.part or 0, timeout=max(deadline - time.monotonic(), 0.001))
+        refused = {at: miss for at, miss in reserved.misses.items() if miss is not Miss.PRESENT}
+        reason = next((miss.value for miss in refused.values()), None)
+        return [at not in refused for at in range(len(blocks))], len(wanted), reason
+
+    def _asked(self, ask: Callable[[Keyring], T], nothing: T) -> T:
+        try:
+            return ask(self._keyring())
+        except Exception as error:
+            self._recorder.count("pages_missed", self._reason(error))
+            return nothing
+
+    def _keyring(self) -> Keyring:
+        if self._link.keyring is None:
+            raise _NoNode
+        return self._link.keyring
+
+    def _prepare(self) -> None:
+        """Map a new node's arena before it is needed."""
+        arena = self._client.acquire([], 5.0).arena
+        threading.Thread(target=arena.populate, name="kvstore-populate", daemon=True).start()
+
+    def _reason(self, error: Exception) -> str:
+        """Why nothing was moved, as a label. What we did not foresee is logged with its origin."""
+        if isinstance(error, DeadlineExceeded):
+            return Miss.DEADLINE.value
+        if isinstance(error, IdentityError):
+            logger.warning("KV store, pool %s: %s", self._name, error)
+            return "bad_call"
+        if isinstance(error, KVStoreError):
+            if not isinstance(error, _NoNode):
+                self._link.lost()
+            return Miss.UNAVAILABLE.value
+        logger.exception("KV store, pool %s: moving pages failed", self._name, exc_info=error)
+        return "error"
+
+
+class _NoNode(KVStoreError):
+    """No node is known to answer; the link has said so."""
