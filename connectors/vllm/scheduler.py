@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from connectors.vllm.about import about
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, StepPlan
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
-from kvstore.node.api import Lookup, Miss
+from kvstore.node.api import About, Lookup, Miss
 from kvstore.tiers.base import Medium
 
 LOOKUP_TIMEOUT = 0.05
@@ -47,6 +48,7 @@ class _State:
 
     request: Any
     chain: Chain
+    about: About
     offer: _Offer | None = None
     media: dict[Medium, int] = field(default_factory=dict)
     loaded_in: int = -1
@@ -74,7 +76,8 @@ class Planner:
         seed = request_seed(request)
         if seed is not None:
             tokens = self._geometry.block_tokens
-            self._states[request.request_id] = _State(request, Chain(tokens, seed, multimodal_extra(request, tokens)))
+            chain = Chain(tokens, seed, multimodal_extra(request, tokens))
+            self._states[request.request_id] = _State(request, chain, about(request, seed))
 
     def remove(self, request_id: str) -> None:
         self._states.pop(request_id, None)
@@ -187,7 +190,7 @@ class Planner:
         if not self._extend(state, limit):
             return Lookup(0), Miss.UNAVAILABLE
         try:
-            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT)
+            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about)
             self._forget(state.chain.keys[first + found.blocks : limit])
             return found, Miss.NOT_STORED
         except DeadlineExceeded:

@@ -31,6 +31,18 @@ class Lookup:
     """Estimated time until all of them are in the arena; 0 for blocks that are there."""
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a node may remember of a request, so that its misses can be explained."""
+
+    request: str
+    """Its id; of a longer one the first 128 characters."""
+    seed: bytes = b""
+    """First parent of its chain, when that is not empty."""
+    lora: str = ""
+    """Digest of its LoRA adapter."""
+
+
 class Miss(Enum):
     """Why a block was not delivered, or not taken."""
 
@@ -92,7 +104,9 @@ class NodeClient(Protocol):
     def open_namespace(self, namespace: Namespace, block_bytes: int) -> Keyring:
         """Register a namespace and its payload size; survives reconnects. Returns the keyring for its block keys."""
 
-    def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
+    def lookup(
+        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+    ) -> Lookup:
         """Longest usable prefix of ``keys[start:]``. ``keys`` is the whole chain, so that all of it counts as used."""
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import kvstore.errors
 from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable, ProtocolError
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import PROTOCOL_VERSION, Acquired, Lookup, Miss, NewBlock, Reserved
+from kvstore.node.api import PROTOCOL_VERSION, About, Acquired, Lookup, Miss, NewBlock, Reserved
 from kvstore.node.arena import Arena
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
 from kvstore.tiers.base import Medium
@@ -69,8 +69,11 @@ class Client:
         self._namespaces[namespace] = self._open(self._connected(), namespace, block_bytes)
         return self._namespaces[namespace][2]
 
-    def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
-        blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start)
+    def lookup(
+        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+    ) -> Lookup:
+        more = {"request": about.request[:128], "seed": about.seed, "lora": about.lora} if about is not None else {}
+        blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start, **more)
         return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds)
 
     def holds(self, keys: Sequence[BlockKey], timeout: float, namespace: Namespace) -> list[bool]:
@@ -178,8 +181,10 @@ class AsyncClient:
     async def open_namespace(self, namespace: Namespace, block_bytes: int) -> Keyring:
         return await asyncio.to_thread(self._client.open_namespace, namespace, block_bytes)
 
-    async def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
-        return await asyncio.to_thread(self._client.lookup, keys, start, timeout)
+    async def lookup(
+        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+    ) -> Lookup:
+        return await asyncio.to_thread(self._client.lookup, keys, start, timeout, about)
 
     async def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         return await asyncio.to_thread(self._client.acquire, keys, timeout)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.envelope import HEADER_BYTES, envelope_bytes
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import Acquired, Lookup, Miss, NewBlock, Reserved
+from kvstore.node.api import About, Acquired, Lookup, Miss, NewBlock, Reserved
 from kvstore.node.arena import Arena
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.base import Medium
@@ -57,7 +57,9 @@ class InProcessNode:
         self._sizes[namespace.digest] = envelope_bytes(block_bytes)
         return namespace.keyring(b"testing")
 
-    def lookup(self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05) -> Lookup:
+    def lookup(
+        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+    ) -> Lookup:
         with self._lock:
             blocks = 0
             for key in keys[start:]:
