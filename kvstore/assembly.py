@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,25 @@ async def open_catalog(config: Config) -> Catalog | None:
     return await catalog.open_catalog(
         settings.url, config.object.url.rstrip("/"), settings.password.get_secret_value(), settings.ca_file
     )
+
+
+async def rebuild_catalog(config: Config, catalog: Catalog, progress: Callable[[int], None]) -> int:
+    """Drop the catalog's index and fill it again from a listing of the bucket; how many blocks there are.
+
+    ``progress`` is told how many were listed. Raises ConfigError, CatalogUnavailable, TierUnavailable.
+    """
+    from kvstore.catalog.rebuild import rebuild
+    from kvstore.tiers.object import Bucket
+    from kvstore.tiers.object.objects import Objects
+
+    place = object_settings(config)
+    if place.folder is None:
+        await asyncio.to_thread(Bucket(place).check)
+    objects = await asyncio.to_thread(Objects.connect, place)
+    try:
+        return await rebuild(catalog, objects, f"rebuild:{os.getpid()}", progress)
+    finally:
+        await objects.close()
 
 
 async def open_sharing(config: Config) -> Sharing | None:

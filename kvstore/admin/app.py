@@ -14,10 +14,10 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 import kvstore
-from kvstore.admin import problems
+from kvstore.admin import kinds, problems
 from kvstore.admin.guard import Guard
 from kvstore.admin.idempotency import Idempotency
-from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, health
+from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, events, health
 from kvstore.admin.site import Site
 
 EXTENSIONS = "kvstore.admin"
@@ -61,7 +61,9 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     )
     app.state.site = site
     problems.install(app)
+    kinds.register(site.jobs, site.node, site.config)
     health.add_checks(site)
+    events.add_parts(site)
     for router in (*ROUTERS, *(NODE_ROUTERS if site.node is not None else ()), *extensions(site)):
         app.include_router(router)
     app.add_middleware(Idempotency)

@@ -12,6 +12,7 @@ import uvicorn
 
 from kvstore.admin.app import create_app
 from kvstore.admin.guard import LOOPBACK
+from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
 from kvstore.admin.site import Site
 from kvstore.config import Loaded
@@ -33,7 +34,8 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
     if not api.listen:
         raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
     listener = _listen(*api.address)
-    site = Site(loaded, NodeView(loaded.config.node.socket) if node else None)
+    directory = loaded.config.node.directory / ("jobs" if node else "region-jobs")
+    site = Site(loaded, NodeView(loaded.config.node.socket) if node else None, Jobs(directory))
     app = create_app(site, LOOPBACK | {api.address[0]})
     server = _Server(
         uvicorn.Config(
@@ -48,6 +50,7 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
         await asyncio.shield(running)
     finally:
         site.closing.set()
+        await site.jobs.close()
         server.should_exit = True
         await running
 

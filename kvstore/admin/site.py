@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.encoders import jsonable_encoder
 
 from kvstore.admin.auth import Authenticate, everybody
-from kvstore.admin.models import Check
+from kvstore.admin.cached import Cached
+from kvstore.admin.jobs import Jobs
+from kvstore.admin.models import Check, Snapshot
 from kvstore.admin.node import NodeView
 from kvstore.admin.problems import Problem
 from kvstore.config import Config, Loaded
+from kvstore.errors import KVStoreError
+
+SNAPSHOT_SECONDS = 1.0
+"""How often live views are told."""
 
 
 @dataclass
@@ -23,6 +31,7 @@ class Site:
     loaded: Loaded
     node: NodeView | None
     """None on a service that has no node beside it."""
+    jobs: Jobs
     authenticate: Authenticate = everybody
     parts: dict[str, Callable[[], Awaitable[Any]]] = field(default_factory=dict)
     """What ``/v1/events`` tells each second, by name: anything with a JSON form, quickly."""
@@ -31,9 +40,26 @@ class Site:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server stops: streams end then."""
 
+    def __post_init__(self) -> None:
+        self.snapshot = Cached(self._look, 0.9 * SNAPSHOT_SECONDS)
+
     @property
     def config(self) -> Config:
         return self.loaded.config
+
+    async def _look(self) -> Snapshot:
+        """All parts at once; one that fails does not keep the others back."""
+        found: dict[str, Any] = {}
+        problems: dict[str, str] = {}
+
+        async def ask(name: str) -> None:
+            try:
+                found[name] = jsonable_encoder(await self.parts[name]())
+            except (KVStoreError, Problem) as error:
+                problems[name] = str(error)
+
+        await asyncio.gather(*map(ask, self.parts))
+        return Snapshot(time=time.time(), parts=found, problems=problems)
 
 
 def _site(request: Request) -> Site:

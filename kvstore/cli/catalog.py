@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -57,26 +56,14 @@ def rebuild(config: options.ConfigFile = None, overrides: options.Overrides = No
     """Drop the catalog's index and fill it again from a listing of the bucket. Nodes go on serving meanwhile."""
     from rich.console import Console
 
-    from kvstore.assembly import object_settings
-    from kvstore.catalog.rebuild import rebuild
-    from kvstore.tiers.object import Bucket
-    from kvstore.tiers.object.objects import Objects
+    from kvstore.assembly import rebuild_catalog
 
     settings = options.load(config, overrides).config
     started = time.monotonic()
 
     async def work(catalog: Catalog) -> int:
-        place = object_settings(settings)
-        if place.folder is None:
-            await asyncio.to_thread(Bucket(place).check)
-        objects = await asyncio.to_thread(Objects.connect, place)
-        try:
-            with Console(stderr=True).status("listing the bucket") as shown:
-                return await rebuild(
-                    catalog, objects, f"rebuild:{os.getpid()}", lambda blocks: shown.update(f"{number(blocks)} blocks")
-                )
-        finally:
-            await objects.close()
+        with Console(stderr=True).status("listing the bucket") as shown:
+            return await rebuild_catalog(settings, catalog, lambda blocks: shown.update(f"{number(blocks)} blocks"))
 
     blocks = asyncio.run(_with_catalog(settings, work))
     seconds = time.monotonic() - started

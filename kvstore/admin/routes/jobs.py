@@ -1,0 +1,84 @@
+"""Long work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from kvstore.admin.auth import Role, reads, writes
+from kvstore.admin.models import Job, JobKindInfo, JobPage, JobState, NewJob
+from kvstore.admin.paging import Cursor, Limit, page_of
+from kvstore.admin.problems import documented
+from kvstore.admin.site import CurrentSite
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+EVENT_SECONDS = 0.1
+"""Between two events of a job at least."""
+
+
+def _job(job: str, site: CurrentSite) -> Job:
+    return site.jobs.get(job)
+
+
+CurrentJob = Annotated[Job, Depends(_job)]
+
+
+@router.get("/job-kinds", dependencies=reads())
+def job_kinds(site: CurrentSite) -> list[JobKindInfo]:
+    """What can be run as a job here."""
+    return [
+        JobKindInfo(name=kind.name, summary=kind.summary, options=kind.options.model_json_schema())
+        for kind in site.jobs.kinds
+    ]
+
+
+@router.get("/jobs", dependencies=reads(), responses=documented(422))
+def list_jobs(
+    site: CurrentSite,
+    state: Annotated[JobState | None, Query(description="Only these.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = "",
+) -> JobPage:
+    """Jobs, newest first."""
+    jobs = [job for job in site.jobs.all() if state in (None, job.state)]
+    items, after = page_of(jobs, lambda job: job.id, cursor, limit)
+    return JobPage(items=items, cursor=after)
+
+
+@router.post("/jobs", dependencies=writes(Role.OPERATOR), status_code=202, responses=documented(404, 409, 422))
+async def create_job(wanted: NewJob, site: CurrentSite) -> Job:
+    """Start a job. One of a kind runs at a time."""
+    return site.jobs.create(wanted.kind, wanted.options)
+
+
+@router.get("/jobs/{job}", dependencies=reads(), responses=documented(404))
+def show_job(job: CurrentJob) -> Job:
+    """One job."""
+    return job
+
+
+@router.get("/jobs/{job}/events", dependencies=reads(), response_class=EventSourceResponse, responses=documented(404))
+async def job_events(job: CurrentJob, site: CurrentSite) -> AsyncIterator[ServerSentEvent]:
+    """The job as server-sent events of type `job`, one for each change, until it has ended."""
+    async for state in site.jobs.watch(job.id):
+        yield ServerSentEvent(event="job", data=state)
+        await asyncio.sleep(EVENT_SECONDS)
+
+
+@router.post("/jobs/{job}/cancel", dependencies=writes(Role.OPERATOR), responses=documented(404, 409))
+async def cancel_job(job: CurrentJob, site: CurrentSite) -> Job:
+    """Stop a job. What it has done stays done."""
+    return await site.jobs.cancel(job.id)
+
+
+@router.post(
+    "/jobs/{job}/resume", dependencies=writes(Role.OPERATOR), status_code=202, responses=documented(404, 409, 422)
+)
+async def resume_job(job: CurrentJob, site: CurrentSite) -> Job:
+    """Go on with a job that was cancelled, interrupted or failed."""
+    return site.jobs.resume(job.id)
