@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -127,11 +127,17 @@ async def find_hot_set(contents: Contents, previous: Manifest | None, now: float
         path = _path(key, found, chosen)
         if path is not None and len(chosen) + len(path) <= most:
             chosen.update((block.key, block) for block in path)
-    for block in reversed(chosen.values()):  # what is continued is at least as hot as what continues it
-        scores[block.parent] = max(scores.get(block.parent, 0.0), scores.get(block.key, 0.0))
+    raise_ancestors(list(chosen.values()), scores)
     blocks = [replace(b, score=scores[b.key]) for b in chosen.values() if b.namespace in namespaces]
     used = {block.namespace for block in blocks}
     return HotSet(blocks, {digest: label_of(namespaces[digest]) for digest in used})
+
+
+def raise_ancestors(blocks: Sequence[HotBlock], scores: MutableMapping[BlockKey, float]) -> None:
+    """What is continued is at least as hot as what continues it. ``blocks``: parents first."""
+    for block in reversed(blocks):
+        if (score := scores.get(block.key, 0.0)) > scores.get(block.parent, 0.0):
+            scores[block.parent] = score
 
 
 async def usual_hot_set(contents: Contents, now: float) -> HotSet:
