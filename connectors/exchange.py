@@ -122,7 +122,7 @@ class Exchange:
         return [key in published or reserved.misses.get(place) is Miss.PRESENT for place, key in enumerate(keys)]
 
     def delete(self, digests: Sequence[bytes]) -> bool:
-        """Delete from every tier. A payload that is leased goes when its leases do."""
+        """Delete from every tier; False when the node did not answer. Whoever holds a lease may read on."""
         try:
             self._client.delete(self._keys(digests))
         except KVStoreError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.envelope import Header, envelope_bytes
@@ -50,6 +50,10 @@ class Promoter:
                     seconds += self._speeds[medium].estimate(count, stat.length)
             position += count
         return seconds
+
+    async def settle(self, keys: Iterable[BlockKey]) -> None:
+        """Wait until none of these blocks is being fetched."""
+        await asyncio.gather(*(self._flights[key] for key in self._flights.keys() & set(keys)), return_exceptions=True)
 
     async def close(self) -> None:
         flights = list(self._flights.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -88,6 +89,7 @@ class Store:
         self._probe = probe
         self.admission = admission
         self._probes: set[asyncio.Task[None]] = set()
+        self._deleting: Counter[BlockKey] = Counter()
 
     # --- loading
 
@@ -255,12 +257,16 @@ class Store:
         self.abort(session, list(self._reservations.held_by(session)))
 
     async def delete(self, keys: Sequence[BlockKey]) -> dict[Medium, int]:
-        """Delete blocks, from the slowest tier first so that no promotion brings one back; how many went, by tier."""
-        deleted = {}
-        for tier in reversed(self.tiers):
-            self.history.record(What.DELETED, [key for key in keys if key in tier.keys()], tier.medium)
-            deleted[tier.medium] = await tier.delete(keys)
-        return deleted
+        """Delete blocks so that no write or fetch that was under way brings one back; how many went, by tier."""
+        self._deleting.update(keys)
+        try:
+            await asyncio.gather(*(queue.forget(keys) for queue in self._queues))
+            deleted = {tier.medium: await self._drop(tier, keys) for tier in reversed(self.tiers[1:])}
+            await self._promoter.settle(keys)
+            return {**deleted, Medium.HOST: await self._drop(self.host, keys)}
+        finally:
+            self._deleting.subtract(keys)
+            self._deleting += Counter()  # drops what is at zero
 
     async def drain(self, timeout: float) -> bool:
         """Wait until what was saved has been written down. False when the timeout came first."""
@@ -307,7 +313,7 @@ class Store:
         """Offer blocks of the host tier to every slower tier that lacks them and admits them."""
         writes: dict[BlockKey, dict[Medium, asyncio.Future[bool]]] = {header.key: {} for header in headers}
         for queue in self._queues:
-            lacking = [header for header in headers if header.key not in queue.tier.keys()]
+            lacking = [h for h in headers if h.key not in queue.tier.keys() and h.key not in self._deleting]
             for chain in consecutive(lacking):
                 for header, admitted in zip(chain, self._admit(queue, chain), strict=True):
                     if admitted and (future := queue.offer(header)) is not None:
@@ -337,6 +343,10 @@ class Store:
             if not decision.admit:
                 self.history.record(What.NOT_ADMITTED, [key], queue.tier.medium, decision.reason)
         return [decision.admit for decision in decisions]
+
+    async def _drop(self, tier: Tier, keys: Sequence[BlockKey]) -> int:
+        self.history.record(What.DELETED, [key for key in keys if key in tier.keys()], tier.medium)
+        return await tier.delete(keys)
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:
         for tier in self.tiers:

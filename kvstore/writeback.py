@@ -7,6 +7,7 @@ in the arena while it waits, so the bound is also the share of the arena that ev
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import structlog
 
@@ -34,6 +35,8 @@ class Writeback:
         self._history = history
         self._limit = limit_bytes
         self._pending: dict[BlockKey, asyncio.Future[bool]] = {}
+        self._writing: set[BlockKey] = set()
+        self._forgotten: set[BlockKey] = set()
         self._queue: asyncio.Queue[tuple[Header, int]] = asyncio.Queue()
         self._workers = [asyncio.create_task(self._work()) for _ in range(workers)]
 
@@ -57,6 +60,12 @@ class Writeback:
         self._queue.put_nowait((header, offset))
         return future
 
+    async def forget(self, keys: Iterable[BlockKey]) -> None:
+        """Do not write these blocks; returns when none of them is being written any more."""
+        pending = self._pending.keys() & set(keys)
+        self._forgotten |= pending - self._writing
+        await asyncio.gather(*(self._pending[key] for key in pending & self._writing))
+
     async def drain(self) -> None:
         """Wait until everything queued so far was written or given up."""
         await asyncio.gather(*self._pending.values(), return_exceptions=True)
@@ -72,8 +81,12 @@ class Writeback:
             header, offset = await self._queue.get()
             stored = False
             try:
-                stored = await self._write(header, offset)
+                if header.key not in self._forgotten:
+                    self._writing.add(header.key)
+                    stored = await self._write(header, offset)
             finally:
+                self._writing.discard(header.key)
+                self._forgotten.discard(header.key)
                 self.queued_bytes -= header.envelope_bytes
                 self._host.unpin(header.key, offset)
                 self._pending.pop(header.key).set_result(stored)

@@ -62,6 +62,8 @@ class Chunks:
         self._leases: dict[str, list[int]] = {}
         """Bytes of each lease, by key."""
         self._leased_bytes = 0
+        self._doomed: set[str] = set()
+        """Leased chunks that were deleted."""
 
     @property
     def misses(self) -> Counter[str]:
@@ -98,7 +100,7 @@ class Chunks:
 
     def unlease(self, keys: Sequence[str]) -> None:
         """Return one lease of each key; keys without one are ignored."""
-        held = []
+        held, doomed = [], []
         with self._lock:
             for key in keys:
                 if sizes := self._leases.get(key):
@@ -106,9 +108,13 @@ class Chunks:
                     self._leased_bytes -= sizes.pop()
                     if not sizes:
                         del self._leases[key]
+                        if key in self._doomed:
+                            self._doomed.remove(key)
+                            doomed.append(key)
         for group, places in _by(held, group_of):
             for exchange in self._known(group):
                 exchange.unlease([_digest(held[place]) for place in places])
+        self.delete(doomed)
 
     def holds(self, keys: Sequence[str]) -> list[bool]:
         """Like ``contains``, but does not count as a use."""
@@ -121,11 +127,15 @@ class Chunks:
         return self._of_buffer_size(keys, buffers, Exchange.save)
 
     def delete(self, keys: Sequence[str]) -> list[bool]:
-        """Delete chunks of any size; True where the node answered."""
+        """Delete chunks of any size, leased ones with their last lease; True unless the node did not answer."""
+        with self._lock:
+            leased = {key for key in keys if key in self._leases}
+            self._doomed |= leased
         done = [True] * len(keys)
         for group, places in _by(keys, group_of):
+            places = [place for place in places if keys[place] not in leased]
             for exchange in self._known(group):
-                if not exchange.delete([_digest(keys[place]) for place in places]):
+                if places and not exchange.delete([_digest(keys[place]) for place in places]):
                     for place in places:
                         done[place] = False
         return done

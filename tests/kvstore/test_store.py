@@ -63,10 +63,11 @@ class MemoryTier(Tier):
 
     async def get(self, key: BlockKey, into: memoryview) -> Header:
         self.gets += 1
+        block = self.blocks.get(key)
         await self.gate.wait()
         if self.failure:
             raise self.failure
-        block = self.blocks[key]
+        assert block is not None
         into[: len(block.envelope)] = block.envelope
         return block.header
 
@@ -286,6 +287,34 @@ async def test_deleting_a_leased_block_waits_for_its_reader(rig: Rig, chain: lis
     assert rig.payloads(delivery.offsets) == [chain[0].payload]
     rig.store.release(rig.session, [chain[0].key])
     assert rig.host.stats().used_bytes == 0
+
+
+async def test_a_deleted_block_does_not_come_back_from_a_write_or_a_fetch_that_was_under_way(
+    rig: Rig, chain: list[SealedBlock]
+) -> None:
+    rig.disk.gate.clear()
+    await rig.save(chain)
+    await asyncio.sleep(0)  # the disk is writing the first blocks, and the others wait
+    deleting = asyncio.create_task(rig.store.delete(keys_of(chain)))
+    await asyncio.sleep(0.01)
+    rig.disk.gate.set()
+    await deleting
+    await rig.store.drain(5)
+    assert rig.store.lookup(keys_of(chain)).blocks == 0
+    assert not rig.disk.blocks
+    assert not rig.bucket.blocks
+
+    rig.disk.blocks = {block.key: block for block in chain}
+    rig.disk.gate.clear()
+    fetching = asyncio.create_task(rig.store.acquire(rig.session, keys_of(chain), 5))
+    await asyncio.sleep(0.01)
+    deleting = asyncio.create_task(rig.store.delete(keys_of(chain)))
+    await asyncio.sleep(0.01)
+    rig.disk.gate.set()
+    await deleting
+    await fetching
+    await rig.store.drain(5)
+    assert rig.store.lookup(keys_of(chain)).blocks == 0
 
 
 async def test_releasing_what_was_never_leased_does_no_harm(rig: Rig, chain: list[SealedBlock]) -> None:
