@@ -1,0 +1,153 @@
+"""Lets the real SGLang engine with HiCache run on a CPU. Python imports this at start when the folder is on PYTHONPATH.
+
+SGLang's wheel is made for GPUs. On a CPU its engine needs three things more, which this file gives to every process of it:
+
+* stand-ins for packages that are imported and not used there (torchvision from PyPI brings a CUDA build of torch; triton is 1 GB);
+* the copies between device and host pool (``io_backend=direct``) that its CUDA package has;
+* host pools that are not pinned.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+ABSENT = {"torchvision", "datasets", "vllm", "triton"}
+MHA_POOL = "sglang.srt.mem_cache.pool_host.mha"
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+class _Anything:
+    """Any attribute, call or index gives another one; as a decorator it gives the function back."""
+
+    def __getattr__(self, name: str) -> Any:
+        if _is_dunder(name):
+            raise AttributeError(name)
+        return "cpu" if name == "backend" else _Anything()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and not kwargs and isinstance(args[0], types.FunctionType) else self
+
+    def __getitem__(self, key: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __or__(self, other: Any) -> Any:
+        return self
+
+    __ror__ = __or__
+
+    def __mro_entries__(self, bases: Any) -> tuple[type]:
+        return (object,)
+
+
+class _AnyClass(type):
+    def __getattr__(cls, name: str) -> Any:
+        if _is_dunder(name):
+            raise AttributeError(name)
+        return _Anything()
+
+
+class _AnyModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if _is_dunder(name):
+            raise AttributeError(name)
+        if not name[:1].isupper():
+            return _Anything()
+        made = _AnyClass(name, (), {"__init__": lambda self, *args, **kwargs: None})
+        setattr(self, name, made)
+        return made
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in ABSENT else None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        module = _AnyModule(spec.name)
+        module.__path__ = []
+        module.__version__ = "0.0.0"
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function with a module once that has been imported."""
+
+    def __init__(self, patches: dict[str, Callable[[Any], None]]) -> None:
+        self._patches = patches
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self._patches:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self._patches[name](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _copies_on_a_cpu(mha: Any) -> None:
+    """Layer-first device pools to and from host pools; half 0 is K, half 1 is V. The arguments are named as SGLang names them."""
+
+    def transfer_kv_direct(
+        src_layers: Any, dst_layers: Any, src_indices: Any, dst_indices: Any, page_size: int
+    ) -> None:
+        for source, target in zip(src_layers, dst_layers, strict=True):
+            target[dst_indices] = source[src_indices]
+
+    def transfer_kv_all_layer_direct_lf_pf(
+        src_ptrs: Sequence[Any], dst_ptrs: Sequence[Any], src_indices: Any, dst_indices: Any, page_size: int
+    ) -> None:
+        layers, pages = len(src_ptrs) // 2, dst_indices[::page_size] // page_size
+        for half in (0, 1):
+            for layer in range(layers):
+                rows = src_ptrs[half * layers + layer][src_indices]
+                dst_ptrs[half][pages, layer] = rows.reshape(len(pages), page_size, *rows.shape[1:])
+
+    def transfer_kv_per_layer_direct_pf_lf(
+        src_ptrs: Sequence[Any],
+        dst_ptrs: Sequence[Any],
+        src_indices: Any,
+        dst_indices: Any,
+        layer_id: int,
+        page_size: int,
+    ) -> None:
+        pages = src_indices[::page_size] // page_size
+        for half in (0, 1):
+            dst_ptrs[half][dst_indices] = src_ptrs[half][pages, layer_id].flatten(0, 1)
+
+    for copy in (transfer_kv_direct, transfer_kv_all_layer_direct_lf_pf, transfer_kv_per_layer_direct_pf_lf):
+        setattr(mha, copy.__name__, copy)
+
+    pool = mha.MHATokenToKVPoolHost
+    original, signature = pool.__init__, inspect.signature(pool.__init__)
+
+    def unpinned(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.arguments["pin_memory"] = False
+        original(*bound.args, **bound.kwargs)
+
+    pool.__init__ = unpinned
+
+
+sys.meta_path.insert(0, _StandIns())
+sys.meta_path.insert(0, _AfterImport({MHA_POOL: _copies_on_a_cpu}))
