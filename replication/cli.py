@@ -12,31 +12,27 @@ import typer
 from kvstore.cli import options
 from kvstore.cli.output import ago, note, number, print_json, print_table
 from kvstore.errors import ConfigError, KVStoreError
+from replication import servicecli
+from replication.servicecli import RegionName, TopologyFile, load_site, matching_key
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from kvstore.config import Config
     from replication.copier import Outcome
     from replication.manifest import HotBlock
     from replication.replicator import Cycle, FlowReport, Progress
+    from replication.site import Site
     from replication.topology import Topology
 
 INTERRUPTED = 130
 
-TopologyFile = Annotated[
-    Path,
-    typer.Option("--topology", "-t", metavar="FILE", help="TOML file with all regions.", envvar="KVSTORE_TOPOLOGY"),
-]
-RegionName = Annotated[
-    str, typer.Option("--region", "-r", metavar="NAME", help="The region to act for.", envvar="KVSTORE_REGION")
-]
 Watch = Annotated[bool, typer.Option("--watch", help="Go on until SIGINT or SIGTERM.")]
 Interval = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Pause between rounds of --watch.")]
 
 region = typer.Typer(
     no_args_is_help=True, help="Replicate hot prompts between regions.", epilog="docs/regions.md walks through it."
 )
+
+
+region.command("run")(servicecli.run)
 
 
 @region.command()
@@ -63,13 +59,12 @@ def publish(
     """Publish what is hot in the region's bucket, signed, for the other regions to pull."""
     from replication.lease import hold
     from replication.publisher import publish as publish_once
-    from replication.site import open_contents
 
-    regions, settings = _load(topology, region, config, overrides)
-    private = own_key(regions, region, signing_key)
+    regions, site = _load(topology, region, config, overrides)
+    private = matching_key(regions, region, signing_key)
 
     async def once() -> int:
-        async with open_contents(settings, regions, region) as contents, hold(contents.bucket, "publisher"):
+        async with site.open_contents() as contents, hold(contents.bucket, "publisher"):
             manifest = await publish_once(contents, region, private)
         size = sum(block.nbytes for block in manifest.blocks)
         _show(
@@ -92,13 +87,12 @@ def plan(
 ) -> None:
     """Show what a replication would copy now, what it would cost, and what would be left out and why."""
     from replication.replicator import Replicator
-    from replication.site import own_catalog
 
-    regions, settings = _load(topology, region, config, overrides)
+    regions, site = _load(topology, region, config, overrides)
 
     async def once() -> int:
         async with (
-            own_catalog(settings, regions, region) as catalog,
+            site.open_catalog() as catalog,
             Replicator.open(regions, region, catalog) as replicator,
         ):
             cycle = await replicator.plan()
@@ -121,16 +115,15 @@ def replicate(
     """Pull what is hot elsewhere into the region's bucket. The topology's mode says whether it is only observed."""
     from replication.lease import hold
     from replication.replicator import Replicator
-    from replication.site import own_catalog
 
-    regions, settings = _load(topology, region, config, overrides)
+    regions, site = _load(topology, region, config, overrides)
     if regions.mode == "off":
         note('Replication is off: mode = "off" in the topology.')
         return
 
     async def once() -> int:
         async with (
-            own_catalog(settings, regions, region) as catalog,
+            site.open_catalog() as catalog,
             Replicator.open(regions, region, catalog) as replicator,
         ):
             if regions.mode == "observe":
@@ -183,9 +176,8 @@ def purge(
 
     from kvstore.tombstones import Tombstone, end_of_second
     from replication.publisher import entomb
-    from replication.site import open_contents
 
-    regions, settings = _load(topology, region, config, overrides)
+    _, site = _load(topology, region, config, overrides)
     if not (tenant or model or namespace or prefix):
         raise ConfigError("purge", "", "nothing is named", "Give --tenant, --model, --namespace or --prefix.")
     stone = Tombstone(
@@ -201,7 +193,7 @@ def purge(
         typer.confirm(f"Delete every block of {', '.join(named)} in all regions?", abort=True, err=True)
 
     async def once() -> int:
-        async with open_contents(settings, regions, region) as contents:
+        async with site.open_contents() as contents:
             deleted = await entomb(contents, [stone])
         _show(
             json,
@@ -213,29 +205,13 @@ def purge(
     _repeat(once, False, 0.0)
 
 
-def own_key(topology: Topology, region: str, file: Path) -> Ed25519PrivateKey:
-    """The region's private key. Raises ConfigError."""
-    from replication.keys import public_text, read_key
-
-    private = read_key(file, "--key")
-    if public_text(private.public_key()) != topology.regions[region].public_key:
-        problem = "not the private half of the region's public_key"
-        raise ConfigError("--key", str(file), problem, "Put the public half of this key into the topology.")
-    return private
-
-
 def _load(
     path: Path, region: str, config: Path | None = None, overrides: list[str] | None = None
-) -> tuple[Topology, Config]:
-    """The topology, and the configuration that names the region's catalog. Raises ConfigError."""
-    from replication.topology import load_topology
-
-    settings = options.load(config, overrides).config
-    topology = load_topology(path)
-    if region not in topology.regions:
-        known = ", ".join(topology.regions)
-        raise ConfigError("--region", region, f"not in {path}", f"There are: {known}.")
-    return topology, settings
+) -> tuple[Topology, Site]:
+    """The topology, and the region in it with what its configuration adds. Raises ConfigError."""
+    site = load_site(options.load(config, overrides).config, path, region)
+    assert site.topology is not None
+    return site.topology, site
 
 
 def _repeat(once: Callable[[], Awaitable[int]], watch: bool, interval: float) -> None:

@@ -40,6 +40,7 @@ class Contents:
         self._cursor = START
         self._unseen: set[BlockKey] = set()
         """While the whole index is read again: blocks that were not come across yet."""
+        self._used_bytes = 0
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -72,6 +73,12 @@ class Contents:
         listed = await list_blocks(self.bucket)
         return {key: self._better(entry) for key, entry in listed.items()}
 
+    async def used_bytes(self) -> int | None:
+        """Bytes of all blocks, by the catalog; None without one that covers the bucket. Raises CatalogUnavailable."""
+        if self.catalog is None or not await self._follow(self.catalog):
+            return None
+        return self._used_bytes
+
     def copied(self, entry: Entry) -> None:
         """A block was created in the bucket."""
         if self._publisher is not None:
@@ -102,6 +109,7 @@ class Contents:
                 self._apply(batch.changes)
                 self._cursor = batch.cursor
                 if batch.caught_up:
+                    self._used_bytes = batch.used_bytes
                     self._apply(dict.fromkeys(self._unseen))
                     self._unseen = set()
                     return batch.complete

@@ -3,6 +3,7 @@
 * ``manifests/{region}/hot.manifest``: the region's signed hot set; in its own bucket, and a copy wherever it was pulled
 * ``replication/{source}.json``: how far this region has come with each source
 * ``leases/{role}/{epoch}.json``: who does a job that only one may do
+* ``duties/{role}.json``: how that job fares
 """
 
 from __future__ import annotations
@@ -22,3 +23,7 @@ def cursor_name(source: str) -> str:
 
 def lease_name(role: str, epoch: int) -> str:
     return f"{LEASES}/{role}/{epoch:012d}.json"
+
+
+def duty_name(role: str) -> str:
+    return f"duties/{role}.json"

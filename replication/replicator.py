@@ -81,9 +81,11 @@ class Replicator:
         self.near = contents.bucket
         self._contents = contents
         self._far = far
+        self.sources = frozenset(far)
+        """Regions that it hears of, for their tombstones at least."""
         self._settings = {name: topology.links(name) for name in (region, *far)}
         self._sources = {flow.source for flow in topology.flows_to(region)}
-        self._windows = {source: Window(MEMORY_BYTES // len(self._sources)) for source in self._sources}
+        self._windows = {source: Window(MEMORY_BYTES // max(1, len(self._sources))) for source in self._sources}
         self._rates = {flow.identity: RateLimit(flow.bytes_per_second) for flow in topology.flows_to(region)}
 
     @classmethod

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,32 +81,18 @@ def _find(
     """What to warm. Raises ConfigError, TierUnavailable."""
     import asyncio
 
-    from kvstore.assembly import object_settings, open_catalog
-    from replication.contents import Contents
     from replication.hotset import describe, read_namespaces, usual_hot_set
-    from replication.links import Links
+    from replication.site import Site
     from replication.warmup import blocks_of_prompts
 
-    if not config.object.url:
-        raise ConfigError("object.url", "", "there is no bucket to warm from", "Set object.url as for the node.")
-
-    @asynccontextmanager
-    async def contents() -> AsyncIterator[Contents]:
-        async with Links.open([object_settings(config)]) as bucket:
-            catalog = await open_catalog(config)
-            try:
-                async with Contents.open(bucket, catalog) as opened:
-                    yield opened
-            finally:
-                if catalog is not None:
-                    await catalog.close()
+    site = Site(config)
 
     async def hot_set() -> tuple[HotSet, dict[bytes, Namespace]]:
-        async with contents() as held:
+        async with site.open_contents() as held:
             return await usual_hot_set(held, time.time()), await read_namespaces(held.bucket)
 
     async def survey() -> tuple[set[BlockKey], Namespace, int]:
-        async with contents() as held:
+        async with site.open_contents() as held:
             chosen = _named(wanted, await read_namespaces(held.bucket))
             blocks = {key: entry for key, entry in (await held.blocks()).items() if entry.namespace == chosen.digest}
             described = await describe(held.bucket, dict(list(blocks.items())[:8]))

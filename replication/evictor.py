@@ -1,0 +1,58 @@
+"""Keeps a region's bucket under its cap, by what the whole region knows.
+
+Nodes keep the cap too, each by what it used itself, and only from the last sixteenth on. Where this runs it begins earlier, so
+they find nothing to do: what goes is what no node of the region expects to use, and what no source calls hot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping
+
+from kvstore.catalog.base import Entry
+from kvstore.identity import BlockKey
+from kvstore.tiers.object.hotness import merged
+from replication.contents import Contents
+from replication.hotset import kept_manifests, read_snapshots
+
+BEGIN_SHARE, END_SHARE = 3 / 32, 4 / 32
+"""Parts of the cap: with less than the first free, blocks go until the second is."""
+
+
+async def make_room(contents: Contents, capacity: int) -> int:
+    """Evict if the bucket is nearly full; how many blocks went. Raises TierUnavailable, CatalogUnavailable.
+
+    Needs a catalog that covers the bucket: without one nobody knows how full it is.
+    """
+    used = await contents.used_bytes()
+    if used is None or used <= capacity * (1 - BEGIN_SHARE):
+        return 0
+    now = time.time()
+    scores = merged(await read_snapshots(contents.bucket), now)
+    for manifest in await kept_manifests(contents.bucket):
+        for block in manifest.blocks:
+            scores[block.key] = max(scores.get(block.key, 0.0), block.score)
+    blocks = await contents.blocks()
+    excess = used - int(capacity * (1 - END_SHARE))
+    return await contents.delete(await asyncio.to_thread(victims, blocks.values(), scores, excess))
+
+
+def victims(blocks: Collection[Entry], scores: Mapping[BlockKey, float], nbytes: int) -> list[Entry]:
+    """The least valuable blocks that free ``nbytes``, each before its parent; pure.
+
+    By score per byte, what has none before what has one, and by age among equals. A block is worth at least as much as what
+    continues it.
+    """
+    worth = {entry.key: (scores.get(entry.key, 0.0) / entry.envelope_bytes, entry.stored) for entry in blocks}
+    for entry in sorted(blocks, key=lambda entry: -entry.depth):
+        above = worth.get(entry.parent)
+        if above is not None and above < worth[entry.key]:
+            worth[entry.parent] = worth[entry.key]
+    chosen: list[Entry] = []
+    for entry in sorted(blocks, key=lambda entry: (worth[entry.key], -entry.depth)):
+        if nbytes <= 0:
+            break
+        chosen.append(entry)
+        nbytes -= entry.envelope_bytes
+    return chosen

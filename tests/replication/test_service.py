@@ -1,0 +1,271 @@
+"""The regional service: duties by lease, in spite of everything; the commands that run it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from conftest import Pair
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from region_cases import KEY, LLAMA, chain, store, stored
+from typer.testing import CliRunner
+
+from kvstore.catalog import open_catalog
+from kvstore.catalog.base import Entry
+from kvstore.cli import app
+from kvstore.config import load
+from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.testing.blocks import random_chain
+from kvstore.tiers.object import ObjectSettings
+from replication import duties, lease
+from replication.contents import Contents
+from replication.duties import Duty, DutyMetrics, Keeper, Round, read_standing
+from replication.evictor import make_room, victims
+from replication.links import Links
+from replication.service import Pace, serve
+from replication.site import Site
+
+QUICK = Pace(publish=0.1, replicate=0.1, evict=0.1)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(60):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def serving(site: Site, key: object = None, pace: Pace = QUICK) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(site, key, stop, CollectorRegistry(), pace))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        stop.set()
+        await task
+
+
+@pytest.fixture
+def folder_bucket(tmp_path: Path) -> ObjectSettings:
+    return ObjectSettings(url=f"file://{tmp_path}/bucket")
+
+
+def site_of(pair: Pair, region: str, *overrides: str) -> Site:
+    return Site(load(None, list(overrides), environ={}).config, pair.write(), region)
+
+
+class TestKeeper:
+    """One duty in one process."""
+
+    async def test_rounds_go_on_after_failures_and_are_counted(
+        self, folder_bucket: ObjectSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(duties, "FIRST_RETRY_SECONDS", 0.01)
+        outcomes: list[Round | Exception] = [
+            TierUnavailable("the bucket is away"),
+            Round("one"),
+            RuntimeError("a bug"),
+            Round("", problem="na: half of it"),
+        ]
+        done = asyncio.Event()
+
+        async def work() -> Round:
+            if not outcomes:
+                done.set()
+                await asyncio.sleep(3600)
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        registry = CollectorRegistry()
+        async with Links.open([folder_bucket]) as bucket:
+            keeper = Keeper(bucket, Duty("tester", 0.01, work), DutyMetrics(registry))
+            task = asyncio.create_task(keeper.run())
+            await asyncio.wait_for(done.wait(), 30)
+            standing = await read_standing(bucket, "tester")
+            task.cancel()
+            await asyncio.wait([task])
+            assert standing is not None
+            assert (standing.rounds, standing.failures, standing.did) == (4, 2, "one")
+            assert standing.problem == "na: half of it"
+            grant = await lease.current(bucket, "tester")
+            assert grant is not None
+            assert grant.expires < time.time(), "given back"
+        counted = {
+            outcome: registry.get_sample_value("kvstore_region_rounds_total", {"duty": "tester", "outcome": outcome})
+            for outcome in ("failed", "partly")
+        }
+        assert counted == {"failed": 2, "partly": 1}
+
+    async def test_one_of_two_replicas_works_and_the_other_takes_over(
+        self, folder_bucket: ObjectSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(duties, "STANDBY_SECONDS", 0.05)
+        worked: list[str] = []
+
+        def work(name: str) -> Callable[[], Awaitable[Round]]:
+            async def once() -> Round:
+                worked.append(name)
+                return Round(name)
+
+            return once
+
+        async with Links.open([folder_bucket]) as bucket:
+            metrics = DutyMetrics(CollectorRegistry())
+            tasks = {}
+            for name in ("a", "b"):
+                tasks[name] = asyncio.create_task(Keeper(bucket, Duty("tester", 0.01, work(name)), metrics).run())
+                await eventually(lambda: _true(bool(worked)))
+            await asyncio.sleep(0.2)
+            assert set(worked) == {"a"}
+            tasks["a"].cancel()
+            await asyncio.wait([tasks["a"]])
+            worked.clear()
+            await eventually(lambda: _true(len(worked) > 2))
+            assert set(worked) == {"b"}
+            tasks["b"].cancel()
+            await asyncio.wait([tasks["b"]])
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+@pytest.mark.s3
+class TestService:
+    async def test_two_regions_by_their_services_alone(
+        self, pair: Pair, tmp_path: Path, random_source: random.Random
+    ) -> None:
+        blocks = chain(random_source, 6)
+        store(pair.na, blocks)
+        url = f"sqlite://{tmp_path}/eu.db"
+        eu = site_of(pair, "eu", f"object.url={pair.eu.url}", f"catalog.url={url}")
+        async with serving(site_of(pair, "na"), KEY), serving(eu):
+
+            async def arrived() -> bool:
+                return stored(pair.eu).keys() == {block.key for block in blocks}
+
+            await eventually(arrived)
+            catalog = await open_catalog(url, pair.eu.url)
+            try:
+
+                async def recorded() -> bool:
+                    return None not in await catalog.lookup([block.key for block in blocks])
+
+                await eventually(recorded)
+                entries = await catalog.lookup([block.key for block in blocks])
+            finally:
+                await catalog.close()
+        expected = [Entry.of(block.header)._replace(tokens=LLAMA.block_tokens) for block in blocks]
+        assert entries == expected, "with their places in the chain, so that nodes need not read them"
+
+    async def test_a_source_that_is_away_ends_nothing(self, pair: Pair, random_source: random.Random) -> None:
+        blocks = chain(random_source, 3)
+        store(pair.na, blocks)
+        await pair.publish()
+        pair.link.cut()
+        async with serving(site_of(pair, "eu")), Links.open([pair.eu]) as bucket:
+
+            async def noticed() -> bool:
+                standing = await read_standing(bucket, "replicator")
+                return standing is not None and "na" in standing.problem
+
+            await eventually(noticed)
+            pair.link.heal()
+
+            async def arrived() -> bool:
+                return len(stored(pair.eu)) == 3
+
+            await eventually(arrived)
+
+    def test_the_command_stops_cleanly(self, pair: Pair) -> None:
+        pair.write()
+        argv = [sys.executable, "-m", "kvstore", "region", "run", "-t", str(pair.file), "-r", "eu"]
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "regional service runs" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 0, "".join(lines) + rest
+        assert json.loads(lines[-1])["duties"] == ["replicator"]
+
+    def test_a_configuration_of_another_region_is_refused(self, pair: Pair) -> None:
+        with pytest.raises(ConfigError, match=r"the topology has .* for region 'eu'"):
+            site_of(pair, "eu", "object.url=s3://elsewhere/prod")
+        arguments = ["region", "run", "-t", str(pair.file), "-r", "eu", "--set", "object.url=s3://elsewhere/prod"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "object.url" in result.output
+
+
+def entries_of(sizes: list[int], stored: int = 100) -> list[Entry]:
+    """A chain of blocks with these payloads."""
+    keys = [NO_PARENT, *(BlockKey(bytes([1, place]) * 8) for place in range(len(sizes)))]
+    return [Entry(keys[i + 1], size, b"n" * 16, 16, i, keys[i], stored) for i, size in enumerate(sizes)]
+
+
+class TestEvictor:
+    def test_what_has_no_score_goes_first_and_the_oldest_of_it(self) -> None:
+        def block(name: int, stored: int) -> Entry:
+            return Entry(BlockKey(bytes([name]) * 16), 5000, b"n" * 16, 16, 0, NO_PARENT, stored)
+
+        hot, old, new = block(1, 10), block(2, 20), block(3, 30)
+        scores = {hot.key: 1.0}
+        assert victims([hot, new, old], scores, 1) == [old]
+        assert victims([hot, new, old], scores, old.envelope_bytes + 1) == [old, new]
+        assert victims([hot, new, old], scores, 1 << 40) == [old, new, hot]
+
+    def test_the_tail_goes_before_what_it_continues(self) -> None:
+        blocks = entries_of([5000] * 4)
+        assert victims(blocks, {blocks[3].key: 1.0}, 1) == [blocks[3]]
+        assert victims(blocks, {blocks[0].key: 1.0}, 1 << 40) == blocks[::-1]
+
+    @given(st.data())
+    def test_frees_enough_and_leaves_no_hole(self, data: st.DataObject) -> None:
+        blocks: list[Entry] = []
+        for number in range(data.draw(st.integers(1, 20))):
+            parent = data.draw(st.sampled_from([None, *blocks]))
+            depth, above = (0, NO_PARENT) if parent is None else (parent.depth + 1, parent.key)
+            size, age = data.draw(st.integers(1, 30_000)), data.draw(st.integers(0, 9))
+            blocks.append(Entry(BlockKey(bytes([number + 1]) * 16), size, b"n" * 16, 16, depth, above, age))
+        scores = {entry.key: data.draw(st.floats(0, 9)) for entry in data.draw(st.lists(st.sampled_from(blocks)))}
+        total = sum(entry.envelope_bytes for entry in blocks)
+        wanted = data.draw(st.integers(0, total))
+        gone = victims(blocks, scores, wanted)
+        left = {entry.key for entry in blocks} - {entry.key for entry in gone}
+        assert sum(entry.envelope_bytes for entry in gone) >= wanted
+        assert all(entry.parent == NO_PARENT or entry.parent in left for entry in blocks if entry.key in left)
+
+    async def test_the_bucket_is_kept_under_its_cap_from_the_catalog(
+        self, folder_bucket: ObjectSettings, tmp_path: Path
+    ) -> None:
+        blocks = random_chain(random.Random(1), 32, 8192)
+        store(folder_bucket, blocks)
+        size = blocks[0].header.envelope_bytes
+        catalog = await open_catalog(f"sqlite://{tmp_path}/catalog.db", folder_bucket.url)
+        async with Links.open([folder_bucket]) as bucket, Contents.open(bucket, catalog) as contents:
+            assert await make_room(contents, 32 * size) == 0, "not before the catalog covers the bucket"
+            await catalog.record({block.key: Entry.of(block.header) for block in blocks})
+            await catalog.complete((await catalog.status()).epoch)
+            assert await make_room(contents, 64 * size) == 0
+            assert await make_room(contents, 32 * size) == 4
+            assert (await catalog.status()).blocks == 28
+        assert stored(folder_bucket).keys() == {block.key for block in blocks[:28]}
+        await catalog.close()
