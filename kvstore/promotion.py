@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
-from kvstore.envelope import Header, envelope_bytes
+from kvstore.envelope import envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError
 from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
+from kvstore.policy.planner import Run
+from kvstore.policy.speed import SpeedMeter
 from kvstore.tiers.base import Medium, Tier
 from kvstore.tiers.host import HostTier
 
 FETCHES_PER_ACQUIRE = 32
 """Blocks that one acquire fetches at a time: enough to keep a tier busy, in order, so that a prefix arrives first."""
+
+WINDOW = 16
+"""Blocks that an engine asks for at a time (``connectors.vllm.worker.LOAD_CHUNK``): each window pays a tier's latency."""
+
+AHEAD = 4
+"""Blocks fetched at a time for later requests: few, as engines wait for others."""
+
+MOST_AHEAD = 4096
+"""Blocks that may wait to be fetched for later requests; the latest are wanted soonest."""
 
 
 class Promoter:
@@ -27,7 +38,10 @@ class Promoter:
         self._history = history
         self._lower = tuple(lower)
         self._flights: dict[BlockKey, asyncio.Task[Medium | Miss]] = {}
-        self._speeds = {tier.medium: _Speed() for tier in lower}
+        self.meters = {tier.medium: SpeedMeter(tier.medium, WINDOW) for tier in lower}
+        self._in_flight = dict.fromkeys(self.meters, 0)
+        self._wanted: deque[BlockKey] = deque(maxlen=MOST_AHEAD)
+        self._fetchers: set[asyncio.Task[None]] = set()
 
     async def fetch(self, key: BlockKey) -> Medium | Miss:
         """Have the block published in the host tier; the tier it came from, or why it could not be had.
@@ -40,6 +54,14 @@ class Promoter:
             flight.add_done_callback(lambda _: self._flights.pop(key))
         return await asyncio.shield(flight)
 
+    def fetch_ahead(self, keys: Iterable[BlockKey]) -> None:
+        """Fetch blocks for later requests, a few at a time, behind what engines wait for."""
+        self._wanted.extend(keys)
+        while self._wanted and len(self._fetchers) < AHEAD:
+            task = asyncio.create_task(self._fetch_wanted())
+            self._fetchers.add(task)
+            task.add_done_callback(self._fetchers.discard)
+
     def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
         """Seconds until the runs, which begin at the first key, are in the arena: from what fetches took lately."""
         seconds = 0.0
@@ -47,19 +69,44 @@ class Promoter:
         for medium, count in runs:
             for tier in self._lower:
                 if tier.medium is medium and (stat := tier.stat(keys[position])) is not None:
-                    seconds += self._speeds[medium].estimate(count, stat.length)
+                    meter = self.meters[medium]
+                    if meter.known:
+                        speed = meter.speed(self._in_flight[medium])
+                        seconds += speed.seconds(Run(medium, count, count * stat.length))
             position += count
         return seconds
+
+    def measure(self, keys: Sequence[BlockKey]) -> Measurement:
+        """Begin to time how long these blocks take to be in the arena. Call before they are fetched."""
+        arena = self._host.keys()
+        lengths: dict[Medium, dict[BlockKey, int]] = {}
+        for key in keys:
+            if key in arena or key in self._flights:
+                continue
+            for tier in self._lower:
+                if (stat := tier.stat(key)) is not None:
+                    lengths.setdefault(tier.medium, {})[key] = stat.length
+                    break
+        return Measurement(self.meters, lengths, dict(self._in_flight))
 
     async def settle(self, keys: Iterable[BlockKey]) -> None:
         """Wait until none of these blocks is being fetched."""
         await asyncio.gather(*(self._flights[key] for key in self._flights.keys() & set(keys)), return_exceptions=True)
 
     async def close(self) -> None:
-        flights = list(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        work = [*self._fetchers, *self._flights.values()]
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+
+    async def _fetch_wanted(self) -> None:
+        while self._wanted:
+            key = self._wanted.popleft()
+            if key in self._host.keys():
+                continue
+            measurement = self.measure([key])
+            if isinstance(await self.fetch(key), Medium):
+                measurement.end([key])
 
     async def _promote(self, key: BlockKey) -> Medium | Miss:
         """From the fastest tier that delivers the block."""
@@ -73,7 +120,7 @@ class Promoter:
                 return Miss.NO_ROOM
             if offset is None:
                 return Miss.NO_ROOM
-            started = time.monotonic()
+            self._in_flight[tier.medium] += stat.length
             header = None
             try:
                 header = await tier.get(key, self._host.slot(offset))
@@ -89,9 +136,9 @@ class Promoter:
                 self._history.record(What.UNAVAILABLE, [key], tier.medium)
                 continue
             finally:
+                self._in_flight[tier.medium] -= stat.length
                 if header is None:
                     self._host.discard(offset)
-            self._speeds[tier.medium].record(header, time.monotonic() - started)
             if key in self._host.keys():  # saved anew meanwhile
                 self._host.discard(offset)
             else:
@@ -101,20 +148,29 @@ class Promoter:
         return miss
 
 
-@dataclass(slots=True)
-class _Speed:
-    """Moving averages of what fetching a block takes, and of its bytes."""
+class Measurement:
+    """Times blocks that were asked for together, for the meter of the tier that has them."""
 
-    seconds: float = 0.0
-    nbytes: float = 0.0
+    def __init__(
+        self,
+        meters: Mapping[Medium, SpeedMeter],
+        lengths: Mapping[Medium, Mapping[BlockKey, int]],
+        ahead: Mapping[Medium, int],
+    ) -> None:
+        """``lengths``: of the blocks to come, by tier. ``ahead``: bytes that each tier was busy with already."""
+        self._meters = meters
+        self._lengths = lengths
+        self._ahead = ahead
+        self._started = time.monotonic()
 
-    def record(self, header: Header, seconds: float) -> None:
-        weight = 0.1 if self.nbytes else 1.0
-        self.seconds += weight * (seconds - self.seconds)
-        self.nbytes += weight * (header.length - self.nbytes)
-
-    def estimate(self, blocks: int, length: int) -> float:
-        """Seconds for ``blocks`` of ``length`` bytes, fetched a window at a time; 0 before the first measurement."""
-        if not self.nbytes:
-            return 0.0
-        return -(-blocks // FETCHES_PER_ACQUIRE) * self.seconds * length / self.nbytes
+    def end(self, delivered: Sequence[BlockKey], late: bool = False) -> None:
+        """``delivered`` are here now; ``late``: the one behind them was awaited as long. Of two tiers nothing is learnt."""
+        if len(self._lengths) != 1:
+            return
+        seconds = time.monotonic() - self._started
+        ((medium, lengths),) = self._lengths.items()
+        came = sum(lengths.get(key, 0) for key in delivered)
+        if came:
+            self._meters[medium].observe(self._ahead[medium] + came, seconds)
+        elif late:
+            self._meters[medium].at_least(self._ahead[medium] + next(iter(lengths.values())), seconds)

@@ -141,6 +141,7 @@ class Store:
         Fetches that are under way at the deadline go on: they serve whoever asks next.
         """
         window = asyncio.Semaphore(FETCHES_PER_ACQUIRE)
+        measurement = self._promoter.measure(keys)
         tasks = [asyncio.create_task(self._pin(key, window)) for key in keys]
         media: list[Medium] = []
         offsets: list[int] = []
@@ -164,6 +165,8 @@ class Store:
                 task.cancel()
             for key, task in zip(keys[kept:], tasks[kept:], strict=True):
                 task.add_done_callback(partial(self._unpin_unused, key))
+        if miss in (None, Miss.DEADLINE):
+            measurement.end(keys[:kept], late=miss is Miss.DEADLINE)
         for medium in media:
             self.metrics.delivered.labels(medium.value).inc()
         if miss is not None:

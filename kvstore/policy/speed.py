@@ -1,0 +1,46 @@
+"""How fast a tier delivers, learnt as it runs: seconds = latency + bytes / bandwidth, the bytes ahead in its queue included."""
+
+from __future__ import annotations
+
+from kvstore.policy.fit import OnlineFit
+from kvstore.policy.planner import Speed
+from kvstore.tiers.base import Medium
+
+MEMORY = 20.0
+"""Transfers. A disk or a network changes within seconds, and an engine asks for several transfers a second."""
+
+PRIORS = {Medium.HOST: (0.002, 1 / 10e9), Medium.DISK: (0.001, 1 / 2e9), Medium.OBJECT: (0.03, 1 / 1e9)}
+"""Seconds, and seconds per byte: only their ratio is used, until transfers of several sizes tell the two apart."""
+
+
+class SpeedMeter:
+    """One tier. Owned by the node's event loop."""
+
+    def __init__(self, medium: Medium, window: int) -> None:
+        """``window``: blocks that are asked for together."""
+        self._fit = OnlineFit(PRIORS[medium], MEMORY)
+        self._window = window
+
+    @property
+    def known(self) -> bool:
+        return self._fit.observations > 0
+
+    @property
+    def spread(self) -> float:
+        """Usual relative error."""
+        return self._fit.spread
+
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """So many bytes came in so many seconds: those asked for, and those that were ahead of them."""
+        if nbytes > 0:
+            self._fit.observe((1.0, nbytes), seconds)
+
+    def at_least(self, nbytes: int, seconds: float) -> None:
+        """After so many seconds not even these bytes had come."""
+        if nbytes > 0 and self._fit.seconds((1.0, nbytes)) < seconds:
+            self._fit.observe((1.0, nbytes), seconds)
+
+    def speed(self, queued_bytes: int = 0) -> Speed:
+        """What is to be expected behind so many bytes."""
+        latency, per_byte = self._fit.coefficients
+        return Speed(latency, 1 / max(per_byte, 1e-15), self._window, queued_bytes)
