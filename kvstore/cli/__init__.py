@@ -6,6 +6,9 @@
     node.py      node, status
     blocks.py    ls, get, verify, rm
     hot.py       hot
+    explain.py   explain
+    pins.py      pin, unpin, pins
+    prompts.py   how commands are told a prompt
     checks.py    doctor
     catalog.py   catalog status, catalog rebuild
     api.py       api
@@ -22,7 +25,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import api, blocks, catalog, checks, hot, node, settings
+from kvstore.cli import api, blocks, catalog, checks, explain, hot, node, pins, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -61,6 +64,10 @@ app.command("get")(blocks.get)
 app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
 app.command("hot")(hot.show)
+app.command("explain")(explain.show)
+app.command("pin")(pins.pin)
+app.command("unpin")(pins.unpin)
+app.command("pins")(pins.show)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")

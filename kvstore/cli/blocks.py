@@ -46,7 +46,7 @@ def ls(
     with options.connect(config, overrides, socket) as client:
         document = client.call("status")
         names = {space["digest"]: space["fields"].get("model", "") for space in document["namespaces"]}
-        digest = _namespace(namespace, names) if namespace else None
+        digest = namespace_of(namespace, names) if namespace else None
         pages = {
             medium: _list(client, limit, medium=medium, namespace=digest, prefix=start, cursor=cursor)
             for medium in _media(document, tier)
@@ -107,7 +107,7 @@ def get(
     """Write a block's payload to a file. The node verifies it on the way."""
     from kvstore.units import human_bytes
 
-    block = _key(key)
+    block = key_of(key)
     with options.connect(config, overrides, socket) as client:
         known = client.call("inspect", key=block)
         if not known["media"]:
@@ -201,13 +201,13 @@ def rm(
 
     if bool(keys) == bool(namespace):
         raise ConfigError("rm", " ".join(keys or ()), "needs keys or --namespace, one of the two", "See kvstore ls.")
-    blocks = [_key(key) for key in keys or ()]
+    blocks = [key_of(key) for key in keys or ()]
     with options.connect(config, overrides, socket) as client:
         digest, what = None, f"{len(blocks)} block(s)"
         if namespace:
             spaces = client.call("status")["namespaces"]
             names = {space["digest"]: space["fields"].get("model", "") for space in spaces}
-            digest = _namespace(namespace, names)
+            digest = namespace_of(namespace, names)
             what = f"every block of namespace {digest.hex()} ({names[digest] or 'unknown model'})"
         if not yes:
             typer.confirm(f"Delete {what} from all tiers?", abort=True, err=True)
@@ -227,7 +227,7 @@ def _media(document: dict[str, Any], tier: options.TierName | None) -> list[str]
     return [tier.value]
 
 
-def _namespace(wanted: str, names: dict[bytes, str]) -> bytes:
+def namespace_of(wanted: str, names: dict[bytes, str]) -> bytes:
     """The one namespace of that model name or digest."""
     found = [digest for digest, model in names.items() if model == wanted or digest.hex().startswith(wanted.lower())]
     if len(found) == 1:
@@ -245,7 +245,7 @@ def _hex(option: str, text: str) -> bytes:
         raise ConfigError(option, text, "not whole bytes in hexadecimal", "Copy it from kvstore ls.") from None
 
 
-def _key(text: str) -> BlockKey:
+def key_of(text: str) -> BlockKey:
     from kvstore.identity import KEY_BYTES, BlockKey
 
     key = _hex("KEY", text)

@@ -98,6 +98,7 @@ def _document(
                 "where": places[index],
                 "why": verdicts[index].why.value,
                 "detail": verdicts[index].detail,
+                "causes": [event_document(event) for event in verdicts[index].causes],
                 "events": [event_document(event) for event in events[index]],
                 **worth[index],
             }

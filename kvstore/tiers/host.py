@@ -188,7 +188,9 @@ class HostTier(Tier):
         rows = self.index.used()
         may_go = (self.index.pins[rows] == 0) & (slot_sizes(self.index.length[rows]) == nbytes)
         order = eviction_order(self.index, self.policy, rows[may_go], now)
-        self._candidates[nbytes] = deque(order[: max(RANKED_AT_LEAST, int(len(order) * RANKED_AT_ONCE))].tolist())
+        several = max(RANKED_AT_LEAST, int(len(order) * RANKED_AT_ONCE))
+        several = min(several, -(-len(order) // 2))  # the better half is never given up on a judgement of before
+        self._candidates[nbytes] = deque(order[:several].tolist())
         self._ranked_at = now
 
     def _next_candidate(self, nbytes: int) -> int | None:
