@@ -74,6 +74,7 @@ class Warmer:
         self._tenant = tenant
         self._rate = rate
         self._progress = progress
+        self._warmed: set[BlockKey] = set()
         tiers = {tier["medium"]: tier for tier in client.call("status")["tiers"]}
         self._host_bytes = int(tiers["host"]["capacity_bytes"])
         disk = tiers.get("disk")
@@ -91,6 +92,7 @@ class Warmer:
             self._fetch(chosen.blocks, tokens)
             self._bring_hottest_to_host(chosen.blocks)
             self._client.call("drain", DRAIN_SECONDS + 5, timeout=DRAIN_SECONDS)
+            self._take_back(chosen.blocks, tokens)
         except KeyboardInterrupt:
             self.report.interrupted = True
         self.report.seconds = time.monotonic() - started
@@ -197,9 +199,18 @@ class Warmer:
 
     def _count(self, block: HotBlock, medium: Medium | None, tokens: Mapping[bytes, int]) -> None:
         assert medium is not None
+        self._warmed.add(block.key)
         self.report.blocks[medium.value] += 1
         self.report.warm_bytes += block.nbytes
         self.report.tokens += tokens[block.namespace]
+
+    def _take_back(self, blocks: Sequence[HotBlock], tokens: Mapping[bytes, int]) -> None:
+        """A disk that is full keeps less than memory lets go of: what is on the node no more is not warm."""
+        for block in blocks:
+            if block.key in self._warmed and self._inspect(block.key) not in (Medium.HOST, Medium.DISK):
+                self.report.skipped["not_kept"] += 1
+                self.report.warm_bytes -= block.nbytes
+                self.report.tokens -= tokens[block.namespace]
 
     def _orphaned(self, block: HotBlock, failed: set[BlockKey]) -> bool:
         if block.parent not in failed:

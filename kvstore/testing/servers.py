@@ -227,7 +227,7 @@ http {{
 @contextmanager
 def radosgw(
     access_key: str = "kvstore", secret_key: str = "kvstore-secret", nbytes: int = 2 << 30
-) -> Iterator[S3Server]:
+) -> Iterator[CephGateway]:
     """A fresh Ceph cluster of one monitor, one OSD in memory (at most ``nbytes``) and one S3 gateway."""
     for tool in ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool"):
         _executable(tool, "ceph-mon, ceph-osd, radosgw and ceph-common")
@@ -242,7 +242,7 @@ def radosgw(
         ceph.run("radosgw-admin", "-n", "client.rgw.a", "user", "create", *user)
         gateway = ceph.daemon("rgw", ["radosgw", "-n", "client.rgw.a", "-f"], lambda: listens(port))
         stack.enter_context(_running(gateway))
-        yield S3Server("radosgw", f"http://127.0.0.1:{port}", access_key, secret_key, gateway)
+        yield CephGateway("radosgw", f"http://127.0.0.1:{port}", access_key, secret_key, gateway, cluster=ceph)
 
 
 class _Ceph:
@@ -297,6 +297,22 @@ class _Ceph:
             return self.run("ceph", *argv, timeout=5)
         except (ServerUnavailable, subprocess.TimeoutExpired):
             return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CephGateway(S3Server):
+    """Ceph's S3 gateway."""
+
+    cluster: _Ceph = field(repr=False)
+
+    def limit(self, bucket: str, nbytes: int | None) -> None:
+        """Refuse to put more than ``nbytes`` into a bucket, as when it is full; None lifts that. Takes effect at once."""
+        quota = ["quota", "set", "--quota-scope=bucket", f"--bucket={bucket}"]
+        self.cluster.run(
+            "radosgw-admin", "-n", "client.rgw.a", *quota, f"--max-size={-1 if nbytes is None else nbytes}"
+        )
+        enable = ["quota", "disable" if nbytes is None else "enable", "--quota-scope=bucket", f"--bucket={bucket}"]
+        self.cluster.run("radosgw-admin", "-n", "client.rgw.a", *enable)
 
 
 _CEPH = """

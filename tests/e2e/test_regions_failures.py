@@ -7,6 +7,7 @@ A few lines stand in for an engine; ``test_regions_engines.py`` has real ones.
 from __future__ import annotations
 
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from kvstore.node.api import NewBlock
 from kvstore.node.client import Client
 from kvstore.testing.node import wait_for
 from kvstore.testing.redis import RedisServer, redis_server
-from kvstore.testing.servers import S3Server, ServerUnavailable, ministack
+from kvstore.testing.servers import CephGateway, S3Server, ServerUnavailable, ministack
 from kvstore.testing.shaping import Shape
 from kvstore.tiers.base import Medium
 from kvstore.tiers.object.names import block_name, parse_block_name
@@ -225,3 +226,96 @@ def test_blocks_that_are_damaged_on_the_way(world: World) -> None:
     link.corrupt(payload(bad)[1000:1016], times=1)
     assert region.replicate()["status"] == 0, "the second try was right"
     assert world.assert_whole_prefixes(region) == world.served(region) == TOTAL
+
+
+def test_a_bucket_that_is_full(world: World, radosgw_server: CephGateway) -> None:
+    region = world.mirror("full", s3=radosgw_server)
+    radosgw_server.limit(region.bucket.bucket, 20 * envelope_bytes(BLOCK_BYTES))
+    said = region.replicate()
+    assert said["status"] == 1
+    assert "QuotaExceeded" in said["problems"]["na"]
+    there = world.assert_whole_prefixes(region)
+    assert 10 < there <= 20
+    radosgw_server.limit(region.bucket.bucket, None)
+    said = region.replicate()
+    assert (said["status"], said["flows"][0]["copied"]["copied"]) == (0, TOTAL - there)
+    assert world.assert_whole_prefixes(region) == world.served(region) == TOTAL
+
+
+def test_a_node_whose_disk_is_full(world: World) -> None:
+    region = world.mirror("disk", "host.bytes=8MiB", "host.extent_bytes=1MiB")
+    assert region.replicate()["status"] == 0
+    unlimited = resource.RLIM_INFINITY
+    resource.prlimit(region.node.daemon.pid, resource.RLIMIT_FSIZE, (2 << 20, unlimited))
+    said = region.warm()
+    held = region.node.blocks()
+    assert held["disk"] < TOTAL // 2
+    assert said["status"] == 1, "not ready for traffic"
+    assert said["skipped"]["not_kept"] >= TOTAL - held["host"] - held["disk"]
+    assert world.served(region) == TOTAL, "what neither memory nor disk has comes from the bucket"
+    region.node.stop()
+    region.node.start()
+    assert region.warm()["status"] == 0
+    assert region.node.blocks()["disk"] == world.served(region) == TOTAL
+
+
+def test_blocks_that_are_damaged_in_a_bucket(world: World) -> None:
+    region = world.mirror("rest")
+    bad = world.chains[1][4]
+    damage(world.na, bad)
+    said = region.replicate()
+    assert said["status"] == 1
+    assert world.assert_whole_prefixes(region) == TOTAL - (BLOCKS - 4)
+    with world.na.node.client() as client:
+        found = client.call("verify", 30.0, medium="object", keys=bad)
+        assert [block["key"] for block in found["bad"]] == [bad]
+        client.acquire([bad], 5)  # what is used gets to every tier that lacks it
+        client.release([bad])
+    world.na.node.drain()
+    assert region.replicate()["status"] == 0
+    assert world.assert_whole_prefixes(region) == TOTAL
+
+    damage(region, bad)
+    assert world.served(region) == TOTAL - (BLOCKS - 4)
+    assert region.replicate()["status"] == 0
+    assert world.assert_whole_prefixes(region) == world.served(region) == TOTAL
+
+
+def test_everything_is_restarted(world: World) -> None:
+    region = world.mirror("restart")
+    assert region.replicate()["status"] == 0
+    assert region.warm()["status"] == 0
+    for one in (world.na, region):
+        one.node.kill()
+    for server in world.servers:
+        server.stop()
+    with world.catalog.client() as redis:
+        redis.flushall()
+    world.catalog.kill()
+    world.catalog.restart()
+    for server in world.servers:
+        server.restart()
+    for one in (world.na, region):
+        one.node.start()
+    assert world.served(world.na) == world.served(region) == TOTAL
+    assert world.na.publish()["blocks"] == TOTAL
+    said = region.replicate()
+    assert (said["status"], said["flows"][0]["planned"]["blocks"]) == (0, 0)
+    assert region.warm()["bytes_from_bucket"] == 0
+
+
+def test_a_third_region_takes_from_the_second_what_the_first_cannot_give(world: World) -> None:
+    second, third = world.mirror("second"), world.mirror("third")
+    world.regions.flow("second", "third", WAN)
+    assert second.replicate()["status"] == 0
+    assert second.publish()["blocks"] == TOTAL
+    third.links["na"].cut()
+    said = third.replicate()
+    assert said["status"] == 1
+    assert list(said["problems"]) == ["na"]
+    assert world.assert_whole_prefixes(third) == world.served(third) == TOTAL
+    third.links["na"].heal()
+    before = third.links["na"].bytes_down
+    said = third.replicate()
+    assert (said["status"], [flow["planned"]["blocks"] for flow in said["flows"]]) == (0, [0, 0])
+    assert third.links["na"].bytes_down - before < envelope_bytes(BLOCK_BYTES)

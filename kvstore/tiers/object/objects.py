@@ -7,6 +7,7 @@ call that was cancelled can be waited for, so that a buffer is never given back 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -266,5 +267,7 @@ def _translation() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """obstore appends a long dump of its internals to every message."""
-    return str(error).partition("\n")[0][:300] or type(error).__name__
+    """What the server calls it, and obstore's message without the long dump of its internals."""
+    text = str(error).partition("\n")[0] or type(error).__name__
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    return f"{code[1]}: {text}"[:300] if code else text[:300]
