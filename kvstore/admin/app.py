@@ -46,8 +46,9 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="api"))
         yield
-        if site.node is not None:
-            await site.node.close()
+        for opened in (site.node, site.catalog):
+            if opened is not None:
+                await opened.close()
 
     app = FastAPI(
         title="kvstore admin API",

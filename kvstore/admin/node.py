@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvstore.admin.cached import Cached
-from kvstore.admin.models import HotPrompt, NamespaceInfo, NodeStatus
+from kvstore.admin.models import HotPrompt, NamespaceInfo, NodeStatus, Prompt
 from kvstore.admin.problems import Problem
-from kvstore.identity import BlockKey, Keyring, Namespace, chain_digests
 from kvstore.node.client import AsyncClient, Client
 
 STATUS_SECONDS = 0.25
@@ -22,14 +23,17 @@ CALL_SECONDS = 10.0
 WORK_SECONDS = 600.0
 """For calls that read or delete many blocks."""
 
+Tokenize = Callable[[str, str], Awaitable[Sequence[int]]]
+"""Token ids of a model's text. Raises Problem (422)."""
+
 
 class NodeView:
     """One node. In one event loop; calls raise NodeUnavailable and DeadlineExceeded."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, tokenize: Tokenize) -> None:
         self.socket = socket
         self._client = AsyncClient(Client(socket, name="admin API"))
-        self._keyrings: dict[str, Keyring] = {}
+        self._tokenize = tokenize
         self.status = Cached(self._status, STATUS_SECONDS)
         self.metrics = Cached(self._metrics, METRICS_SECONDS)
         self.hot = Cached(self._hot, HOT_SECONDS)
@@ -54,19 +58,22 @@ class NodeView:
             409, "ambiguous-namespace", f"{len(found)} namespaces match {wanted!r}", "Give a digest.", digests=digests
         )
 
-    async def chain(self, space: NamespaceInfo, tokens: Sequence[int]) -> list[BlockKey]:
-        """Keys of the prompt's full blocks. Raises Problem (409) when no client has said how large the blocks are."""
-        if (keyring := self._keyrings.get(space.digest)) is None:
-            if space.block_bytes is None:
-                raise Problem(
-                    409,
-                    "namespace-not-open",
-                    "no engine on this node has used the namespace yet",
-                    "Start the engine, or warm the node.",
-                )
-            keyring = await self._client.open_namespace(Namespace.from_dict(space.fields), space.block_bytes)
-            self._keyrings[space.digest] = keyring
-        return keyring.block_keys(chain_digests(tokens, space.block_tokens))
+    async def about(self, prompt: Prompt) -> dict[str, Any]:
+        """The arguments that name a prompt to the node (``Chains.named``). Raises Problem (404, 409)."""
+        named: dict[str, Any] = {}
+        if prompt.request is not None:
+            named["request"] = prompt.request
+        elif prompt.key is not None:
+            named["key"] = bytes.fromhex(prompt.key)
+        else:
+            space = await self.namespace(prompt.namespace)
+            tokens = (
+                prompt.tokens if prompt.tokens is not None else await self._tokenize(space.model, prompt.text or "")
+            )
+            named["tokens"] = np.asarray(tokens, dtype="<u4").tobytes()
+            named["namespace"] = bytes.fromhex(space.digest)
+            named["cache_salt"], named["lora"] = prompt.cache_salt, prompt.lora
+        return named
 
     async def _status(self) -> NodeStatus:
         return NodeStatus.model_validate(await self.call("status"))

@@ -11,10 +11,13 @@ import structlog
 import uvicorn
 
 from kvstore.admin.app import create_app
+from kvstore.admin.catalog import CatalogView
 from kvstore.admin.guard import LOOPBACK
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
 from kvstore.admin.site import Site
+from kvstore.admin.tokenizers import Tokenizers
+from kvstore.assembly import node_name
 from kvstore.config import Loaded
 from kvstore.errors import ConfigError
 
@@ -34,8 +37,7 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
     if not api.listen:
         raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
     listener = _listen(*api.address)
-    directory = loaded.config.node.directory / ("jobs" if node else "region-jobs")
-    site = Site(loaded, NodeView(loaded.config.node.socket) if node else None, Jobs(directory))
+    site = open_site(loaded, node)
     app = create_app(site, LOOPBACK | {api.address[0]})
     server = _Server(
         uvicorn.Config(
@@ -53,6 +55,19 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
         await site.jobs.close()
         server.should_exit = True
         await running
+
+
+def open_site(loaded: Loaded, node: bool = True) -> Site:
+    """What the routes of this configuration work with. Raises ConfigError."""
+    config = loaded.config
+    return Site(
+        loaded,
+        NodeView(config.node.socket, Tokenizers(config.api.tokenizers)) if node else None,
+        Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
+        name=node_name(config.node.directory) if node else config.region.name,
+        url=f"http://{config.api.listen}",
+        catalog=CatalogView(config) if config.catalog.url else None,
+    )
 
 
 class _Server(uvicorn.Server):

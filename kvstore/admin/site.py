@@ -13,6 +13,7 @@ from fastapi.encoders import jsonable_encoder
 
 from kvstore.admin.auth import Authenticate, everybody
 from kvstore.admin.cached import Cached
+from kvstore.admin.catalog import CatalogView
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.models import Check, Snapshot
 from kvstore.admin.node import NodeView
@@ -32,6 +33,12 @@ class Site:
     node: NodeView | None
     """None on a service that has no node beside it."""
     jobs: Jobs
+    name: str
+    """Of the node, or of the service."""
+    url: str
+    """Where this API is, as others on this machine reach it."""
+    catalog: CatalogView | None = None
+    """The region's, if one is configured."""
     authenticate: Authenticate = everybody
     parts: dict[str, Callable[[], Awaitable[Any]]] = field(default_factory=dict)
     """What ``/v1/events`` tells each second, by name: anything with a JSON form, quickly."""

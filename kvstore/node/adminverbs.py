@@ -5,49 +5,65 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
 
 from kvstore.errors import ProtocolError
-from kvstore.node.arguments import Arguments, medium_of
-from kvstore.node.protocol import split_keys
+from kvstore.node.arguments import Arguments, integer_of, medium_of
+from kvstore.node.chains import Chain, Chains
+from kvstore.node.protocol import join_keys, split_keys
 from kvstore.policy.admission import ADMITTED, Mode, Target
 from kvstore.store import Store
 from kvstore.tiers.base import Medium
+
+MAX_COUNT = 1000
+"""Blocks in one answer."""
 
 if TYPE_CHECKING:
     from kvstore.node.verbs import Caller, Verb
 
 
-def admin_verbs(store: Store) -> Mapping[str, Verb]:
-    """The verbs by name. Called in the node's event loop."""
+def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
+    """The verbs by name. Called in the node's event loop; those about a prompt take it as ``Chains.named`` does."""
 
     def metrics(caller: Caller, args: Arguments) -> bytes:
         """Every metric of the node, in Prometheus' text format."""
         return generate_latest(store.metrics.registry)
 
-    def peek(caller: Caller, args: Arguments) -> Any:
-        """For each tier ``[medium, blocks, seconds, held]``: the prefix of ``keys`` that it and the faster ones hold, how long
-        that takes to get to the arena, and how many of the keys the tier holds, wherever they are in the chain."""
-        keys = split_keys(args.get("keys"))
-        runs = store.peek(keys)
-        return [
-            [tier.medium.value, *usable, sum(map(tier.keys().__contains__, keys))]
-            for tier, usable in zip(store.tiers, _usable(store, keys, runs), strict=True)
-        ]
+    async def peek(caller: Caller, args: Arguments) -> Any:
+        """For each tier ``[medium, blocks, seconds, held]``: the prefix of the prompt that it and the faster ones hold, how
+        long that takes to get to the arena, and how many blocks of the prompt the tier holds, wherever they are in it."""
+        chain = await chains.named(args)
+        runs = store.peek(chain.keys)
+        return {
+            **_described(chain),
+            "tiers": [
+                [tier.medium.value, *usable, sum(map(tier.keys().__contains__, chain.keys))]
+                for tier, usable in zip(store.tiers, _usable(store, chain.keys, runs), strict=True)
+            ],
+        }
 
-    def where(caller: Caller, args: Arguments) -> Any:
-        """For each of ``keys`` the media that hold it, fastest first."""
+    async def where(caller: Caller, args: Arguments) -> Any:
+        """``count`` blocks of a prompt from ``start`` on: the key of each, and the media that hold it, fastest first."""
+        chain = await chains.named(args)
+        start, count = integer_of(args, "start", 0, 1 << 31), integer_of(args, "count", 1, MAX_COUNT)
+        keys = chain.keys[start : start + count]
         held = [(tier.medium.value, tier.keys()) for tier in store.tiers]
-        return [[medium for medium, keys in held if key in keys] for key in split_keys(args.get("keys"))]
+        return {
+            **_described(chain),
+            "keys": join_keys(keys),
+            "media": [[medium for medium, present in held if key in present] for key in keys],
+        }
 
     async def evict(caller: Caller, args: Arguments) -> Any:
-        """Drop ``keys`` from one tier; how many it held. The others keep theirs."""
+        """Drop blocks from one tier: ``keys``, or those of a prompt, its tail first. The others keep theirs."""
         medium = medium_of(args, "medium")
+        keys = split_keys(args["keys"]) if "keys" in args else (await chains.named(args)).keys[::-1]
         for tier in store.tiers:
             if tier.medium is medium:
-                return {"evicted": await tier.delete(split_keys(args.get("keys")))}
+                return {"evicted": await tier.delete(keys)}
         raise ProtocolError(f"this node has no {medium.value} tier")
 
     def policy(caller: Caller, args: Arguments) -> Any:
@@ -72,22 +88,36 @@ def admin_verbs(store: Store) -> Mapping[str, Verb]:
             ],
         }
 
-    def judge(caller: Caller, args: Arguments) -> Any:
-        """What admission would say of ``keys``, one chain from its head, for each slower tier: a list of reasons."""
+    async def judge(caller: Caller, args: Arguments) -> Any:
+        """What the rule of admission would say of a prompt's blocks, by slower tier: runs of ``[blocks, reason, admits]``."""
         admission = store.admission
         if admission is None:
             raise ProtocolError("this node has no admission policy")
-        keys = split_keys(args.get("keys"))
+        chain, now = await chains.named(args), time.time()
+        verdicts = {
+            tier.medium.value: admission.consider(
+                Target(tier.medium.value), chain.keys, now, store.pressure(tier.medium)
+            )
+            for tier in store.tiers[1:]
+        }
         return {
-            medium.value: [
-                [reason.value, reason in ADMITTED]
-                for reason in admission.consider(Target(medium.value), keys, time.time(), store.pressure(medium))
-            ]
-            for medium in (Medium.DISK, Medium.OBJECT)
-            if any(tier.medium is medium for tier in store.tiers)
+            **_described(chain),
+            "tiers": {
+                medium: [[len(list(run)), reason.value, reason in ADMITTED] for reason, run in groupby(reasons)]
+                for medium, reasons in verdicts.items()
+            },
         }
 
     return {"metrics": metrics, "peek": peek, "where": where, "evict": evict, "policy": policy, "judge": judge}
+
+
+def _described(chain: Chain) -> dict[str, Any]:
+    known = chain.namespace
+    return {
+        "namespace": known.digest if known else b"",
+        "block_tokens": known.fields.block_tokens if known else 0,
+        "blocks": len(chain.keys),
+    }
 
 
 def _usable(store: Store, keys: Sequence[Any], runs: Sequence[tuple[Medium, int]]) -> list[tuple[int, float]]:

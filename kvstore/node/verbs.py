@@ -21,12 +21,14 @@ from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolErr
 from kvstore.identity import DIGEST_BYTES, KEY_BYTES, BlockKey, Namespace
 from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.adminverbs import admin_verbs
-from kvstore.node.api import Miss, NewBlock
+from kvstore.node.api import Lookup, Miss, NewBlock
 from kvstore.node.arguments import Arguments, bytes_of, digest_of, integer_of, medium_of, seconds_of, text_of
 from kvstore.node.chains import MAX_NAME, Chains
 from kvstore.node.explainverbs import explain_verbs
 from kvstore.node.pinverbs import pin_verbs
 from kvstore.node.protocol import join_keys, split_keys
+from kvstore.node.reportverbs import report_verbs
+from kvstore.planning import Planning
 from kvstore.requests import MAX_ID_CHARS, Asked, RecentRequests
 from kvstore.store import Session, Store
 from kvstore.tiers.base import Tier
@@ -54,13 +56,21 @@ class Verbs:
     """The verbs by name, over one store. Called in the node's event loop."""
 
     def __init__(
-        self, store: Store, namespaces: NamespaceBook, demand: Demand, tenant: str, tenant_secret: bytes, epoch: int
+        self,
+        store: Store,
+        namespaces: NamespaceBook,
+        demand: Demand,
+        planning: Planning,
+        tenant: str,
+        tenant_secret: bytes,
+        epoch: int,
     ) -> None:
         self.callers: set[Caller] = set()
         self.draining = False
         self._store = store
         self._namespaces = namespaces
         self._demand = demand
+        self._planning = planning
         self._tenant = tenant
         self._secret = tenant_secret
         self._epoch = epoch
@@ -84,7 +94,8 @@ class Verbs:
             "find": self.find,
             "drain": self.drain,
             "hot": self.hot,
-            **admin_verbs(store),
+            **admin_verbs(store, chains),
+            **report_verbs(planning, demand),
             **explain_verbs(store, namespaces, demand, chains),
             **pin_verbs(store, demand.pins, chains),
         }
@@ -96,7 +107,8 @@ class Verbs:
         found = self._store.lookup(keys, integer_of(args, "start", 0, 1 << 31))
         self._observe(caller, keys, caller.namespace)
         self._remember(caller, keys, found.blocks, args)
-        return [found.blocks, [(medium.value, count) for medium, count in found.runs], found.seconds]
+        runs = [(medium.value, count) for medium, count in found.runs]
+        return [found.blocks, runs, found.seconds, self._plan(caller, keys, found, args)]
 
     def holds(self, caller: Caller, args: Arguments) -> bytes:
         """One byte a key, in any order; for engines whose blocks are of use without those before them."""
@@ -166,6 +178,15 @@ class Verbs:
             )
         caller.namespace = self._namespaces.open(namespace, block_bytes)
         return [namespace.digest, namespace.keyring(self._secret).secret]
+
+    def _plan(self, caller: Caller, keys: list[BlockKey], found: Lookup, args: Arguments) -> Any:
+        """``[blocks, reason, patience...]`` for who asks for a plan by saying how many requests wait."""
+        if (known := caller.namespace) is None or known.block_bytes is None or "waiting" not in args:
+            return None
+        start, waiting = integer_of(args, "start", 0, 1 << 31), integer_of(args, "waiting", 0, 1 << 20)
+        decision = self._planning.decide(known, keys, start, found.runs, waiting)
+        patience = decision.patience
+        return [decision.blocks, decision.reason.value, patience.first, patience.per_block, patience.limit]
 
     def _remember(self, caller: Caller, keys: list[BlockKey], found: int, args: Arguments) -> None:
         """So that it can be explained why this request was not found, or not all of it."""

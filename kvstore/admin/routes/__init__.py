@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from kvstore.admin.routes import events, health, jobs, status
+from kvstore.admin.routes import (
+    blocks,
+    configuration,
+    events,
+    health,
+    jobs,
+    namespaces,
+    policy,
+    prompts,
+    region,
+    status,
+)
 
-ROUTERS = (health.router, events.router, jobs.router)
+ROUTERS = (health.router, events.router, jobs.router, configuration.router, region.router)
 """Those of every service."""
-NODE_ROUTERS = (status.router,)
+NODE_ROUTERS = (status.router, blocks.router, prompts.router, namespaces.router, policy.router)
 """Those that ask a node."""

@@ -1,0 +1,48 @@
+"""The region's catalog as the API sees it: opened when first asked for, and asked at most once a second."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvstore.admin.cached import Cached
+from kvstore.admin.models import CatalogInfo, ClaimInfo
+from kvstore.catalog.base import Catalog
+from kvstore.config import Config
+from kvstore.errors import ConfigError
+
+STATUS_SECONDS = 1.0
+
+
+class CatalogView:
+    """Of a configuration that names a catalog. In one event loop; raises CatalogUnavailable."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._catalog: Catalog | None = None
+        self._opening = asyncio.Lock()
+        self.status = Cached(self._status, STATUS_SECONDS)
+
+    async def close(self) -> None:
+        if self._catalog is not None:
+            await self._catalog.close()
+
+    async def _status(self) -> CatalogInfo:
+        found = await (await self._open()).status()
+        return CatalogInfo(
+            epoch=found.epoch,
+            complete=found.complete,
+            blocks=found.blocks,
+            used_bytes=found.used_bytes,
+            changes=found.changes,
+            claims=[ClaimInfo(name=one.name, holder=one.holder, expires=one.expires) for one in found.claims],
+        )
+
+    async def _open(self) -> Catalog:
+        from kvstore.assembly import open_catalog
+
+        async with self._opening:
+            if self._catalog is None:
+                self._catalog = await open_catalog(self._config)
+            if self._catalog is None:
+                raise ConfigError("catalog.url", "", "no catalog is configured", "Set it to redis://host:6379/0.")
+            return self._catalog
