@@ -12,6 +12,7 @@ KVStoreError
     ├── BlockCorrupt       the bytes are not the block they claim to be
     ├── BlockTooLarge      the block fits in no slot, or not in the buffer it is read into
     └── TierUnavailable    the tier cannot answer now (disk error, S3 outage, open breaker)
+        └── TierRefused    it answered, and says no: a wrong key, a full quota
 
 On an engine's path none of these escapes: a connector turns each into a miss and counts it with a reason.
 """
@@ -69,3 +70,7 @@ class BlockTooLarge(TierError):
 
 class TierUnavailable(TierError):
     """The tier cannot answer now; later it may."""
+
+
+class TierRefused(TierUnavailable):
+    """The server answers, and will not: another way to it does not help."""

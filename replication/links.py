@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 import structlog
 
-from kvstore.errors import TierUnavailable
+from kvstore.errors import TierRefused, TierUnavailable
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.objects import Found, Objects
 
@@ -46,6 +46,9 @@ class Link:
         self._trying |= first
         try:
             answer = await request(self.objects)
+        except TierRefused:
+            self._delay = 0.0
+            raise
         except TierUnavailable as error:
             if time.monotonic() >= self._retry_at:  # requests that were under way fail together: count them once
                 self._delay = min(2 * self._delay, LAST_RETRY_SECONDS) or FIRST_RETRY_SECONDS
@@ -88,6 +91,7 @@ class Links:
         deadline = time.monotonic() + self._patience
         error = TierUnavailable(f"no link to {self.links[0].name} answers")
         while True:
+            refusals = 0
             for link in self.links:
                 if not link.usable:
                     continue
@@ -95,7 +99,8 @@ class Links:
                     return await link.ask(request)
                 except TierUnavailable as failure:
                     error = failure
-            if time.monotonic() >= deadline:
+                    refusals += isinstance(failure, TierRefused)
+            if refusals == len(self.links) or time.monotonic() >= deadline:
                 raise error
             await asyncio.sleep(POLL_SECONDS)
 

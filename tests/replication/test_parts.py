@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.envelope import Header
-from kvstore.errors import ProtocolError, TierUnavailable
+from kvstore.errors import ProtocolError, TierRefused, TierUnavailable
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
 from kvstore.policy.hotness import Hotness
@@ -195,6 +195,20 @@ class TestLinks:
             assert await links.ask(request) == "answer"
             assert await links.ask(request) == "answer"
             assert asked == ["first", "second", "second"]
+
+    async def test_a_refusal_is_not_waited_out(self, tmp_path: Path) -> None:
+        asked = 0
+        async with Links.open([self.settings(tmp_path)], patience=1e9) as links:
+
+            async def refuses(_: object) -> None:
+                nonlocal asked
+                asked += 1
+                raise TierRefused("QuotaExceeded")
+
+            for _ in range(2):
+                with pytest.raises(TierRefused, match="QuotaExceeded"):
+                    await links.ask(refuses)
+            assert asked == 2, "the link itself works"
 
     async def test_of_many_requests_one_tries_a_dead_link_again(self, tmp_path: Path) -> None:
         tried = 0

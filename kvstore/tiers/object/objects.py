@@ -16,10 +16,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
-from kvstore.errors import BlockTooLarge, ConfigError, TierUnavailable
+from kvstore.errors import BlockTooLarge, ConfigError, TierRefused, TierUnavailable
 from kvstore.tiers.object.settings import ObjectSettings
 from kvstore.tiers.tasks import run
 
@@ -262,6 +262,8 @@ def _translated(function: Callable[..., T], *arguments: Any) -> T:
 def _translation() -> Iterator[None]:
     try:
         yield
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise TierRefused(_first_line(error)) from error
     except (BaseError, OSError) as error:
         raise TierUnavailable(_first_line(error)) from error
 
