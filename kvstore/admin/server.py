@@ -33,11 +33,15 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
     ``node``: whether a node is beside it, at ``node.socket``; else only routes that need none are there. ``started`` is set
     once connections are accepted. The node may come and go meanwhile. Signals are the caller's business.
     """
-    api = loaded.config.api
+    await serve_site(open_site(loaded, node), started)
+
+
+async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
+    """The same for a site that is open already. It is of no use afterwards."""
+    api = site.config.api
     if not api.listen:
         raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
     listener = _listen(*api.address)
-    site = open_site(loaded, node)
     app = create_app(site, LOOPBACK | {api.address[0]})
     server = _Server(
         uvicorn.Config(

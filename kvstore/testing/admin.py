@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from kvstore.admin.server import serve
+from kvstore.admin.server import open_site, serve_site
+from kvstore.admin.site import Site
 from kvstore.config import load
 from kvstore.testing.servers import free_port
 
@@ -24,6 +25,8 @@ class RunningApi:
         self.address = f"127.0.0.1:{free_port()}"
         self.url = f"http://{self.address}"
         self._loaded = load(None, [*places, f"api.listen={self.address}", *overrides], environ={})
+        self.site: Site
+        """What its routes work with, for tests that change that."""
         self._with_node = node
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -53,7 +56,8 @@ class RunningApi:
     def _run(self) -> None:
         async def main() -> None:
             started = asyncio.Event()
-            self._serving = asyncio.create_task(serve(self._loaded, node=self._with_node, started=started))
+            self.site = open_site(self._loaded, self._with_node)
+            self._serving = asyncio.create_task(serve_site(self.site, started))
             waiting = asyncio.create_task(started.wait())
             await asyncio.wait([self._serving, waiting], return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
