@@ -14,6 +14,7 @@ from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
 from kvstore.policy.planner import Run
 from kvstore.policy.speed import SpeedMeter
+from kvstore.promises import Promises
 from kvstore.tiers.base import Medium, Tier
 from kvstore.tiers.host import HostTier
 
@@ -39,6 +40,7 @@ class Promoter:
         self._lower = tuple(lower)
         self._flights: dict[BlockKey, asyncio.Task[Medium | Miss]] = {}
         self.meters = {tier.medium: SpeedMeter(tier.medium, WINDOW) for tier in lower}
+        self.promises = Promises()
         self._in_flight = dict.fromkeys(self.meters, 0)
         self._wanted: deque[BlockKey] = deque(maxlen=MOST_AHEAD)
         self._fetchers: set[asyncio.Task[None]] = set()
@@ -109,6 +111,12 @@ class Promoter:
                 measurement.end([key])
 
     async def _promote(self, key: BlockKey) -> Medium | Miss:
+        try:
+            return await self._bring(key)
+        finally:
+            self.promises.end(key)
+
+    async def _bring(self, key: BlockKey) -> Medium | Miss:
         """From the fastest tier that delivers the block."""
         miss = Miss.NOT_STORED
         for tier in self._lower:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -113,6 +113,11 @@ class Store:
     def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
         """Seconds until ``keys``, which are in ``runs``, are in the arena."""
         return self._promoter.estimate(keys, runs)
+
+    @property
+    def promoter(self) -> Promoter:
+        """What brings blocks to the arena: its speeds, and what it is asked for ahead of time."""
+        return self._promoter
 
     def pressure(self, medium: Medium) -> float:
         """Fill of a slower tier's write queue, 0 to 1."""
@@ -259,14 +264,18 @@ class Store:
         session.leases.clear()
         self.abort(session, list(self._reservations.held_by(session)))
 
-    async def delete(self, keys: Sequence[BlockKey]) -> dict[Medium, int]:
-        """Delete blocks so that no write or fetch that was under way brings one back; how many went, by tier."""
+    async def delete(self, keys: Sequence[BlockKey], media: Collection[Medium] = tuple(Medium)) -> dict[Medium, int]:
+        """Delete blocks so that no write or fetch that was under way brings one back; how many went, by tier.
+
+        With less than all ``media``, copies in the others stay.
+        """
         self._deleting.update(keys)
         try:
             await asyncio.gather(*(queue.forget(keys) for queue in self._queues))
-            deleted = {tier.medium: await self._drop(tier, keys) for tier in reversed(self.tiers[1:])}
+            lower = [tier for tier in reversed(self.tiers[1:]) if tier.medium in media]
+            deleted = {tier.medium: await self._drop(tier, keys) for tier in lower}
             await self._promoter.settle(keys)
-            return {**deleted, Medium.HOST: await self._drop(self.host, keys)}
+            return {**deleted, Medium.HOST: await self._drop(self.host, keys)} if Medium.HOST in media else deleted
         finally:
             self._deleting.subtract(keys)
             self._deleting += Counter()  # drops what is at zero

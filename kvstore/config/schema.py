@@ -262,7 +262,7 @@ class WriteSection(_Section):
 
 
 class PolicySection(_Section):
-    """What is kept."""
+    """What is kept, and what is loaded."""
 
     eviction: Literal["reuse", "lru"] = Field(
         "reuse", description="Which blocks a full tier gives up first: by learnt reuse, or the least recently used."
@@ -270,6 +270,20 @@ class PolicySection(_Section):
     admission: Literal["off", "observe", "enforce"] = Field(
         "observe",
         description="Whether disk and bucket refuse blocks that will hardly be used again; observe only counts them.",
+    )
+    planner: Literal["off", "observe", "enforce"] = Field(
+        "enforce",
+        description="Whether engines that report their speed are told to compute what would take longer to load; "
+        "observe only counts it, off loads all that is stored.",
+    )
+    prefetch: Literal["best_effort", "wait_complete", "timeout"] = Field(
+        "timeout",
+        description="How long a load may take: no longer than copying what is in host memory, as long as it takes, "
+        "or prefetch_timeout_base and prefetch_timeout_per_ki_token. What is missing then is computed.",
+    )
+    prefetch_timeout_base: float = Field(1.0, ge=0, le=3600, description="Seconds that any load may take.")
+    prefetch_timeout_per_ki_token: float = Field(
+        0.25, ge=0, le=3600, description="Seconds more for each 1,024 tokens to load."
     )
 
 

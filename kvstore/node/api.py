@@ -14,6 +14,7 @@ from typing import Protocol
 
 from kvstore.identity import BlockKey, Keyring, Namespace
 from kvstore.node.arena import Arena
+from kvstore.policy.planner import Patience, Reason
 from kvstore.tiers.base import Medium
 
 PROTOCOL_VERSION = 1
@@ -29,6 +30,31 @@ class Lookup:
     """Where they are, as (medium, number of blocks) in chain order."""
     seconds: float = 0.0
     """Estimated time until all of them are in the arena; 0 for blocks that are there."""
+    plan: Plan | None = None
+    """What to load of them, if a plan was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much of what was found an engine should load."""
+
+    blocks: int
+    """From the first one on; the engine computes what is behind them."""
+    reason: Reason
+    patience: Patience
+    """How long the load may take before the engine computes what has not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an engine tells of itself, so that loads can be planned and prompts be judged."""
+
+    steps: Sequence[tuple[int, float, float]] = ()
+    """Per engine step: tokens computed, pairs of tokens that attention looked at (``policy.prefill.attention``), seconds."""
+    loads: Sequence[tuple[int, float]] = ()
+    """Per load of blocks that were all in the arena: bytes, seconds."""
+    answered: Sequence[tuple[Sequence[BlockKey], int]] = ()
+    """Per finished request: its chain, tokens of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +131,20 @@ class NodeClient(Protocol):
         """Register a namespace and its payload size; survives reconnects. Returns the keyring for its block keys."""
 
     def lookup(
-        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+        self,
+        keys: Sequence[BlockKey],
+        start: int = 0,
+        timeout: float = 0.05,
+        about: About | None = None,
+        waiting: int | None = None,
     ) -> Lookup:
-        """Longest usable prefix of ``keys[start:]``. ``keys`` is the whole chain, so that all of it counts as used."""
+        """Longest usable prefix of ``keys[start:]``. ``keys`` is the whole chain, so that all of it counts as used.
+
+        ``waiting`` asks for a plan: how many requests of the engine wait to be computed, this one left out.
+        """
+
+    def report(self, report: Report) -> None:
+        """Tell the node how fast the engine is and how long its answers were. Waits for no answer, never raises."""
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         """Bring a prefix of ``keys`` to the arena and lease it. At the deadline, what has arrived is the answer."""

@@ -16,9 +16,10 @@ from typing import Any, Self
 import kvstore.errors
 from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable, ProtocolError
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import PROTOCOL_VERSION, About, Acquired, Lookup, Miss, NewBlock, Reserved
+from kvstore.node.api import PROTOCOL_VERSION, About, Acquired, Lookup, Miss, NewBlock, Plan, Report, Reserved
 from kvstore.node.arena import Arena
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
+from kvstore.policy.planner import Patience, Reason
 from kvstore.tiers.base import Medium
 
 GRACE_SECONDS = 0.25
@@ -70,11 +71,25 @@ class Client:
         return self._namespaces[namespace][2]
 
     def lookup(
-        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+        self,
+        keys: Sequence[BlockKey],
+        start: int = 0,
+        timeout: float = 0.05,
+        about: About | None = None,
+        waiting: int | None = None,
     ) -> Lookup:
-        more = {"request": about.request[:128], "seed": about.seed, "lora": about.lora} if about is not None else {}
-        blocks, runs, seconds = self.call("lookup", timeout, keys=join_keys(keys), start=start, **more)
-        return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds)
+        more: dict[str, Any] = {}
+        if about is not None:
+            more = {"request": about.request[:128], "seed": about.seed, "lora": about.lora}
+        if waiting is not None:
+            more["waiting"] = waiting
+        blocks, runs, seconds, planned = self.call("lookup", timeout, keys=join_keys(keys), start=start, **more)
+        plan = Plan(planned[0], Reason(planned[1]), Patience(*planned[2:])) if planned else None
+        return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds, plan)
+
+    def report(self, report: Report) -> None:
+        answered = [[join_keys(keys), tokens] for keys, tokens in report.answered]
+        self._tell("report", {"steps": report.steps, "loads": report.loads, "answered": answered})
 
     def holds(self, keys: Sequence[BlockKey], timeout: float, namespace: Namespace) -> list[bool]:
         """Which blocks some tier holds, each by itself. Counts them, in order, as one prompt of the opened namespace."""
@@ -138,10 +153,13 @@ class Client:
                 self._connection = None
 
     def _notify(self, verb: str, keys: Sequence[BlockKey]) -> None:
+        self._tell(verb, {"keys": join_keys(keys)})
+
+    def _tell(self, verb: str, arguments: dict[str, Any]) -> None:
         """Tell the node something that it need not answer. A lost connection has the same effect."""
         connection = self._connection
         if connection is not None and not connection.lost:
-            connection.notify(verb, {"keys": join_keys(keys)})
+            connection.notify(verb, arguments)
 
     def _connected(self) -> _Connection:
         with self._lock:
@@ -182,9 +200,14 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.open_namespace, namespace, block_bytes)
 
     async def lookup(
-        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+        self,
+        keys: Sequence[BlockKey],
+        start: int = 0,
+        timeout: float = 0.05,
+        about: About | None = None,
+        waiting: int | None = None,
     ) -> Lookup:
-        return await asyncio.to_thread(self._client.lookup, keys, start, timeout, about)
+        return await asyncio.to_thread(self._client.lookup, keys, start, timeout, about, waiting)
 
     async def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         return await asyncio.to_thread(self._client.acquire, keys, timeout)

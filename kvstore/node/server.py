@@ -29,6 +29,7 @@ from kvstore.node.arena import Arena
 from kvstore.node.launch import lock_path
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
+from kvstore.planning import Planning
 from kvstore.store import Session, Store
 
 log = structlog.get_logger(__name__)
@@ -48,7 +49,13 @@ class Node:
         self.store = store
         self._arena = arena
         self._verbs = Verbs(
-            store, namespaces, demand, config.identity.tenant, config.identity.secret_bytes(), arena.epoch
+            store,
+            namespaces,
+            demand,
+            Planning.of(config.policy, store),
+            config.identity.tenant,
+            config.identity.secret_bytes(),
+            arena.epoch,
         )
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()

@@ -21,6 +21,9 @@ from kvstore.tiers.base import Medium
 GRACE = 0.05
 """Share of the time of computing everything that a load may be late, before its beginning counts as failed."""
 
+LEAST_PATIENCE = 0.01
+"""Seconds. Threads and engine steps are late by so much without a tier being slow."""
+
 BACKGROUND_SECONDS = 10.0
 """What an engine does not wait for is fetched for the next request if the tier can bring it in so long."""
 
@@ -243,7 +246,9 @@ def _patience(
     media = {run.medium for run in request.runs}
     start = sum(speeds[medium].start() for medium in media)
     per_block = saved * (1 + request.waiting) / blocks
-    return Patience(start + GRACE * recompute_all, per_block, wait.seconds(blocks * request.block_tokens))
+    return Patience(
+        start + max(GRACE * recompute_all, LEAST_PATIENCE), per_block, wait.seconds(blocks * request.block_tokens)
+    )
 
 
 def _background(runs: Sequence[Run], skipped: int, speeds: Mapping[Medium, Speed]) -> int:

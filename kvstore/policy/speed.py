@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvstore.policy.fit import OnlineFit
 from kvstore.policy.planner import Speed
 from kvstore.tiers.base import Medium
@@ -39,6 +41,16 @@ class SpeedMeter:
         """After so many seconds not even these bytes had come."""
         if nbytes > 0 and self._fit.seconds((1.0, nbytes)) < seconds:
             self._fit.observe((1.0, nbytes), seconds)
+
+    def describe(self) -> Mapping[str, float]:
+        """For people: what was learnt."""
+        speed = self.speed()
+        return {
+            "transfers": self._fit.observations,
+            "latency_seconds": speed.latency,
+            "bytes_per_second": speed.bandwidth,
+            "spread": self.spread,
+        }
 
     def speed(self, queued_bytes: int = 0) -> Speed:
         """What is to be expected behind so many bytes."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.envelope import HEADER_BYTES, envelope_bytes
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import About, Acquired, Lookup, Miss, NewBlock, Reserved
+from kvstore.node.api import About, Acquired, Lookup, Miss, NewBlock, Plan, Report, Reserved
 from kvstore.node.arena import Arena
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.base import Medium
@@ -38,6 +38,10 @@ class InProcessNode:
         self._sizes: dict[bytes, int] = {}
         self._slots: OrderedDict[BlockKey, _Slot] = OrderedDict()
         self._lock = threading.Lock()
+        self.plan: Plan | None = None
+        """What every lookup answers as the plan."""
+        self.reports: list[Report] = []
+        """What was reported, oldest first."""
 
     @property
     def epoch(self) -> int:
@@ -58,7 +62,12 @@ class InProcessNode:
         return namespace.keyring(b"testing")
 
     def lookup(
-        self, keys: Sequence[BlockKey], start: int = 0, timeout: float = 0.05, about: About | None = None
+        self,
+        keys: Sequence[BlockKey],
+        start: int = 0,
+        timeout: float = 0.05,
+        about: About | None = None,
+        waiting: int | None = None,
     ) -> Lookup:
         with self._lock:
             blocks = 0
@@ -67,7 +76,10 @@ class InProcessNode:
                 if slot is None or slot.missing:
                     break
                 blocks += 1
-        return Lookup(blocks, ((Medium.HOST, blocks),) if blocks else ())
+        return Lookup(blocks, ((Medium.HOST, blocks),) if blocks else (), plan=self.plan)
+
+    def report(self, report: Report) -> None:
+        self.reports.append(report)
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         with self._lock:
