@@ -103,6 +103,7 @@ class Jobs:
         self._kinds: dict[str, JobKind] = {}
         self._entries: dict[str, _Entry] = {}
         self._closing = False
+        self._latest = 0
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (directory / "lock").open("a")
@@ -143,7 +144,8 @@ class Jobs:
         known = self._kind(kind)
         wanted = _checked(known, options)
         self._must_be_free(kind)
-        name = f"{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(3)}"
+        self._latest = max(time.time_ns() // 1_000_000, self._latest + 1)  # so that names are in order
+        name = f"{self._latest:012x}-{secrets.token_hex(3)}"
         job = Job(
             id=name, kind=kind, options=wanted.model_dump(mode="json"), state=JobState.RUNNING, created=time.time()
         )
@@ -174,9 +176,9 @@ class Jobs:
         """The job now and at each change, until it has ended. Who is slow misses states between. Raises Problem (404)."""
         entry = self._entry(name)
         while True:
-            changed = entry.changed
-            yield entry.job
-            if entry.job.state is not JobState.RUNNING:
+            job, changed = entry.job, entry.changed
+            yield job
+            if job.state is not JobState.RUNNING:
                 return
             await changed.wait()
 
