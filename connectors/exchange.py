@@ -18,7 +18,6 @@ from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
 from kvstore.node.client import Client
-from kvstore.node.protocol import join_keys
 
 logger = logging.getLogger("kvstore")
 
@@ -68,10 +67,9 @@ class Exchange:
     def holds(self, digests: Sequence[bytes]) -> list[bool]:
         """Like ``contains``, but does not count as a use."""
         try:
-            media = self._client.call("where", LOOKUP_SECONDS, keys=join_keys(self._keys(digests)))
+            return self._client.holds(self._keys(digests), LOOKUP_SECONDS)
         except KVStoreError as error:
             return self._lost(error, len(digests))
-        return [bool(held) for held in media]
 
     def lease(self, digests: Sequence[bytes]) -> list[bool]:
         """Bring payloads to the arena and keep them there until ``unlease``, which is owed for each that is True."""

@@ -124,16 +124,15 @@ class Store:
         return next((queue.fill for queue in self._queues if queue.tier.medium is medium), 0.0)
 
     def holds(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which blocks some tier holds, each by itself; no I/O. Counts them as used."""
+        """Which blocks some tier holds, each by itself; no I/O."""
         present = [tier.keys() for tier in self.tiers]
-        held = [any(key in tier for tier in present) for key in keys]
-        found, lacking = (
-            [key for key, here in zip(keys, held, strict=True) if here is wanted] for wanted in (True, False)
-        )
-        asyncio.get_running_loop().call_soon(self._touch, found)
-        if lacking:
+        return [any(key in tier for tier in present) for key in keys]
+
+    def wanted(self, keys: Sequence[BlockKey], held: Sequence[bool]) -> None:
+        """Count blocks that are held as used, and look further for the others."""
+        self._touch([key for key, here in zip(keys, held, strict=True) if here])
+        if lacking := [key for key, here in zip(keys, held, strict=True) if not here]:
             self._look_further(lacking[:PROBED_AFTER_MISS])
-        return held
 
     async def find(self, keys: Sequence[BlockKey]) -> None:
         """Look in the bucket for blocks that no tier lists, as others may have stored them; a bounded number of them."""

@@ -91,10 +91,10 @@ class Client:
         answered = [[join_keys(keys), tokens] for keys, tokens in report.answered]
         self._tell("report", {"steps": report.steps, "loads": report.loads, "answered": answered})
 
-    def holds(self, keys: Sequence[BlockKey], timeout: float, namespace: Namespace) -> list[bool]:
-        """Which blocks some tier holds, each by itself. Counts them, in order, as one prompt of the opened namespace."""
-        digest = self._namespaces[namespace][1]
-        return [bool(held) for held in self.call("holds", timeout, keys=join_keys(keys), namespace=digest)]
+    def holds(self, keys: Sequence[BlockKey], timeout: float = 0.05, namespace: Namespace | None = None) -> list[bool]:
+        """Which blocks some tier holds, each by itself. With an opened namespace they count, in order, as a prompt of it."""
+        counted = {} if namespace is None else {"namespace": self._namespaces[namespace][1]}
+        return [bool(held) for held in self.call("holds", timeout, keys=join_keys(keys), **counted)]
 
     def delete(self, keys: Sequence[BlockKey], timeout: float = 10.0) -> None:
         """Delete blocks from every tier; a leased one goes when its leases do."""

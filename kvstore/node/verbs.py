@@ -111,11 +111,15 @@ class Verbs:
         return [found.blocks, runs, found.seconds, self._plan(caller, keys, found, args)]
 
     def holds(self, caller: Caller, args: Arguments) -> bytes:
-        """One byte a key, in any order; for engines whose blocks are of use without those before them."""
+        """One byte a key, whether it is held; for engines whose blocks are of use without those before them.
+
+        With a ``namespace`` the keys count as a prompt of it.
+        """
         keys = split_keys(args.get("keys"))
-        namespace = self._namespaces.get(digest_of(args, "namespace"))
         held = self._store.holds(keys)
-        self._observe(caller, keys, namespace)
+        if "namespace" in args:
+            self._store.wanted(keys, held)
+            self._observe(caller, keys, self._namespaces.get(digest_of(args, "namespace")))
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
