@@ -34,6 +34,7 @@ from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 
 if TYPE_CHECKING:
+    from kvstore.burials import Undertaker
     from kvstore.catalog import Catalog
     from kvstore.catalog.sharing import Sharing
     from kvstore.tiers.disk import DiskTier
@@ -54,22 +55,28 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
     host.on_evict = history.evicted
     lower: list[Tier] = []
     probe: Probe | None = None
+    bucket: ObjectTier | None = None
+    undertaker = open_undertaker(config, namespaces)
     try:
         if config.disk.enabled:
             disk = await open_disk(config, eviction)
             disk.on_evict = history.evicted
-            lower.append(Metered(disk, measured))
+            lower.append(Metered(disk if undertaker is None else undertaker.over(disk), measured))
         if config.object.url:
             sharing = await open_sharing(config)
             bucket = await open_object(config, sharing, eviction)
             bucket.on_evict = history.evicted
-            lower.append(Metered(Breaker(bucket), measured))
+            assert undertaker is not None
+            lower.append(Metered(Breaker(undertaker.attend(bucket)), measured))
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
             demand.publish = partial(_tell_region, demand, bucket, node_name(config.node.directory))
-        return Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
+        store = Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
+        if bucket is not None and undertaker is not None:
+            undertaker.watch(store, bucket.objects)
+        return store
     except BaseException:
         for tier in reversed([host, *lower]):
             await tier.close()
@@ -146,6 +153,15 @@ async def open_object(config: Config, peers: Peers | None = None, policy: Evicti
         if peers is not None:
             await peers.close()
         raise
+
+
+def open_undertaker(config: Config, namespaces: NamespaceBook) -> Undertaker | None:
+    """What keeps the tiers clear of what was deleted for good, where there is a bucket to tell of it."""
+    if not config.object.url:
+        return None
+    from kvstore.burials import Undertaker
+
+    return Undertaker(namespaces, config.node.directory / "tombstones.json")
 
 
 async def open_catalog(config: Config) -> Catalog | None:

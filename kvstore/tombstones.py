@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,24 +115,60 @@ def end_of_second(now: float) -> float:
     return math.floor(now) + 1 - 1e-6
 
 
-def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones: Sequence[Tombstone]) -> set[BlockKey]:
+class Graves:
+    """Judges blocks one by one. Not thread-safe."""
+
+    MOST_BELOW = 1 << 20
+    """Blocks below purged prefixes that are remembered; beyond it only the prefixes themselves are."""
+
+    def __init__(self, label: Callable[[bytes], Labelled | None], stones: Iterable[Tombstone] = ()) -> None:
+        """``label`` says whose blocks a namespace holds, as far as that is known."""
+        self._label = label
+        self._stones: dict[Tombstone, None] = {}
+        self._until: dict[bytes, float] = {}
+        """By namespace: when the last tombstone that buries all of it was made."""
+        self._below: dict[bytes, tuple[Tombstone, ...]] = {}
+        """Tombstones of a prefix that a block belongs to."""
+        self.add(stones)
+
+    def __iter__(self) -> Iterator[Tombstone]:
+        return iter(self._stones)
+
+    def __len__(self) -> int:
+        return len(self._stones)
+
+    def add(self, stones: Iterable[Tombstone]) -> None:
+        self._until.clear()
+        for stone in stones:
+            if stone.prefix and stone not in self._stones:
+                self._below[stone.prefix] = (*self._below.get(stone.prefix, ()), stone)
+            self._stones[stone] = None
+
+    def dead(self, block: Dated) -> bool:
+        """Whether a block is buried. Of a prefix's continuation, ask for parents first."""
+        return block.created <= max(self._buried_until(block.namespace), self._buried_with_prefix(block))
+
+    def _buried_until(self, namespace: bytes) -> float:
+        if (until := self._until.get(namespace)) is not None:
+            return until
+        label = self._label(namespace)
+        until = max((s.time for s in self._stones if not s.prefix and s.covers(namespace, label)), default=-math.inf)
+        if label is not None:
+            self._until[namespace] = until
+        return until
+
+    def _buried_with_prefix(self, block: Dated) -> float:
+        stones = (*self._below.get(block.parent, ()), *self._below.get(block.key, ())) if self._below else ()
+        if not stones:
+            return -math.inf
+        if block.key not in self._below and len(self._below) >= self.MOST_BELOW:
+            self._below = {stone.prefix: (stone,) for stone in self._stones if stone.prefix}
+        self._below[block.key] = tuple(dict.fromkeys(stones))
+        label = self._label(block.namespace)
+        return max((s.time for s in stones if s.covers(block.namespace, label)), default=-math.inf)
+
+
+def buried(blocks: Iterable[Dated], labels: Mapping[bytes, Labelled], tombstones: Iterable[Tombstone]) -> set[BlockKey]:
     """Keys of the dead among ``blocks``, which come parents first."""
-    whole = [stone for stone in tombstones if not stone.prefix]
-    over: dict[bytes, tuple[Tombstone, ...]] = {}
-    """Tombstones of a prefix that a block belongs to."""
-    for stone in tombstones:
-        if stone.prefix:
-            over[stone.prefix] = (*over.get(stone.prefix, ()), stone)
-    until: dict[bytes, float] = {}
-    dead = set()
-    for block in blocks:
-        namespace, label = block.namespace, labels.get(block.namespace)
-        if namespace not in until:
-            until[namespace] = max((s.time for s in whole if s.covers(namespace, label)), default=-math.inf)
-        if block.created <= until[namespace]:
-            dead.add(block.key)
-        if mine := (*over.get(block.parent, ()), *over.get(block.key, ())):
-            over[block.key] = mine
-            if any(block.created <= stone.time and stone.covers(namespace, label) for stone in mine):
-                dead.add(block.key)
-    return dead
+    graves = Graves(labels.get, tombstones)
+    return {block.key for block in blocks if graves.dead(block)}

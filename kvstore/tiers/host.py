@@ -153,6 +153,12 @@ class HostTier(Tier):
             del self._unlisted[offset]
             self.discard(offset)
 
+    def created(self, key: BlockKey) -> float:
+        """When a block that is here was computed, in seconds since the epoch."""
+        row = self.index.row(key)
+        assert row is not None, "not here"
+        return Header.unpack(self.slot(int(self.index.location[row]))).created
+
     def slot(self, offset: int) -> memoryview:
         """The bytes of the slot at ``offset``: header and payload."""
         return self.arena.slot(offset, self._slabs.slot_bytes(offset))
