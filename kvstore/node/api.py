@@ -69,6 +69,22 @@ class About:
     """Digest of its LoRA adapter."""
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a connector tells of a prompt when its operator asked for it. The node keeps it in memory only, for a while."""
+
+    tokens: int
+    """Of the prompt."""
+    starts: bytes = b""
+    """Pieces of its content (``kvstore.policy.content``): first token of each, little-endian u32."""
+    hashes: bytes = b""
+    """Keyed hash of each piece, little-endian u64."""
+    head: tuple[int, ...] = ()
+    """The first token ids, at most 256."""
+    tail: tuple[int, ...] = ()
+    """The last token ids, at most 256."""
+
+
 class Miss(Enum):
     """Why a block was not delivered, or not taken."""
 
@@ -145,6 +161,9 @@ class NodeClient(Protocol):
 
     def report(self, report: Report) -> None:
         """Tell the node how fast the engine is and how long its answers were. Waits for no answer, never raises."""
+
+    def describe(self, about: About, description: Description, timeout: float = 1.0) -> None:
+        """Tell what a prompt consists of; for reports only, so nobody should wait for it."""
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         """Bring a prefix of ``keys`` to the arena and lease it. At the deadline, what has arrived is the answer."""

@@ -10,13 +10,25 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import kvstore.errors
 from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable, ProtocolError
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import PROTOCOL_VERSION, About, Acquired, Lookup, Miss, NewBlock, Plan, Report, Reserved
+from kvstore.node.api import (
+    PROTOCOL_VERSION,
+    About,
+    Acquired,
+    Description,
+    Lookup,
+    Miss,
+    NewBlock,
+    Plan,
+    Report,
+    Reserved,
+)
 from kvstore.node.arena import Arena
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
 from kvstore.policy.planner import Patience, Reason
@@ -99,6 +111,9 @@ class Client:
     def delete(self, keys: Sequence[BlockKey], timeout: float = 10.0) -> None:
         """Delete blocks from every tier; a leased one goes when its leases do."""
         self.call("delete", timeout, keys=join_keys(keys))
+
+    def describe(self, about: About, description: Description, timeout: float = 1.0) -> None:
+        self.call("describe", timeout, request=about.request[:128], seed=about.seed, **asdict(description))
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         connection = self._connected()
