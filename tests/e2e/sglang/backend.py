@@ -1,0 +1,354 @@
+"""The backend behind SGLang's factory, over its real host pools and a real node."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    HEADS,
+    LAYOUTS,
+    PAGE,
+    Backends,
+    content,
+    fill,
+    hashes,
+    mha_pool,
+    mla_pool,
+    serve,
+    slots,
+    storage_config,
+    wait,
+)
+from sglang.srt.mem_cache.utils import get_hash_str
+
+import connectors.sglang.geometry as geometry
+from connectors.sglang.geometry import bind
+from connectors.sglang.options import Options
+from kvstore.errors import ConfigError
+from kvstore.identity import chain_digests
+from kvstore.node.client import Client
+from kvstore.testing.node import RunningNode
+
+MLA_LAYOUTS = LAYOUTS[:3]
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("saved_as", LAYOUTS)
+def test_pages_come_back_in_every_layout(backends: Backends, saved_as: str) -> None:
+    source = fill(mha_pool(saved_as), 1)
+    keys = hashes(4)
+    assert backends(source).batch_set_v1(keys, slots(3, 0, 7, 5)) == [True] * 4
+    for layout in LAYOUTS:
+        sink = fill(mha_pool(layout), 2)
+        untouched = content(sink, 0, 3)
+        backend = backends(sink)
+        assert backend.batch_exists([*keys, "00" * 32]) == 4
+        assert backend.batch_get_v1(keys, slots(4, 6, 1, 2)) == [True] * 4
+        assert torch.equal(content(sink, 4, 6, 1, 2), content(source, 3, 0, 7, 5))
+        assert torch.equal(content(sink, 0, 3), untouched)
+
+
+@pytest.mark.parametrize("saved_as", MLA_LAYOUTS)
+def test_latents_come_back_in_every_layout(backends: Backends, saved_as: str) -> None:
+    source = fill(mla_pool(saved_as), 1)
+    keys = hashes(3)
+    assert all(backends(source).batch_set_v1(keys, slots(2, 0, 5)))
+    for layout in MLA_LAYOUTS:
+        sink = fill(mla_pool(layout), 2)
+        assert all(backends(sink).batch_get_v1(keys, slots(1, 4, 3)))
+        assert torch.equal(content(sink, 1, 4, 3), content(source, 2, 0, 5))
+
+
+def test_the_pool_may_lie_in_shared_memory(backends: Backends) -> None:
+    source = fill(mha_pool("page_first", allocator_type="shm"), 1)
+    backend = backends(source, allocator="shm")
+    assert source.fd is not None
+    assert all(backend.batch_set_v1(hashes(2), slots(0, 1)))
+    assert all(backend.batch_get_v1(hashes(2), slots(4, 5)))
+    assert torch.equal(content(source, 4, 5), content(source, 0, 1))
+
+
+def test_page_hashes_are_our_chain() -> None:
+    """An engine that has the tokens finds the blocks that SGLang saved under hashes."""
+    tokens = [(i * 7919) % 131072 for i in range(10 * PAGE)]
+    ours = [digest.hex() for digest in chain_digests(tokens, PAGE)]
+    try:
+        theirs = get_hash_str(tokens, None, page_size=PAGE)
+    except TypeError:  # one page a call, before 0.5.18
+        theirs = []
+        for page in range(10):
+            theirs.append(get_hash_str(tokens[page * PAGE : (page + 1) * PAGE], theirs[-1] if theirs else None))
+    assert theirs == ours
+
+
+# What is stored
+
+
+def test_a_prefix_ends_at_the_first_page_that_is_not_stored(backends: Backends) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool)
+    keys = hashes(6)
+    backend.batch_set_v1(keys[:2], slots(0, 1))
+    backend.batch_set_v1(keys[3:], slots(3, 4, 5), SimpleNamespace(prefix_keys=keys[:3]))
+    assert backend.batch_exists(keys) == 2
+    assert backend.batch_exists(keys[3:], SimpleNamespace(prefix_keys=keys[:3])) == 3
+    assert backend.batch_exists([keys[2]]) == 0
+    assert not backend.exists(keys[2])
+    assert backend.exists(keys[5])
+
+    before = content(pool, 8, 9, 10, 11)
+    assert backend.batch_get_v1(keys, slots(6, 7, 8, 9, 10, 11)) == [True, True, False, False, False, False]
+    assert torch.equal(content(pool, 8, 9, 10, 11), before)
+    assert backend.recorder.counts["pages_missed:not_stored"] == 4
+
+
+def test_blocks_know_the_one_before_them(backends: Backends, node: RunningNode) -> None:
+    backend = backends(fill(mha_pool("page_first"), 1))
+    keys = hashes(4)
+    backend.batch_set_v1(keys[:2], slots(0, 1), SimpleNamespace(prefix_keys=[]))
+    backend.batch_set_v1(keys[2:], slots(2, 3), SimpleNamespace(prefix_keys=keys[:2]))
+    stored = backend._pools["kv"]._keyring().block_keys(map(bytes.fromhex, keys))
+    with Client(node.socket) as client:
+        found = [client.call("inspect", key=key) for key in stored]
+    assert [entry["index"] for entry in found] == [0, 1, 2, 3]
+    assert [entry["parent"] for entry in found] == [bytes(16), *stored[:3]]
+
+
+def test_what_is_stored_is_not_written_again(backends: Backends) -> None:
+    pool = fill(mha_pool("page_head"), 1)
+    backend = backends(pool)
+    keys = hashes(4)
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: backend.batch_set_v1(keys, slots(0, 1, 2, 3)), range(8)))
+    assert answers == [[True] * 4] * 8
+    page_bytes = content(pool, 0).numel()
+    assert backend.recorder.counts == {"bytes_saved:kv": 4 * page_bytes}
+    stats = backend.get_stats()
+    assert sum(stats.backup_pgs) == 4
+    assert backend.get_stats().backup_pgs == []
+
+
+def test_long_prompts_are_moved_in_chunks(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("connectors.sglang.transfers.CHUNK_BYTES", 3 * 16 * PAGE * HEADS * 2 * 2 * 2)
+    pool = fill(mha_pool("page_first_direct"), 1)
+    backend = backends(pool)
+    keys = hashes(11)
+    assert all(backend.batch_set_v1(keys[:5], slots(0, 1, 2, 3, 4)))
+    assert backend.batch_get_v1(keys, slots(*range(11))) == [True] * 5 + [False] * 6
+    assert all(backend.batch_get_v1(keys[:5], slots(5, 6, 7, 8, 9)))
+    assert torch.equal(content(pool, 5, 6, 7, 8, 9), content(pool, 0, 1, 2, 3, 4))
+
+
+# Ranks
+
+
+def test_a_block_is_there_when_every_rank_has_written_its_heads(backends: Backends) -> None:
+    whole, keys = fill(mha_pool("page_head"), 1), hashes(2)
+    parts = [mha_pool("page_first", heads=HEADS // 2) for _ in range(2)]
+    ranks = [backends(pool, rank=(rank, 2)) for rank, pool in enumerate(parts)]
+    for rank, pool in enumerate(parts):
+        both = slice(rank * HEADS // 2, (rank + 1) * HEADS // 2)
+        from connectors.sglang.pages import page_view
+
+        page_view(pool)[:, :2] = page_view(whole)[:, :2, both]
+    reader = backends(sink := fill(mha_pool("layer_first"), 2))
+
+    assert all(ranks[1].batch_set_v1(keys, slots(0, 1)))
+    assert reader.batch_exists(keys) == 0
+    assert all(ranks[0].batch_set_v1(keys, slots(0, 1)))
+    assert reader.batch_exists(keys) == 2
+    assert all(reader.batch_get_v1(keys, slots(4, 5)))
+    assert torch.equal(content(sink, 4, 5), content(whole, 0, 1))
+
+
+def test_ranks_that_hold_the_same_leave_writing_to_one(backends: Backends) -> None:
+    """MLA, and more ranks than KV heads."""
+    latent = fill(mla_pool("page_first"), 1)
+    first, second = backends(latent, rank=(0, 2)), backends(sink := fill(mla_pool("page_first"), 2), rank=(1, 2))
+    assert all(second.batch_set_v1(hashes(1), slots(0)))
+    assert second.batch_exists(hashes(1)) == 0
+    assert all(first.batch_set_v1(hashes(1), slots(0)))
+    assert all(second.batch_get_v1(hashes(1), slots(3)))
+    assert torch.equal(content(sink, 3), content(latent, 0))
+
+    pools = [fill(mha_pool("page_first", heads=1), rank // 2) for rank in range(2 * HEADS)]
+    ranks = [backends(pool, rank=(rank, 2 * HEADS)) for rank, pool in enumerate(pools)]
+    for rank in (1, 3, 5, 7, 6, 4, 2):
+        assert all(ranks[rank].batch_set_v1(hashes(1, 1), slots(0)))
+        assert ranks[0].batch_exists(hashes(1, 1)) == 0
+    assert all(ranks[0].batch_set_v1(hashes(1, 1), slots(0)))
+    for pool, backend in zip(pools, ranks, strict=True):
+        assert all(backend.batch_get_v1(hashes(1, 1), slots(5)))
+        assert torch.equal(content(pool, 5), content(pool, 0))
+
+
+# Namespaces
+
+
+def test_what_cannot_be_shared_has_another_namespace(backends: Backends, model: Path, tmp_path: Path) -> None:
+    def namespace(**settings: Any) -> Any:
+        return bind("kv", mha_pool("page_first"), storage_config(None), Options(**{"weights": "w", **settings})).namespace
+
+    served = namespace()
+    assert served.layout == "canonical:kv_head_token_layer"
+    assert (served.model, served.weights, served.dtype) == ("model", "w", "bfloat16")
+    assert namespace(weights="v").difference(served) == {"weights": ("v", "w")}
+    other = bind("kv", mha_pool("page_first", dtype=torch.float16), storage_config(None), Options(weights="w"))
+    assert other.namespace.difference(served) == {"dtype": ("float16", "bfloat16")}
+    serve(tmp_path / "again" / "model", rope_theta=500000.0)
+    assert namespace().difference(served).keys() == {"rope"}
+    serve(tmp_path / "windows" / "model", architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=128)
+    assert namespace().difference(served)["attention"] == ("sglang_window:128", "gqa")
+
+    pool = fill(mha_pool("page_first"), 1)
+    assert all(backends(pool).batch_set_v1(hashes(1), slots(0)))
+    assert backends(mha_pool("page_first", dtype=torch.float16)).batch_exists(hashes(1)) == 0
+
+
+def test_pages_that_are_not_canonical_are_kept_for_the_same_rank_alone(backends: Backends, tmp_path: Path) -> None:
+    """Here a pool of fewer layers than the model, as hybrid models have."""
+    serve(tmp_path / "hybrid", num_hidden_layers=7)
+    pool = fill(mha_pool("page_first"), 1)
+    binding = bind("kv", pool, storage_config(pool), Options(weights="w"))
+    assert binding.namespace.layout.startswith("opaque:sglang:")
+    assert binding.namespace.layout.endswith(":page_first:page16x8192:tp0of1:pp0of1")
+    backend = backends(pool)
+    assert all(backend.batch_set_v1(hashes(3), slots(0, 1, 2)))
+    assert all(backend.batch_get_v1(hashes(3), slots(3, 4, 5)))
+    assert torch.equal(content(pool, 3, 4, 5), content(pool, 0, 1, 2))
+    assert backends(mha_pool("page_head")).batch_exists(hashes(3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"interface_v1": 0}, "interface_v1"),
+        ({"load_timeout": 3.0}, "load_timeout"),
+        ({"load_timeout_s": "3"}, "load_timeout_s"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(backends: Backends, settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"hicache_storage_backend_extra_config.{field} "):
+        backends(mha_pool("page_first"), **settings)
+
+
+def test_models_that_cannot_be_served_are_refused_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = mha_pool("page_first")
+    with pytest.raises(ConfigError, match="attn_cp_size"):
+        bind("kv", pool, storage_config(pool, attn_cp_size=2), Options(weights="w"))
+    with pytest.raises(ConfigError, match=r"weights = .* the revision of the weights is unknown"):
+        bind("kv", pool, storage_config(pool), Options())
+    adapters = SimpleNamespace(enable_lora=True, lora_paths=["/adapters/a"])
+    monkeypatch.setattr(geometry, "server_args", lambda: adapters)
+    monkeypatch.setattr(geometry, "hashes_name_adapters", lambda: False)
+    with pytest.raises(ConfigError, match="do not tell adapters apart"):
+        bind("kv", pool, storage_config(pool), Options(weights="w"))
+    monkeypatch.setattr(geometry, "hashes_name_adapters", lambda: True)
+    assert bind("kv", pool, storage_config(pool), Options(weights="w")).namespace.lora
+
+
+# Failure
+
+
+def test_without_a_node_everything_misses_until_one_comes(backends: Backends, tmp_path: Path) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool, connected=False, socket=str(tmp_path / "late" / "node.sock"))
+    assert backend.batch_exists(hashes(2)) == 0
+    assert backend.batch_set_v1(hashes(2), slots(0, 1)) == [False, False]
+    assert backend.batch_get_v1(hashes(2), slots(0, 1)) == [False, False]
+    assert backend.recorder.counts == {"pages_missed:unavailable": 3, "pages_not_saved:unavailable": 2}
+    backend.clear()
+    with RunningNode(tmp_path / "late"):
+        wait(lambda: all(backend.batch_set_v1(hashes(2), slots(0, 1))))
+        assert backend.batch_exists(hashes(2)) == 2
+    assert backend.batch_exists(hashes(2)) == 0
+
+
+def test_a_node_that_hangs_costs_no_more_than_the_deadlines(backends: Backends, tmp_path: Path) -> None:
+    socket = tmp_path / "n.sock"
+    command = [sys.executable, "-m", "kvstore", "node", f"--set=node.directory={tmp_path}", f"--set=node.socket={socket}",
+               "--set=host.bytes=16MiB", "--set=host.extent_bytes=1MiB", "--set=disk.bytes=16MiB",
+               "--set=disk.segment_bytes=4MiB"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        backend = backends(
+            fill(mha_pool("page_first"), 1), socket=str(socket), lookup_timeout_s=0.05, load_timeout_s=0.1, save_timeout_s=0.1
+        )
+        wait(lambda: all(backend.batch_set_v1(hashes(2), slots(0, 1))))
+        os.kill(process.pid, signal.SIGSTOP)
+        assert backend.batch_exists(hashes(2)) == 0
+        assert backend.batch_get_v1(hashes(2), slots(2, 3)) == [False, False]
+        assert backend.batch_set_v1(hashes(2, 1), slots(0, 1)) == [False, False]
+        assert backend.recorder.counts["pages_missed:deadline"] == 3
+        assert backend.recorder.counts["pages_not_saved:deadline"] == 2
+        os.kill(process.pid, signal.SIGCONT)
+        wait(lambda: backend.batch_exists(hashes(2)) == 2)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_call_that_makes_no_sense_is_a_miss(backends: Backends) -> None:
+    backend = backends(fill(mha_pool("page_first"), 1))
+    backend.batch_set_v1(hashes(1), slots(0))
+    for wrong in (slots(0, 1), slots(0)[:-1], slots(0) + 1, slots(0) + PAGE * 1000):
+        assert backend.batch_get_v1(hashes(1), wrong) == [False]
+        assert backend.batch_set_v1(hashes(1, 1), wrong) == [False]
+    assert backend.recorder.counts["pages_missed:bad_call"] == 4
+    assert backend.batch_exists(["not a hash"]) == 0
+    assert backend.recorder.counts["pages_missed:error"] == 1
+
+
+# Life
+
+
+def test_clear_empties_the_namespace_and_no_other(backends: Backends) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    ours, others = backends(pool), backends(pool, weights="another model's")
+    for backend in (ours, others):
+        backend.batch_set_v1(hashes(2), slots(0, 1))
+    backends(mha_pool("page_first", heads=HEADS // 2), rank=(1, 2)).clear()
+    assert ours.batch_exists(hashes(2)) == 2
+    ours.clear()
+    assert ours.batch_exists(hashes(2)) == 0
+    assert others.batch_exists(hashes(2)) == 2
+
+
+def test_detached_and_attached_again(backends: Backends) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    first = backends(pool)
+    first.batch_set_v1(hashes(2), slots(0, 1))
+    first.close()
+    again = backends(pool)
+    assert all(again.batch_get_v1(hashes(2), slots(2, 3)))
+    assert torch.equal(content(pool, 2, 3), content(pool, 0, 1))
+
+
+def test_sglangs_fault_injection_goes_through_us(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", "0.5")
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY", "0.002")
+    from sglang.srt.mem_cache import hicache_storage
+
+    if not hasattr(hicache_storage, "HiCacheStorageFailureInjector"):
+        pytest.skip("this SGLang has no fault injection")
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool, connected=False)
+    assert type(backend).__name__ == "HiCacheStorageFailureInjector"
+    wanted = content(pool, 0, 1)
+    loaded = 0
+    for _ in range(40):
+        backend.batch_set_v1(hashes(2), slots(0, 1))
+        loaded += backend.batch_get_v1(hashes(2), slots(2, 3)).count(True)
+    assert 0 < loaded < 80
+    assert torch.equal(content(pool, 2, 3), wanted)
