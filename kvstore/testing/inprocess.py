@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.envelope import HEADER_BYTES, envelope_bytes
 from kvstore.identity import BlockKey, Keyring, Namespace
-from kvstore.node.api import About, Acquired, Lookup, Miss, NewBlock, Plan, Report, Reserved
+from kvstore.node.api import About, Acquired, Description, Lookup, Miss, NewBlock, Plan, Report, Reserved
 from kvstore.node.arena import Arena
 from kvstore.slabs import SlabAllocator
 from kvstore.tiers.base import Medium
@@ -38,6 +38,8 @@ class InProcessNode:
         self._sizes: dict[bytes, int] = {}
         self._slots: OrderedDict[BlockKey, _Slot] = OrderedDict()
         self._lock = threading.Lock()
+        self.described: dict[str, Description] = {}
+        """By request."""
         self.plan: Plan | None = None
         """What every lookup answers as the plan."""
         self.reports: list[Report] = []
@@ -80,6 +82,9 @@ class InProcessNode:
 
     def report(self, report: Report) -> None:
         self.reports.append(report)
+
+    def describe(self, about: About, description: Description, timeout: float = 1.0) -> None:
+        self.described[about.request] = description
 
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         with self._lock:
