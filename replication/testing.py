@@ -95,7 +95,7 @@ class LocalRegions:
         folder = self._folder / name
         folder.mkdir()
         where = ObjectSettings(
-            url=f"s3://{bucket or name}/kv",
+            url=f"s3://{bucket or f'kv-{name}'}/regional",
             endpoint=s3.endpoint,
             region=s3.region,
             access_key_id=s3.access_key,

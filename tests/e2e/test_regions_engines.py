@@ -1,0 +1,129 @@
+"""Three regions with real vLLM engines: what one computed, the others load before they ever compute, token for token.
+
+Each region has an S3 server, a Redis and a node of its own; eu and ap are reached over links of a WAN's latency, bandwidth and
+loss. float32: bfloat16 is not reproducible between chunk sizes even without a store.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from connectors.vllm.process import EngineProcess
+from connectors.vllm.testing import ask, cpu_engine
+from kvstore.testing.model import make_model
+from kvstore.testing.node import alter_host_blocks, wait_for
+from kvstore.testing.redis import RedisServer, redis_server
+from kvstore.testing.servers import S3Server, ServerUnavailable, ministack
+from kvstore.testing.shaping import Shape
+from replication.testing import LocalRegion, LocalRegions
+
+pytestmark = [pytest.mark.engine, pytest.mark.s3, pytest.mark.timeout(600)]
+
+OUTPUT = 16
+BLOCK_TOKENS = 64
+ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 200}
+NODE = [
+    "identity.secret=a secret of all the regions",
+    "host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=128MiB", "disk.segment_bytes=32MiB",
+]  # fmt: skip
+WORDS = ["river", "stone", "lamp", "quiet", "engine", "morning", "letter", "seven", "harbour", "yellow", "window"]
+
+
+def prose(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + ". "
+
+
+SYSTEM = prose(0, 500)
+PROMPTS = [SYSTEM + prose(seed, 150) for seed in (1, 2)] + [prose(3, 600)]
+
+
+class World:
+    """na computes; eu and ap are born empty. Engines start together, and join when they are first asked."""
+
+    def __init__(self, stack: ExitStack, folder: Path, servers: Sequence[tuple[S3Server, RedisServer]]) -> None:
+        self.model = make_model(folder / "model", PROMPTS)
+        self.regions = stack.enter_context(LocalRegions(folder))
+        self.catalogs: dict[str, RedisServer] = {}
+        self.engines: dict[str, EngineProcess] = {}
+        self._stack = stack
+        for name, (s3, catalog) in zip(("na", "eu", "ap"), servers, strict=True):
+            self.catalogs[name] = catalog
+            stack.enter_context(self.regions.add(name, s3, *NODE, f"catalog.url={catalog.url}").node)
+        self.regions.flow("na", "eu", Shape(0.02, 12e6, loss=0.005))
+        self.regions.flow("na", "ap", Shape(0.08, 6e6, loss=0.01))
+        for name in ("na", "eu", "ap"):
+            self.start_engine(name)
+
+    def __getitem__(self, name: str) -> LocalRegion:
+        return self.regions.regions[name]
+
+    def start_engine(self, name: str) -> None:
+        region = self[name]
+        engine = cpu_engine(self.model, region.folder / "engine.log", region.node.socket, threads=1, **ENGINE)
+        self.engines[name] = self._stack.enter_context(engine)
+
+    def ask(self, name: str) -> tuple[list[list[int]], list[dict[str, int]]]:
+        """Every prompt, one by one: the tokens, and by tier how many of the prompt's came from the store."""
+        self.engines[name].ready()
+        wait_for(lambda: self[name].node.clients() == 2)
+        replies = [ask(self.engines[name], prompt, OUTPUT) for prompt in PROMPTS]
+        return [reply.tokens for reply in replies], [reply.loaded for reply in replies]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvs-")))
+        try:
+            servers = [(stack.enter_context(ministack()), stack.enter_context(redis_server())) for _ in range(3)]
+        except ServerUnavailable as error:
+            pytest.skip(str(error))
+        yield World(stack, folder, servers)
+
+
+@pytest.fixture(scope="module")
+def reference(world: World) -> list[list[int]]:
+    """What na's engine computed, with nothing to load; it is published then."""
+    tokens, loaded = world.ask("na")
+    assert loaded[0] == loaded[2] == {}
+    assert len({tuple(answer) for answer in tokens}) == len(PROMPTS), "the model must tell the prompts apart"
+    world["na"].node.drain()
+    assert world["na"].publish()["blocks"] == world["na"].node.blocks()["object"] > 0
+    return tokens
+
+
+def whole(tokens: dict[str, int]) -> int:
+    return sum(tokens.values())
+
+
+@pytest.mark.parametrize("name", ["eu", "ap"])
+def test_a_region_that_is_born_skips_prefill_from_its_first_request(
+    world: World, reference: list[list[int]], name: str
+) -> None:
+    region, blocks = world[name], world["na"].node.blocks()["object"]
+    assert set(region.node.blocks().values()) == {0}
+    said = region.replicate()
+    assert (said["status"], said["flows"][0]["copied"]["copied"]) == (0, blocks)
+    assert region.links["na"].bytes_down > said["flows"][0]["copied"]["bytes"]
+    assert region.warm()["status"] == 0
+    tokens, loaded = world.ask(name)
+    assert tokens == reference
+    assert all(set(one) == {"host"} and whole(one) >= 9 * BLOCK_TOKENS for one in loaded), loaded
+    assert region.node.blocks() == {"host": blocks, "disk": blocks, "object": blocks}, "nothing was computed anew"
+
+
+def test_altered_kv_alters_the_answers(world: World, reference: list[list[int]]) -> None:
+    """The control: were wrong KV loaded, these tests would see it."""
+    with world["ap"].node.client() as client:
+        assert alter_host_blocks(client)
+    tokens, loaded = world.ask("ap")
+    assert all(map(whole, loaded))
+    assert not any(answer == expected for answer, expected in zip(tokens, reference, strict=True))
