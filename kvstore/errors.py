@@ -6,6 +6,7 @@ KVStoreError
 ├── ProtocolError          a peer broke the frame protocol, or speaks another version of it
 ├── NodeUnavailable        no node answers, or it went away
 ├── DeadlineExceeded       the answer did not come in time
+├── AdminRefused           the admin API answered with a problem
 ├── CatalogUnavailable     the region's catalog does not answer
 └── TierError
     ├── BlockNotFound      the tier does not hold the block
@@ -46,6 +47,16 @@ class NodeUnavailable(KVStoreError):
 
 class DeadlineExceeded(KVStoreError):
     """The answer did not arrive before the deadline."""
+
+
+class AdminRefused(KVStoreError):
+    """The admin API did not do what was asked: an HTTP status, why, and perhaps what to do."""
+
+    def __init__(self, status: int, detail: str, remedy: str = "") -> None:
+        super().__init__(f"{detail}. {remedy}" if remedy else detail)
+        self.status = status
+        self.detail = detail
+        self.remedy = remedy
 
 
 class CatalogUnavailable(KVStoreError):

@@ -12,6 +12,7 @@
     checks.py    doctor
     catalog.py   catalog status, catalog rebuild
     api.py       api
+    overhttp.py  jobs, policy
 
 Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
@@ -25,7 +26,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import api, blocks, catalog, checks, explain, hot, node, pins, settings
+from kvstore.cli import api, blocks, catalog, checks, explain, hot, node, overhttp, pins, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -71,6 +72,8 @@ app.command("pins")(pins.show)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")
+app.add_typer(overhttp.jobs, name="jobs")
+app.add_typer(overhttp.policy, name="policy")
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):
     command = entry.load()
     if isinstance(command, typer.Typer):
