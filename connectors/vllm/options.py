@@ -7,6 +7,8 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 
+MAX_PREVIEW_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -24,6 +26,10 @@ class Options:
     """Name of the model; empty for vLLM's, without the folder."""
     weights: str = ""
     """Revision of the weights; empty for the hub's commit or a digest of the local files."""
+    content_fingerprints: bool = False
+    """Tell the node what prompts consist of, as keyed hashes, for ``kvstore breakers``; see ``connectors.vllm.describe``."""
+    preview_tokens: int = 0
+    """Tell the node this many of a prompt's first and last token ids, at most 256, for ``kvstore hot --tokenizer``."""
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
@@ -39,4 +45,12 @@ class Options:
                 raise ConfigError(
                     f"kv_connector_extra_config.{name}", value, f"not a {kind.__name__}", "Correct the type."
                 )
-        return cls(**extra)
+        options = cls(**extra)
+        if not 0 <= options.preview_tokens <= MAX_PREVIEW_TOKENS:
+            raise ConfigError(
+                "kv_connector_extra_config.preview_tokens",
+                options.preview_tokens,
+                f"not from 0 to {MAX_PREVIEW_TOKENS}",
+                "Give it about 16.",
+            )
+        return options

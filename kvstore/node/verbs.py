@@ -26,6 +26,7 @@ from kvstore.node.arguments import Arguments, bytes_of, digest_of, integer_of, m
 from kvstore.node.chains import MAX_NAME, Chains
 from kvstore.node.explainverbs import explain_verbs
 from kvstore.node.pinverbs import pin_verbs
+from kvstore.node.promptverbs import prompt_verbs
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.node.reportverbs import report_verbs
 from kvstore.planning import Planning
@@ -98,6 +99,7 @@ class Verbs:
             **report_verbs(planning, demand),
             **explain_verbs(store, namespaces, demand, chains),
             **pin_verbs(store, demand.pins, chains),
+            **prompt_verbs(self._requests),
         }
 
     # --- engines
