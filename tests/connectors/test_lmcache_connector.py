@@ -22,7 +22,7 @@ SIZE = 64 << 10
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[RunningNode]:
-    with RunningNode(tmp_path) as running:
+    with RunningNode(tmp_path, "host.bytes=16MiB") as running:
         yield running
 
 
