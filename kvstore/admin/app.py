@@ -65,8 +65,9 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     kinds.register(site.jobs, site.node, site.config)
     health.add_checks(site)
     events.add_parts(site)
+    app.include_router(health.router)
     for router in (*ROUTERS, *(NODE_ROUTERS if site.node is not None else ()), *extensions(site)):
-        app.include_router(router)
+        app.include_router(router, responses=problems.documented(400, 401, 403, 413, 422))
     app.add_middleware(Idempotency)
     app.add_middleware(Guard, hosts=hosts)
     return app

@@ -6,7 +6,6 @@ from kvstore.admin.routes import (
     blocks,
     configuration,
     events,
-    health,
     jobs,
     namespaces,
     policy,
@@ -15,7 +14,7 @@ from kvstore.admin.routes import (
     status,
 )
 
-ROUTERS = (health.router, events.router, jobs.router, configuration.router, region.router)
-"""Those of every service."""
+ROUTERS = (events.router, jobs.router, configuration.router, region.router)
+"""Those of every service, beside those of health."""
 NODE_ROUTERS = (status.router, blocks.router, prompts.router, namespaces.router, policy.router)
 """Those that ask a node."""
