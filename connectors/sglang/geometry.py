@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from connectors.modelid import model_name, rope_text, weights_revision
 from connectors.sglang.compat import hashes_name_adapters, is_writer, model_config, server_args, sglang_version
 from connectors.sglang.options import SETTING, Options
@@ -44,6 +46,8 @@ class Model:
     attention: str
     layers: int
     kv_heads: int
+    kv_dtype: str
+    """What the user asked the KV cache to be."""
     lora: str
 
     @classmethod
@@ -63,6 +67,7 @@ class Model:
             attention=f"sglang_window:{window}" if window else "gqa",
             layers=text.num_hidden_layers,
             kv_heads=config.get_total_num_kv_heads(),
+            kv_dtype=str(getattr(arguments, "kv_cache_dtype", None) or "auto"),
             lora=_adapters(arguments),
         )
 
@@ -108,7 +113,7 @@ def _canonical(pool: Any, config: Any, model: Model) -> Binding:
     namespace = Namespace(
         model=model.name,
         weights=model.weights,
-        dtype=_plain(pool.dtype),
+        dtype=_element(pool, model),
         layers=layout.layers,
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
@@ -138,7 +143,7 @@ def _opaque(name: str, pool: Any, config: Any, model: Model) -> Binding:
     namespace = Namespace(
         model=model.name,
         weights=model.weights,
-        dtype=_plain(getattr(pool, "dtype", "opaque")),
+        dtype=_element(pool, model),
         layers=max(int(getattr(pool, "layer_num", 1) or 1), 1),
         kv_heads=1,
         head_dim=1,
@@ -168,6 +173,13 @@ def _adapters(arguments: Any) -> str:
         path = str(getattr(adapter, "lora_path", adapter))
         found[path] = weights_digest(path) or path
     return chain_seed(enabled="1", **found).hex()[:32]
+
+
+def _element(pool: Any, model: Model) -> str:
+    """Type of an element. Pools keep quantised KV as plain bytes, with scales of SGLang's own: it is not shared."""
+    dtype = getattr(pool, "dtype", None)
+    shareable = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    return _plain(dtype) if shareable else f"sglang:{model.kv_dtype}:{_plain(dtype)}"
 
 
 def _plain(dtype: Any) -> str:

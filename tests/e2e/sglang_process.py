@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NEEDED_GIB = 11
-"""SGLang refuses to make a host pool that would leave less than 10 GiB of memory free."""
 
 
 def sglang_python() -> str:
@@ -25,13 +22,6 @@ def sglang_python() -> str:
     if not Path(python).exists():
         pytest.skip(f"SGLang is not installed ({python}): run .ci/install-sglang")
     return python
-
-
-def enough_memory() -> None:
-    """Skips the test where SGLang could not run."""
-    free = psutil.virtual_memory().available >> 30
-    if free < NEEDED_GIB:
-        pytest.skip(f"SGLang's host pool needs {NEEDED_GIB} GiB of free memory, not {free}")
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -41,11 +41,13 @@ LLAMA = {
 }  # fmt: skip
 
 
-def serve(folder: Path, **changes: Any) -> None:
-    """Make this process one that serves the model of ``LLAMA``, changed."""
+def serve(folder: Path, arguments: dict[str, Any] | None = None, **changes: Any) -> None:
+    """Make this process one that serves the model of ``LLAMA``, changed, with these server arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
-    set_global_server_args_for_scheduler(ServerArgs(model_path=str(folder), device="cpu", page_size=PAGE))
+    set_global_server_args_for_scheduler(
+        ServerArgs(model_path=str(folder), device="cpu", page_size=PAGE, **(arguments or {}))
+    )
 
 
 def mha_pool(layout: str, heads: int = HEADS, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
@@ -132,7 +134,12 @@ def backends(node: RunningNode, model: Path, tmp_path: Path) -> Iterator[Backend
     made: list[Any] = []
 
     def make(
-        pool: Any, others: Sequence[tuple[str, Any]] = (), *, connected: bool = True, rank: Sequence[int] = (0, 1), **settings: Any
+        pool: Any,
+        others: Sequence[tuple[str, Any]] = (),
+        *,
+        connected: bool = True,
+        rank: Sequence[int] = (0, 1),
+        **settings: Any,
     ) -> Any:
         extra = {
             "backend_name": "kvstore", "module_path": "connectors.sglang", "class_name": "KVStoreStorage", "interface_v1": 1,
@@ -155,10 +162,9 @@ def backends(node: RunningNode, model: Path, tmp_path: Path) -> Iterator[Backend
 
 
 def storage_config(pool: Any, rank: Sequence[int] = (0, 1), extra: dict[str, Any] | None = None, **more: Any) -> Any:
-    return HiCacheStorageConfig(
-        **{
-            "tp_rank": rank[0], "tp_size": rank[1], "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1,
-            "is_mla_model": isinstance(pool, MLATokenToKVPoolHost), "enable_storage_metrics": False,
-            "is_page_first_layout": False, "model_name": "m", "extra_config": extra or {}, **more,
-        }  # fmt: skip
-    )
+    values = {
+        "tp_rank": rank[0], "tp_size": rank[1], "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1,
+        "is_mla_model": isinstance(pool, MLATokenToKVPoolHost), "enable_storage_metrics": False,
+        "is_page_first_layout": False, "model_name": "m", "extra_config": extra or {},
+    }  # fmt: skip
+    return HiCacheStorageConfig(**{**values, **more})

@@ -2,9 +2,9 @@
 
 SGLang's wheel is made for GPUs. On a CPU its engine needs three things more, which this file gives to every process of it:
 
-* stand-ins for packages that are imported and not used there (torchvision from PyPI brings a CUDA build of torch; triton is 1 GB);
+* stand-ins for packages that are imported and not used there (torchvision from PyPI brings a CUDA torch; triton is 1 GB);
 * the copies between device and host pool (``io_backend=direct``) that its CUDA package has;
-* host pools that are not pinned.
+* host pools that are not pinned, and that do not insist on 10 GiB of free memory beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 ABSENT = {"torchvision", "datasets", "vllm", "triton"}
-MHA_POOL = "sglang.srt.mem_cache.pool_host.mha"
 
 
 def _is_dunder(name: str) -> bool:
@@ -149,5 +148,10 @@ def _copies_on_a_cpu(mha: Any) -> None:
     pool.__init__ = unpinned
 
 
+def _no_reserve(base: Any) -> None:
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
+
+
+POOLS = "sglang.srt.mem_cache.pool_host"
 sys.meta_path.insert(0, _StandIns())
-sys.meta_path.insert(0, _AfterImport({MHA_POOL: _copies_on_a_cpu}))
+sys.meta_path.insert(0, _AfterImport({f"{POOLS}.mha": _copies_on_a_cpu, f"{POOLS}.base": _no_reserve}))
