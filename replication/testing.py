@@ -11,10 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import obstore
+
+from kvstore.envelope import HEADER_BYTES
+from kvstore.identity import BlockKey
 from kvstore.testing.node import NodeProcess
 from kvstore.testing.servers import Daemon, S3Server
 from kvstore.testing.shaping import Shape, ShapedLink, shaped
 from kvstore.tiers.object import ObjectSettings
+from kvstore.tiers.object.names import block_name
+from kvstore.tiers.object.objects import Objects
 from replication.keys import create_key, public_text
 
 COMMAND_SECONDS = 120.0
@@ -61,6 +67,13 @@ class LocalRegion:
         settings = [f"--set={text}" for text in _bucket_settings(self.bucket)]
         socket = ["--socket", str(self.node.socket)]
         return _json([sys.executable, "-m", "kvstore", "warm", "--json", *socket, *settings, *arguments])
+
+    def damage(self, namespace: bytes, key: BlockKey) -> None:
+        """Flip a bit of a block's payload in the bucket."""
+        store, name = Objects.connect(self.bucket).store, block_name(namespace, key)
+        body = bytearray(obstore.get(store, name).bytes())
+        body[HEADER_BYTES + 1000] ^= 1
+        obstore.put(store, name, bytes(body), use_multipart=False)
 
     @contextmanager
     def replicating(self) -> Iterator[Daemon]:

@@ -7,6 +7,7 @@ loss. float32: bfloat16 is not reproducible between chunk sizes even without a s
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ pytest.importorskip("vllm")
 
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import ask, cpu_engine
+from kvstore.identity import BlockKey
 from kvstore.testing.model import make_model
 from kvstore.testing.node import alter_host_blocks, wait_for
 from kvstore.testing.redis import RedisServer, redis_server
@@ -127,3 +129,49 @@ def test_altered_kv_alters_the_answers(world: World, reference: list[list[int]])
     tokens, loaded = world.ask("ap")
     assert all(map(whole, loaded))
     assert not any(answer == expected for answer, expected in zip(tokens, reference, strict=True))
+
+
+def test_a_damaged_block_is_computed_and_healed(world: World, reference: list[list[int]]) -> None:
+    region = world["eu"]
+    lose_disk(region)
+    with region.node.client() as client:
+        blocks = client.call("list", medium="object", limit=100)["blocks"]
+        bad = next(block for block in blocks if block["index"] == 3)
+        region.damage(bytes(bad["namespace"]), BlockKey(bytes(bad["key"])))
+    tokens, loaded = world.ask("eu")
+    assert tokens == reference
+    assert world.engines["eu"].counters()["vllm:kvstore_blocks_missed{corrupt}"] > 0
+    assert min(map(whole, loaded)) == 3 * BLOCK_TOKENS, loaded
+    region.node.drain()
+    lose_disk(region)
+    tokens, loaded = world.ask("eu")
+    assert tokens == reference
+    assert min(map(whole, loaded)) >= 9 * BLOCK_TOKENS, loaded
+
+
+def lose_disk(region: LocalRegion) -> None:
+    """Start the node anew with nothing but its bucket."""
+    region.node.stop()
+    shutil.rmtree(region.node.data)
+    region.node.start()
+
+
+def test_everything_is_restarted(world: World, reference: list[list[int]]) -> None:
+    world.engines["eu"].close()
+    for name in ("na", "eu"):
+        world[name].node.kill()
+        world[name].s3.stop()
+        with world.catalogs[name].client() as redis:
+            redis.flushall()
+        world.catalogs[name].kill()
+    for name in ("na", "eu"):
+        world.catalogs[name].restart()
+        world[name].s3.restart()
+        world[name].node.start()
+    world.start_engine("eu")
+    world["na"].publish()
+    said = world["eu"].replicate()
+    assert (said["status"], said["flows"][0]["planned"]["blocks"]) == (0, 0)
+    tokens, loaded = world.ask("eu")
+    assert tokens == reference
+    assert min(map(whole, loaded)) >= 9 * BLOCK_TOKENS, loaded

@@ -28,7 +28,7 @@ from kvstore.testing.redis import RedisServer, redis_server
 from kvstore.testing.servers import CephGateway, S3Server, ServerUnavailable, ministack
 from kvstore.testing.shaping import Shape
 from kvstore.tiers.base import Medium
-from kvstore.tiers.object.names import block_name, parse_block_name
+from kvstore.tiers.object.names import parse_block_name
 from kvstore.tiers.object.objects import Objects
 from replication.testing import LocalRegion, LocalRegions
 
@@ -148,14 +148,6 @@ def arrived(region: LocalRegion) -> int:
     return sum(len(page) for page in obstore.list(bucket, "blocks"))
 
 
-def damage(region: LocalRegion, key: BlockKey) -> None:
-    """Flip a bit of a block's payload in the bucket."""
-    bucket, name = Objects.connect(region.bucket).store, block_name(SPACE.digest, key)
-    body = bytearray(obstore.get(bucket, name).bytes())
-    body[HEADER_BYTES + 1000] ^= 1
-    obstore.put(bucket, name, bytes(body), use_multipart=False)
-
-
 def let_leases_lapse(region: LocalRegion) -> None:
     """As if half a minute had passed since their holder died."""
     bucket = Objects.connect(region.bucket).store
@@ -262,7 +254,7 @@ def test_a_node_whose_disk_is_full(world: World) -> None:
 def test_blocks_that_are_damaged_in_a_bucket(world: World) -> None:
     region = world.mirror("rest")
     bad = world.chains[1][4]
-    damage(world.na, bad)
+    world.na.damage(SPACE.digest, bad)
     said = region.replicate()
     assert said["status"] == 1
     assert world.assert_whole_prefixes(region) == TOTAL - (BLOCKS - 4)
@@ -275,7 +267,7 @@ def test_blocks_that_are_damaged_in_a_bucket(world: World) -> None:
     assert region.replicate()["status"] == 0
     assert world.assert_whole_prefixes(region) == TOTAL
 
-    damage(region, bad)
+    region.damage(SPACE.digest, bad)
     assert world.served(region) == TOTAL - (BLOCKS - 4)
     assert region.replicate()["status"] == 0
     assert world.assert_whole_prefixes(region) == world.served(region) == TOTAL
