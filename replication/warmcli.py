@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,17 +13,18 @@ import typer
 
 from kvstore.cli import options
 from kvstore.cli.output import note, number, print_json
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, KVStoreError
+from replication.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from kvstore.config import Config
     from kvstore.identity import BlockKey, Namespace
     from kvstore.node.client import Client
     from replication.hotset import HotSet
+    from replication.prime import Need, PrimeReport
     from replication.warmup import Progress, WarmReport
 
 INTERRUPTED = 130
-MAX_PROMPT_BYTES = 64 << 20
 
 
 def warm(
@@ -32,47 +33,174 @@ def warm(
     ] = "",
     rate: Annotated[str, typer.Option(metavar="SIZE", help="Bytes per second to take from the bucket at most.")] = "",
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Warm these prompts: a JSON list of token ids on each line.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Warm these prompts: a JSON list of token ids on each line; for --prime also texts."
+        ),
     ] = None,
     namespace: Annotated[
         str, typer.Option("--namespace", "-n", metavar="NAME", help="Whose prompts: a model, or start of a digest.")
     ] = "",
+    prime: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help="Have an OpenAI-compatible endpoint compute those of --prompts that are not stored."
+        ),
+    ] = "",
+    prime_model: Annotated[
+        str, typer.Option(metavar="NAME", help="The model's name at that endpoint; else its first one.")
+    ] = "",
+    prime_api_key: Annotated[
+        str, typer.Option(metavar="KEY", help="Its API key.", envvar="KVSTORE_PRIME_API_KEY", show_envvar=True)
+    ] = "",
+    at_once: Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Prompts at a time for --prime.")] = 4,
+    per_second: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Prompts a second for --prime at most; 0: no limit.")
+    ] = 0.0,
+    check: Annotated[bool, typer.Option("--check", help="Only say how warm the node is, for readiness gates.")] = False,
     prefill_rate: Annotated[
         float, typer.Option(metavar="TOKENS", min=1, help="Tokens a second that the engine prefills, for the report.")
     ] = 20_000.0,
-    ready_at: Annotated[
-        float, typer.Option(metavar="SHARE", min=0, max=1, help="Share of the bytes from which the exit status is 0.")
+    at_least: Annotated[
+        float,
+        typer.Option(
+            "--at-least",
+            "--ready-at",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of the planned bytes from which the exit status is 0.",
+        ),
     ] = 1.0,
     config: options.ConfigFile = None,
     overrides: options.Overrides = None,
     socket: options.Socket = None,
     json: options.Json = False,
 ) -> None:
-    """Fill this machine's node from its bucket, hottest prompts first, before engines start. Ctrl-C keeps what is there."""
-    from kvstore.cli.logs import configure
-    from replication.rate import RateLimit
-    from replication.warmup import Warmer
+    """Fill this machine's node from its bucket, hottest prompts first, before engines start. Ctrl-C keeps what is there.
 
-    configure("warning")
-    if (prompts is None) == bool(namespace):
-        raise ConfigError("--namespace", namespace, "goes with --prompts", "Give both, or neither.")
+    Exit status: 0 warm enough, 1 less, 2 bad input, 3 no node answers, 130 interrupted by SIGINT or SIGTERM.
+    """
     loaded = options.load(config, overrides, socket).config
-    limit = RateLimit(_size("--rate", rate))
-    with options.connect(config, overrides, socket) as client:
-        client.call("status")
-        with _progress() as advance:
-            warmer = Warmer(client, loaded.identity.tenant, limit, advance)
-            hot, namespaces = _find(loaded, client, warmer.report, prompts, namespace)
-            report = warmer.run(hot, namespaces, _size("--budget", budget))
-    document = _document(report, prefill_rate)
-    if json:
-        print_json(document)
+    if check:
+        _check(loaded, at_least, json)
+    elif prime:
+        if prompts is None:
+            raise ConfigError("--prime", prime, "goes with --prompts", "Name a file of prompts.")
+        with options.connect(config, overrides, socket) as client, _interruptible():
+            primer = {"model": prime_model, "api_key": prime_api_key, "at_once": at_once}
+            report = _prime(loaded, client, prompts, namespace, prime, {**primer, "per_second": per_second or None})
+        _show_primed(report, prefill_rate, json)
     else:
-        _print(report, document)
-    if report.interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if report.ready < ready_at:
+        if (prompts is None) == bool(namespace):
+            raise ConfigError("--namespace", namespace, "goes with --prompts", "Give both, or neither.")
+        with options.connect(config, overrides, socket) as client, _interruptible():
+            warmed = _warm(loaded, client, prompts, namespace, _size("--budget", budget), _size("--rate", rate))
+        _show_warmed(warmed, prefill_rate, at_least, json)
+
+
+def _warm(
+    config: Config, client: Client, prompts: Path | None, namespace: str, budget: int | None, rate: int | None
+) -> WarmReport:
+    """Fill the node. Raises ConfigError, NodeUnavailable, TierUnavailable; the node's warmth says so too."""
+    from replication.rate import RateLimit
+    from replication.warmfile import WarmthFile
+    from replication.warmup import Warmer, WarmReport
+
+    client.call("status")
+    told = WarmthFile(config.node.directory)
+    report = WarmReport()
+    problem = "it broke off"
+    try:
+        with _progress() as advance:
+
+            def progress(report: WarmReport) -> None:
+                advance(report)
+                told.progress(report)
+
+            progress(report)
+            warmer = Warmer(client, config.identity.tenant, RateLimit(rate), progress, report)
+            hot, namespaces = _find(config, client, report, prompts, namespace)
+            warmer.run(hot, namespaces, budget)
+        problem = ""
+    except KeyboardInterrupt:
+        report.interrupted, problem = True, ""
+    except KVStoreError as error:
+        problem = str(error)
+        raise
+    finally:
+        told.end(report, problem)
+    return report
+
+
+def _check(config: Config, at_least: float, json: bool) -> None:
+    """Say how warm the node is. Exit status 1 when that is not enough, or it was never warmed."""
+    from dataclasses import asdict
+
+    from kvstore.warmth import read_warmth
+
+    warmth = read_warmth(config.node.directory)
+    if json:
+        print_json(None if warmth is None else {**asdict(warmth), "share": warmth.share})
+    elif warmth is None:
+        print("never warmed")
+    else:
+        print(f"{warmth.share:.0%} warm, {warmth.state}" + (f": {warmth.problem}" if warmth.problem else ""))
+    if warmth is None or not warmth.enough(at_least):
         raise typer.Exit(1)
+
+
+def _prime(config: Config, client: Client, file: Path, wanted: str, url: str, primer: dict[str, Any]) -> PrimeReport:
+    """Have prompts computed. Raises ConfigError, EndpointUnavailable, and what finding out what is stored raises."""
+    import asyncio
+    import signal
+
+    if find_spec("httpx") is None:
+        raise ConfigError("--prime", url, "the package httpx is not installed", "Install llm-kvstore[admin].")
+    from replication.prime import Primer
+
+    prompts = list(read_prompts(file, texts=True))
+    judge = {"need": _judge(client, *_survey(config, wanted))} if wanted else {}
+
+    async def run() -> PrimeReport:
+        task = asyncio.current_task()
+        assert task is not None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+        async with Primer(url, **primer) as sender:
+            return await sender.run(prompts, **judge)
+
+    return asyncio.run(run())
+
+
+def _judge(client: Client, stored: set[BlockKey], namespace: Namespace, length: int) -> Callable[[Prompt], Need]:
+    """Tells which prompts are worth computing. Texts are: only the engine knows their tokens."""
+    from kvstore.identity import chain_digests
+    from replication.prime import Need
+
+    keyring = client.open_namespace(namespace, length)
+
+    def need(prompt: Prompt) -> Need:
+        if isinstance(prompt, str):
+            return Need.SEND
+        keys = keyring.block_keys(chain_digests(prompt, namespace.block_tokens))
+        if not keys:
+            return Need.SHORT
+        return Need.STORED if stored.issuperset(keys) else Need.SEND
+
+    return need
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends a warm-up as Ctrl-C does."""
+    import signal
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _find(
@@ -81,18 +209,32 @@ def _find(
     """What to warm. Raises ConfigError, TierUnavailable."""
     import asyncio
 
-    from replication.hotset import describe, read_namespaces, usual_hot_set
+    from replication.hotset import read_namespaces, usual_hot_set
     from replication.site import Site
     from replication.warmup import blocks_of_prompts
 
-    site = Site(config)
-
     async def hot_set() -> tuple[HotSet, dict[bytes, Namespace]]:
-        async with site.open_contents() as held:
+        async with Site(config).open_contents() as held:
             return await usual_hot_set(held, time.time()), await read_namespaces(held.bucket)
 
+    if prompts is None:
+        return asyncio.run(hot_set())
+    stored, chosen, length = _survey(config, wanted)
+    tokens = (prompt for prompt in read_prompts(prompts) if not isinstance(prompt, str))
+    hot, lacking = blocks_of_prompts(client, chosen, length, tokens, stored.__contains__)
+    report.skipped.update({"not_in_bucket": lacking} if lacking else {})
+    return hot, {chosen.digest: chosen}
+
+
+def _survey(config: Config, wanted: str) -> tuple[set[BlockKey], Namespace, int]:
+    """The blocks that the bucket has of a namespace, the namespace, and the payload size of its blocks."""
+    import asyncio
+
+    from replication.hotset import describe, read_namespaces
+    from replication.site import Site
+
     async def survey() -> tuple[set[BlockKey], Namespace, int]:
-        async with site.open_contents() as held:
+        async with Site(config).open_contents() as held:
             chosen = _named(wanted, await read_namespaces(held.bucket))
             blocks = {key: entry for key, entry in (await held.blocks()).items() if entry.namespace == chosen.digest}
             described = await describe(held.bucket, dict(list(blocks.items())[:8]))
@@ -100,12 +242,7 @@ def _find(
                 raise ConfigError("--namespace", wanted, "the bucket has no blocks of it", "See kvstore ls.")
             return set(blocks), chosen, next(iter(described.values())).length
 
-    if prompts is None:
-        return asyncio.run(hot_set())
-    stored, chosen, length = asyncio.run(survey())
-    hot, lacking = blocks_of_prompts(client, chosen, length, _read_prompts(prompts), stored.__contains__)
-    report.skipped.update({"not_in_bucket": lacking} if lacking else {})
-    return hot, {chosen.digest: chosen}
+    return asyncio.run(survey())
 
 
 def _named(wanted: str, namespaces: dict[bytes, Namespace]) -> Namespace:
@@ -115,26 +252,6 @@ def _named(wanted: str, namespaces: dict[bytes, Namespace]) -> Namespace:
     digests = ", ".join(f"{n.digest.hex()[:12]} ({n.model})" for n in found or namespaces.values())
     problem = f"{len(found)} namespaces of the bucket match"
     raise ConfigError("--namespace", wanted, problem, f"Give one of: {digests or 'none, the bucket is empty'}.")
-
-
-def _read_prompts(path: Path) -> Iterator[Sequence[int]]:
-    remedy = "Write a JSON list of token ids on each line."
-    try:
-        with path.open() as lines:
-            for place, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                if len(line) > MAX_PROMPT_BYTES:
-                    raise ConfigError("--prompts", f"{path}:{place}", "a line is too long", remedy)
-                try:
-                    tokens = jsonlib.loads(line)
-                except ValueError:
-                    tokens = None
-                if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < 1 << 32 for t in tokens):
-                    raise ConfigError("--prompts", f"{path}:{place}", "not a list of token ids", remedy)
-                yield tokens
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--prompts", str(path), str(error), remedy) from error
 
 
 @contextmanager
@@ -162,6 +279,45 @@ def _document(report: WarmReport, prefill_rate: float) -> dict[str, Any]:
         "skipped": dict(report.skipped),
         "interrupted": report.interrupted,
     }
+
+
+def _show_warmed(report: WarmReport, prefill_rate: float, at_least: float, json: bool) -> None:
+    document = _document(report, prefill_rate)
+    if json:
+        print_json(document)
+    else:
+        _print(report, document)
+    if report.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if report.ready < at_least:
+        raise typer.Exit(1)
+
+
+def _show_primed(report: PrimeReport, prefill_rate: float, json: bool) -> None:
+    document = {
+        "sent": report.sent,
+        "tokens": report.tokens,
+        "skipped": {need.value: count for need, count in report.skipped.items()},
+        "failed": dict(report.failed),
+        "seconds": report.seconds,
+        "prefill_seconds_saved": report.tokens / prefill_rate,
+        "interrupted": report.interrupted,
+    }
+    if json:
+        print_json(document)
+    else:
+        print(f"{number(report.sent)} prompts ({number(report.tokens)} tokens) computed in {report.seconds:.1f} s")
+        for need, count in report.skipped.items():
+            note(f"{number(count)} prompts skipped: {need.value}")
+        print(f"Used once each, they save {document['prefill_seconds_saved']:.1f} s of prefill.")
+        for reason, count in report.failed.items():
+            note(f"{number(count)} prompts failed: {reason}")
+        if report.interrupted:
+            note("Interrupted: the same command goes on from here, if --namespace says what is stored.")
+    if report.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _print(report: WarmReport, document: dict[str, Any]) -> None:

@@ -67,9 +67,16 @@ Progress = Callable[[WarmReport], None]
 class Warmer:
     """Fills one node. Blocking; one thread."""
 
-    def __init__(self, client: Client, tenant: str, rate: RateLimit, progress: Progress = lambda report: None) -> None:
-        """``tenant``: whose blocks the node serves."""
-        self.report = WarmReport()
+    def __init__(
+        self,
+        client: Client,
+        tenant: str,
+        rate: RateLimit,
+        progress: Progress = lambda report: None,
+        report: WarmReport | None = None,
+    ) -> None:
+        """``tenant``: whose blocks the node serves. ``progress`` is told of ``report`` as it grows."""
+        self.report = report if report is not None else WarmReport()
         self._client = client
         self._tenant = tenant
         self._rate = rate

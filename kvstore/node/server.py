@@ -31,6 +31,7 @@ from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.planning import Planning
 from kvstore.store import Session, Store
+from kvstore.warmth import forget_warmth
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +69,8 @@ class Node:
         with _exclusive(path):
             namespaces = NamespaceBook(config.node.directory / "namespaces")
             arena = Arena.create(config.host.bytes, secrets.randbits(63) or 1)
+            if not config.disk.enabled:
+                forget_warmth(config.node.directory)  # it was in the memory of the node that was here before
             demand = Demand(config.node.directory / "hotness.msgpack")
             store = await open_store(config, arena, namespaces, demand)
             node = cls(config, arena, store, namespaces, demand)

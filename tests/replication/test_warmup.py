@@ -98,13 +98,23 @@ def loaded(client: Client, keys: list[BlockKey]) -> list[tuple[Medium, bytes]]:
 
 def arguments(node: RunningNode, bucket: ObjectSettings, *more: str) -> list[str]:
     options = [text for setting in object_settings(bucket) for text in ("--set", setting)]
-    return ["warm", "--socket", str(node.socket), *options, "--json", *more]
+    place = f"node.directory={node.config.node.directory}"
+    return ["warm", "--socket", str(node.socket), "--set", place, *options, "--json", *more]
 
 
 def warm(node: RunningNode, bucket: ObjectSettings, *more: str, status: int = 0) -> dict[str, Any]:
     result = CliRunner().invoke(app, arguments(node, bucket, *more))
     assert result.exit_code == status, result.output
     document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def check(node: RunningNode, *more: str, status: int = 0) -> dict[str, Any] | None:
+    """What a readiness gate asks."""
+    place = f"node.directory={node.config.node.directory}"
+    result = CliRunner().invoke(app, ["warm", "--check", "--set", place, "--json", *more])
+    assert result.exit_code == status, result.output
+    document: dict[str, Any] | None = json.loads(result.stdout)
     return document
 
 
@@ -115,8 +125,12 @@ def test_a_new_region_is_warm_before_its_first_engine(pair: Pair, folder: Path) 
     cycle = asyncio.run(pair.cycle(pair.write()))
     assert cycle.problems == {}
     with node_on(pair.eu, folder / "b") as b:
+        assert check(b, status=1) is None
         report = warm(b, pair.eu)
         assert report["blocks"] == {"object": 24}
+        warmth = check(b, "--at-least", "1.0")
+        assert warmth is not None
+        assert (warmth["state"], warmth["warm_blocks"], warmth["share"]) == ("done", 24, 1.0)
         assert report["bytes_from_bucket"] == 24 * SIZE
         assert report["ready"] == 1.0
         assert report["prefill_seconds_saved"] == pytest.approx(24 * LLAMA.block_tokens / 20_000)
@@ -216,8 +230,12 @@ def test_a_damaged_block_is_skipped_with_what_continues_it(na: ObjectSettings, f
     with node_on(na, folder / "b") as node:
         report = warm(node, na, status=1)
         assert report["skipped"] == {"corrupt": 1, "parent": 2}
+        warmth = check(node, "--at-least", "0.6")
+        assert warmth is not None
+        assert (warmth["state"], warmth["skipped"]) == ("done", report["skipped"])
         assert report["ready"] == pytest.approx(5 / 8)
-        assert warm(node, na, "--ready-at", "0.6")["ready"] == pytest.approx(5 / 6) or True
+        again = warm(node, na)
+        assert again["planned"]["blocks"] == 5, "by now the bucket has it in quarantine"
 
 
 def test_a_node_that_started_earlier_learns_of_new_blocks(na: ObjectSettings, folder: Path) -> None:
@@ -230,7 +248,10 @@ def test_a_node_that_started_earlier_learns_of_new_blocks(na: ObjectSettings, fo
             assert len(loaded(client, chains[0])) == 8
 
 
-def test_ctrl_c_leaves_a_state_from_which_the_next_run_goes_on(na: ObjectSettings, folder: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_state_from_which_the_next_run_goes_on(
+    na: ObjectSettings, folder: Path, signum: signal.Signals
+) -> None:
     chains = published(na, folder, prompts=20)
     with node_on(na, folder / "b") as node:
         argv = [sys.executable, "-m", "kvstore", *arguments(node, na, "--rate", "1MiB")]
@@ -239,17 +260,40 @@ def test_ctrl_c_leaves_a_state_from_which_the_next_run_goes_on(na: ObjectSetting
             while sum(tier["blocks"] for tier in client.call("status")["tiers"] if tier["medium"] == "host") < 20:
                 assert process.poll() is None
                 time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 130
         report = json.loads(out)
         assert report["interrupted"]
         assert 0 < report["ready"] < 1
+        warmth = check(node, "--at-least", "0.01")
+        assert warmth is not None
+        assert warmth["state"] == "cancelled"
+        assert check(node, "--at-least", "1.0", status=1) == warmth
         rest = warm(node, na)
         assert rest["ready"] == 1.0
         assert rest["bytes_from_bucket"] < 80 * SIZE
         with Client(node.socket) as client:
             assert all(len(loaded(client, keys)) == 4 for keys in chains)
+
+
+def test_a_warm_up_that_breaks_off_says_why(na: ObjectSettings, folder: Path) -> None:
+    with node_on(na, folder / "b") as node:
+        gone = [text.replace(na.endpoint, "http://127.0.0.1:9") for text in arguments(node, na)]
+        assert CliRunner().invoke(app, gone).exit_code == 1
+        warmth = check(node, status=1)
+        assert warmth is not None
+        assert warmth["state"] == "failed"
+        assert warmth["problem"]
+
+
+def test_memory_is_cold_after_a_restart_and_says_so(na: ObjectSettings, folder: Path) -> None:
+    published(na, folder, prompts=1)
+    with node_on(na, folder / "b", "disk.enabled=false") as node:
+        warm(node, na, "--set", "disk.enabled=false")
+        assert check(node) is not None
+    with node_on(na, folder / "b", "disk.enabled=false") as node:
+        assert check(node, status=1) is None
 
 
 def test_without_a_node_the_exit_status_is_3(na: ObjectSettings, folder: Path) -> None:
