@@ -7,6 +7,7 @@
     blocks.py    ls, get, verify, rm
     hot.py       hot
     explain.py   explain
+    breakers.py  breakers
     pins.py      pin, unpin, pins
     prompts.py   how commands are told a prompt
     checks.py    doctor
@@ -26,7 +27,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import api, blocks, catalog, checks, explain, hot, node, overhttp, pins, settings
+from kvstore.cli import api, blocks, breakers, catalog, checks, explain, hot, node, overhttp, pins, settings
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -66,6 +67,7 @@ app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
 app.command("hot")(hot.show)
 app.command("explain")(explain.show)
+app.command("breakers")(breakers.show)
 app.command("pin")(pins.pin)
 app.command("unpin")(pins.unpin)
 app.command("pins")(pins.show)

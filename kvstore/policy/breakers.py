@@ -21,6 +21,9 @@ LEAST_TOKENS = 64
 
 EXAMPLES = 3
 
+NEAR = 2
+"""Pieces. Where prompts part is known to so many."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -50,7 +53,7 @@ class Breaker:
     """A place where prompts part although they go on alike."""
 
     token: int
-    """All tokens before this one are the same in these prompts; they differ within the next ones (a piece: about 33)."""
+    """About where they part: the prefix in common, in whole pieces, of the median pair."""
     prompts: int
     tokens: int
     """Of these prompts, in all."""
@@ -75,16 +78,16 @@ class Report:
 
 @dataclass(slots=True)
 class _Group:
-    token: int
     tokens: int = 0
     shareable: int = 0
+    common: list[int] = field(default_factory=list)
     breaking: list[int] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
 
 def find_breakers(prompts: Sequence[Prompt], least: int = LEAST_TOKENS) -> Report:
     """``prompts`` in the order in which they came. 512 prompts of 4,000 tokens take some 0.2 s."""
-    groups: dict[int, _Group] = {}
+    groups: dict[int, _Group] = {}  # by the prefixes near the place where its prompts part
     by_prefix = anywhere = 0
     heads: set[int] = set()
     table = _Table(prompts)
@@ -100,25 +103,24 @@ def find_breakers(prompts: Sequence[Prompt], least: int = LEAST_TOKENS) -> Repor
         if closest is None or shared - own < least:
             continue
         common = _common(ids, table.ids(closest))
-        group = groups.setdefault(
-            prefixes[common - 1] if common else hash(prompt.context), _Group(int(lengths[:common].sum()))
-        )
+        group = _group_at(groups, [hash(prompt.context), *prefixes[:common]])
         resumes = _resumes(ids, table.ids(closest), common)
         at = int(prompt.pieces.starts[resumes[0]]), int(prompts[closest].pieces.starts[resumes[1]])
         group.tokens += prompt.pieces.tokens
         group.shareable += shared - own
-        group.breaking.append(max(at[0] - group.token, 0))
+        group.common.append(int(lengths[:common].sum()))
+        group.breaking.append(at[0] - group.common[-1])
         group.examples.append(Example(prompt.name, prompts[closest].name, at, shared - own))
     breakers = [
         Breaker(
-            token=group.token,
+            token=int(median(group.common)),
             prompts=len(group.breaking),
             tokens=group.tokens,
             shareable=group.shareable,
             breaking=int(median(group.breaking)),
             examples=tuple(sorted(group.examples, key=lambda example: -example.shareable)[:EXAMPLES]),
         )
-        for group in groups.values()
+        for group in {id(group): group for group in groups.values()}.values()
     ]
     breakers.sort(key=lambda breaker: -breaker.shareable)
     total = sum(prompt.pieces.tokens for prompt in prompts)
@@ -166,6 +168,19 @@ def _prefixes(context: bytes, ids: Ints) -> list[int]:
         number = hash((number, piece))
         prefixes.append(number)
     return prefixes
+
+
+def _group_at(groups: dict[int, _Group], path: Sequence[int]) -> _Group:
+    """The group of prompts that part at the end of this path of prefixes, or near it.
+
+    Tokens behind the place decide where the last pieces before it are cut: up to ``NEAR`` of them differ from pair to pair.
+    """
+    near = path[-1 - NEAR :]
+    group = next((groups[prefix] for prefix in reversed(near) if prefix in groups), None)
+    if group is None:
+        group = _Group()
+        groups.update(dict.fromkeys(near, group))
+    return group
 
 
 def _common(one: Ints, other: Ints) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def pieces(tokens: Sequence[int] | npt.NDArray[np.uint32], secret: bytes) -> Pie
     starts = _starts(ids, int.from_bytes(key[:8], "little"))
     keyed, data = hashlib.blake2b(key=key, digest_size=8), ids.data.cast("B")
     digests = []
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)], strict=True):
+    for start, end in pairwise([*starts.tolist(), len(ids)]):
         hasher = keyed.copy()
         hasher.update(data[4 * start : 4 * end])
         digests.append(hasher.digest())

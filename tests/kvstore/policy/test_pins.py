@@ -6,7 +6,7 @@ import random
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.identity import BlockKey
@@ -22,6 +22,7 @@ def keys(count: int) -> list[BlockKey]:
     return [BlockKey(source.randbytes(16)) for _ in range(count)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1, 2 * LONGEST), max_size=20), st.floats(0, LONGEST))
 def test_pins_that_have_not_ended_survive(lengths: list[float], later: float) -> None:
     pins, names = Pins(), keys(len(lengths))
