@@ -32,6 +32,8 @@ class Reservation:
     """Parts that nobody has been given."""
     missing: set[int]
     """Parts that have not been committed."""
+    parts: int
+    """Into how many parts whoever asked first cut the block."""
     holders: set[object] = field(default_factory=set)
     aborted: bool = False
 
@@ -59,8 +61,11 @@ class Reservations:
                 return Miss.NO_ROOM
             if offset is None:
                 return Miss.NO_ROOM
-            reservation = self._open[header.key] = Reservation(header, offset, set(range(parts)), set(range(parts)))
-        if part not in reservation.unclaimed or holder in reservation.holders or reservation.aborted:
+            every = range(parts)
+            reservation = self._open[header.key] = Reservation(header, offset, set(every), set(every), parts)
+        if parts != reservation.parts or part not in reservation.unclaimed:
+            return Miss.PRESENT  # a part of another size would leave a hole
+        if holder in reservation.holders or reservation.aborted:
             return Miss.PRESENT
         reservation.unclaimed.discard(part)
         reservation.holders.add(holder)

@@ -25,6 +25,7 @@ class _Slot:
     offset: int
     missing: set[int] = field(default_factory=set)
     """Parts not committed yet."""
+    parts: int = 1
     leases: int = 0
 
 
@@ -115,10 +116,10 @@ class InProcessNode:
                 if slot is None:
                     offset = self._allocate(self._sizes[namespace.digest])
                     if offset is not None:
-                        slot = self._slots[block.key] = _Slot(offset, set(range(parts)))
+                        slot = self._slots[block.key] = _Slot(offset, set(range(parts)), parts)
                 if slot is None:
                     misses[position] = Miss.NO_ROOM
-                elif part not in slot.missing or (parts == 1 and slot.leases):
+                elif parts != slot.parts or part not in slot.missing or (parts == 1 and slot.leases):
                     misses[position] = Miss.PRESENT
                 elif parts == 1:
                     slot.leases = 1  # being written: a second writer has nothing to do
