@@ -83,7 +83,7 @@ def bind(name: str, pool: Any, config: Any, options: Options) -> Binding:
                 field, getattr(config, field), "KV that is split this way is not supported", "Set it to 1."
             )
     model = Model.served(options)
-    if name == KV and is_plain(pool):
+    if name == KV and is_plain(pool) and config.pp_size == 1:
         try:
             return _canonical(pool, config, model)
         except IdentityError as error:
@@ -107,9 +107,8 @@ def _canonical(pool: Any, config: Any, model: Model) -> Binding:
         kv=1 if mla else 2,
         order="token_layer" if mla else "kv_head_token_layer",
     )
-    first, stop = (pool.start_layer or 0, pool.end_layer) if config.pp_size > 1 else (0, model.layers)
     heads = (0, 1) if mla else layout.rank_heads(config.tp_rank, config.tp_size)
-    pages = CanonicalPages(pool, layout, heads, (first, stop))
+    pages = CanonicalPages(pool, layout, heads)
     namespace = Namespace(
         model=model.name,
         weights=model.weights,
@@ -123,15 +122,18 @@ def _canonical(pool: Any, config: Any, model: Model) -> Binding:
         layout=layout.name,
         lora=model.lora,
     )
-    writers = 1 if mla else min(config.tp_size, layout.kv_heads)
-    replicas = config.tp_size // writers
+    parts = 1 if mla else min(config.tp_size, layout.kv_heads)
+    replicas = config.tp_size // parts
     writes = is_writer(config) if mla else config.tp_rank % replicas == 0
-    part = config.pp_rank * writers + (0 if mla else config.tp_rank // replicas)
-    return Binding(namespace, pages, part if writes else None, writers * config.pp_size)
+    part = 0 if mla else config.tp_rank // replicas
+    return Binding(namespace, pages, part if writes else None, parts)
 
 
 def _opaque(name: str, pool: Any, config: Any, model: Model) -> Binding:
-    """Each rank's pages by themselves: they go back to the same rank of the same version only."""
+    """Each rank's pages by themselves: they go back to the same rank of the same version only.
+
+    Hybrid models' pools, pipeline stages (a block has no parts of layers), and pools in an order that we do not know.
+    """
     pages = OpaquePages(pool)
     replicated = config.is_mla_model and name != _SHARDED_STATE
     layout = (

@@ -1,6 +1,6 @@
 """Pages of SGLang's host pools, and the bytes of a block that they become.
 
-``CanonicalPages`` sees through SGLang's memory layouts and moves a rank's heads and layers to their place in a canonical
+``CanonicalPages`` sees through SGLang's memory layouts and moves a rank's heads to their place in a canonical
 block. ``OpaquePages`` moves a page as it is, piece by piece. Both copies release the interpreter lock.
 """
 
@@ -53,15 +53,15 @@ class Pages(ABC):
 class CanonicalPages(Pages):
     """Pages of a plain MHA or MLA pool, one to a canonical block of ``layout``."""
 
-    def __init__(self, pool: Any, layout: BlockLayout, heads: tuple[int, int], layers: tuple[int, int]) -> None:
-        """The pool holds ``heads`` and ``layers`` of each block. Raises IdentityError when it does not."""
+    def __init__(self, pool: Any, layout: BlockLayout, heads: tuple[int, int]) -> None:
+        """The pool holds ``heads`` of each block. Raises IdentityError when it does not."""
         self.block_bytes = layout.nbytes
         self._page_tokens = layout.tokens
         self._view = page_view(pool)
         self._shape = (layout.kv, layout.kv_heads, layout.tokens, layout.layers, layout.head_dim * layout.itemsize)
-        self._part = (slice(None), slice(*heads), slice(None), slice(*layers))
+        self._heads = slice(*heads)
         have = (self._view.shape[0], *self._view.shape[2:])
-        need = (layout.kv, heads[1] - heads[0], layout.tokens, layers[1] - layers[0], self._shape[-1])
+        need = (layout.kv, heads[1] - heads[0], *self._shape[2:])
         if have != need:
             raise IdentityError(f"pages of (kv, heads, tokens, layers, row bytes) {have} are not the wanted {need}")
 
@@ -87,7 +87,7 @@ class CanonicalPages(Pages):
 
     def _share(self, payload: memoryview) -> torch.Tensor:
         """This rank's ``[kv, head, token, layer, byte]`` of a block. An MLA block has one "head" and only one "kv"."""
-        return torch.frombuffer(payload, dtype=torch.uint8).view(self._shape)[self._part]
+        return torch.frombuffer(payload, dtype=torch.uint8).view(self._shape)[:, self._heads]
 
 
 class OpaquePages(Pages):
