@@ -4,6 +4,7 @@
 * ``replication/{source}.json``: how far this region has come with each source
 * ``leases/{role}/{epoch}.json``: who does a job that only one may do
 * ``duties/{role}.json``: how that job fares
+* ``replication-pauses.json``: sources from which nothing is copied for now
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 MANIFESTS = "manifests"
 CURSORS = "replication"
 LEASES = "leases"
+PAUSES = "replication-pauses.json"
 
 
 def manifest_name(region: str) -> str:

@@ -24,6 +24,7 @@ from replication.hotset import read_tombstones, share_namespaces
 from replication.links import Links
 from replication.manifest import MAX_MANIFEST_BYTES, HotBlock, Label, Manifest, ManifestRefused, open_manifest
 from replication.names import manifest_name
+from replication.pause import read_pauses
 from replication.planner import GB, LeftOut, Limits, Plan, affordable, plan
 from replication.publisher import entomb
 from replication.rate import RateLimit
@@ -129,7 +130,12 @@ class Replicator:
         for source, one in pulled.items():
             await self._believe(source, one)
         await self._plan(cycle, pulled, stones)
-        await asyncio.gather(*(self._settle(cycle, source, pulled.get(source), progress) for source in self._sources))
+        paused = await read_pauses(self.near)
+        cycle.problems |= {source: str(paused[source]) for source in self._sources & paused.keys()}
+        copied_from = {source: one for source, one in pulled.items() if source not in paused}
+        await asyncio.gather(
+            *(self._settle(cycle, source, copied_from.get(source), progress) for source in self._sources)
+        )
         return cycle
 
     # --- manifests

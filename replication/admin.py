@@ -1,0 +1,226 @@
+"""What a region adds to the admin API: routes under ``/v1/replication``, and jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from kvstore.admin.auth import Principal, Role, authorize, reads, writes
+from kvstore.admin.cached import Cached
+from kvstore.admin.models import Check, Model, Wanted
+from kvstore.admin.problems import Problem, documented
+from kvstore.admin.site import Site as ApiSite
+from kvstore.errors import ConfigError, KVStoreError
+from replication import adminjobs
+from replication.links import Links
+from replication.pause import pause, read_pauses, resume
+from replication.site import Site
+from replication.status import look
+from replication.topology import Topology, load_topology
+
+STATUS_SECONDS = 5.0
+"""How old a status may be: it takes some ten requests to the bucket."""
+
+
+class SourceStatus(Model):
+    """How far this region is with a source."""
+
+    sequence: int = Field(description="Of the manifest that was read last.")
+    published: float
+    lag_seconds: float | None = Field(description="null: never level yet.")
+    blocks: int = Field(description="Copied so far.")
+    bytes: int
+    month_bytes: int
+    month_cost: float
+    updated: float
+    problem: str
+    paused: str = Field("", description="Since when and by whom, where it is.")
+
+
+class ManifestStatus(Model):
+    """What the region has published."""
+
+    sequence: int
+    published: float
+    blocks: int
+    bytes: int
+    tombstones: int
+
+
+class LeaseStatus(Model):
+    """Who does a duty of the region."""
+
+    holder: str
+    held: bool
+
+
+class ReplicationStatus(Model):
+    """Replication into this region."""
+
+    region: str = Field(examples=["eu"])
+    mode: str = Field(examples=["enforce"])
+    manifest: ManifestStatus | None
+    leases: dict[str, LeaseStatus]
+    sources: dict[str, SourceStatus]
+
+
+class RegionInfo(Model):
+    """A region of the topology."""
+
+    name: str
+    url: str
+    endpoints: list[str]
+    location: str
+    publishes: bool = Field(description="Whether others can pull from it: it has a public key.")
+
+
+class FlowInfo(Model):
+    """What destinations may pull from a source, and at what price. null: no limit."""
+
+    source: str
+    to: list[str]
+    models: list[str]
+    tenants: list[str]
+    min_score: float
+    max_bytes: int | None
+    bytes_per_second: int | None
+    price_per_gb: float
+    money_per_month: float | None
+
+
+class TopologyInfo(Model):
+    """Which regions there are, and what may flow between them. Without credentials."""
+
+    region: str = Field(description="This one.")
+    mode: str
+    regions: list[RegionInfo]
+    flows: list[FlowInfo]
+
+
+class Sources(Wanted):
+    """Regions to pull from; all, if none is named."""
+
+    sources: list[str] = Field(default_factory=list, max_length=100, examples=[["na"]])
+
+
+class Paused(Model):
+    """Sources from which nothing is copied."""
+
+    paused: dict[str, str] = Field(description="By source: since when and by whom.")
+
+
+def extend(api: ApiSite) -> APIRouter | None:
+    """Entry point of the group ``kvstore.admin``. Raises ConfigError."""
+    config = api.config
+    if api.node is not None and config.object.url:
+        api.jobs.register(adminjobs.warm_kind(config))
+    if config.region.topology is None:
+        return None
+    topology, name = load_topology(config.region.topology), config.region.name
+    if name not in topology.regions:
+        raise ConfigError("region.name", name, "not in the topology", f"There are: {', '.join(topology.regions)}.")
+    region = Region(Site(config, topology, name), topology, name)
+    api.jobs.register(adminjobs.plan_kind(region.site))
+    api.jobs.register(adminjobs.resync_kind(region.site))
+    api.parts["replication"] = region.status
+    if api.node is None:
+        api.checks.append(region.answers)
+    return region.router()
+
+
+class Region:
+    """This region, as its bucket tells of it."""
+
+    def __init__(self, site: Site, topology: Topology, name: str) -> None:
+        self.site = site
+        self.name = name
+        self._topology = topology
+        self._sources = list(dict.fromkeys(flow.source for flow in topology.flows_to(name)))
+        self.status = Cached(self._status, STATUS_SECONDS)
+
+    async def answers(self) -> Check:
+        """Whether the bucket does."""
+        try:
+            await self.status()
+        except KVStoreError as error:
+            return Check(name="bucket", ok=False, detail=str(error))
+        return Check(name="bucket", ok=True, detail="answers")
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/v1/replication", tags=["replication"], responses=documented(503))
+
+        @router.get("", dependencies=reads(), name="replication")
+        async def status() -> ReplicationStatus:
+            """Lag, costs and problems of every source, leases, and the region's own manifest. Some seconds old."""
+            return await self.status()
+
+        @router.get("/topology", dependencies=reads(), name="topology")
+        def topology() -> TopologyInfo:
+            """Regions and flows."""
+            return describe(self._topology, self.name)
+
+        @router.post("/pause", dependencies=writes(Role.OPERATOR), responses=documented(404), name="pause_replication")
+        async def pause_sources(wanted: Sources, who: Annotated[Principal, authorize(Role.OPERATOR)]) -> Paused:
+            """Copy nothing from sources from the next round on, in any process of the region. Purges arrive all the same."""
+            sources = self._known(wanted)
+            async with self._bucket() as bucket:
+                return _paused(await pause(bucket, sources, who.name))
+
+        @router.post(
+            "/resume", dependencies=writes(Role.OPERATOR), responses=documented(404), name="resume_replication"
+        )
+        async def resume_sources(wanted: Sources) -> Paused:
+            """Go on."""
+            sources = self._known(wanted)
+            async with self._bucket() as bucket:
+                return _paused(await resume(bucket, sources))
+
+        return router
+
+    def _known(self, wanted: Sources) -> list[str]:
+        for source in wanted.sources:
+            if source not in self._sources:
+                raise Problem(
+                    404, "no-such-source", f"nothing flows from {source!r} to {self.name}", sources=self._sources
+                )
+        return wanted.sources or self._sources
+
+    async def _status(self) -> ReplicationStatus:
+        async with self._bucket() as bucket:
+            found, paused = await asyncio.gather(look(bucket, self._topology, self.name), read_pauses(bucket))
+        for source, row in found["sources"].items():
+            row["paused"] = str(paused.get(source, ""))
+        return ReplicationStatus.model_validate(found)
+
+    @asynccontextmanager
+    async def _bucket(self) -> AsyncIterator[Links]:
+        async with Links.open(self.site.links) as bucket:
+            yield bucket
+
+
+def describe(topology: Topology, name: str) -> TopologyInfo:
+    """What operators may see of a topology."""
+    return TopologyInfo(
+        region=name,
+        mode=topology.mode,
+        regions=[
+            RegionInfo(
+                name=other,
+                url=table.url,
+                endpoints=list(table.endpoints),
+                location=table.location,
+                publishes=bool(table.public_key),
+            )
+            for other, table in topology.regions.items()
+        ],
+        flows=[FlowInfo.model_validate(flow.model_dump()) for flow in topology.flows],
+    )
+
+
+def _paused(pauses: dict[str, Any]) -> Paused:
+    return Paused(paused={source: str(one) for source, one in pauses.items()})
