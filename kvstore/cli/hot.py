@@ -34,7 +34,9 @@ def show(
         names = {space["digest"]: space["fields"].get("model", "?") for space in client.call("status")["namespaces"]}
         texts = _texts(client, hottest, tokenizer) if tokenizer and hottest else []
     if json:
-        print_json([{**prompt, "preview": text} for prompt, text in zip(hottest, texts, strict=True)] or hottest)
+        for prompt, text in zip(hottest, texts, strict=False):
+            prompt["preview"] = text
+        print_json(hottest)
         return
     if not hottest:
         note("No prompt was asked for twice yet.")
