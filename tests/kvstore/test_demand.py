@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,31 @@ async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, mon
     await demand.close()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", b"x" * 1000])
-async def test_an_unreadable_file_costs_the_counts_and_nothing_else(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "hotness.msgpack"
-    file.write_bytes(content)
-    demand = Demand(file)
-    assert demand.top(10) == []
+async def test_what_was_learnt_and_pins_stay_over_a_restart(tmp_path: Path) -> None:
+    prompt, now = chain(1, 3), time.time()
+    demand = Demand(tmp_path / "hotness.msgpack")
+    for client in range(3):
+        demand.observe(client, prompt, TOKENS, BYTES)
+    demand.pins.pin(prompt[:2], now + 600, now)
     await demand.close()
+    again = Demand(tmp_path / "hotness.msgpack")
+    assert again.traffic.sightings(prompt).tolist() == [3, 3, 3]
+    assert again.pins.hold(prompt, now) == [True, True, False]
+    await again.close()
+
+
+@pytest.mark.parametrize("name", ["hotness", "traffic", "pins"])
+@pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", b"x" * 1000])
+async def test_an_unreadable_file_costs_what_it_kept_and_nothing_else(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / f"{name}.msgpack").write_bytes(content)
+    demand = Demand(tmp_path / "hotness.msgpack")
+    assert demand.top(10) == []
+    demand.observe(1, chain(1, 2), TOKENS, BYTES)
+    demand.pins.pin(chain(1, 2), time.time() + 60, time.time())
+    await demand.close()
+    again = Demand(tmp_path / "hotness.msgpack")
+    assert again.traffic.sightings(chain(1, 2)).tolist() == [1, 1]
+    assert len(again.pins) == 2
+    await again.close()
