@@ -9,7 +9,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +89,7 @@ async def _tell_region(demand: Demand, bucket: ObjectTier, node: str) -> None:
     now = time.time()
     counted = HotnessSnapshot.of(demand.hotness, now, prefill_seconds)
     expected = HotnessSnapshot.learnt(demand.traffic, bucket.index, now, prefill_seconds)
-    await bucket.put_hotness(node, replace(expected, scores={**counted.scores, **expected.scores}))
+    await bucket.put_hotness(node, expected.with_more(counted))
 
 
 def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:

@@ -4,6 +4,7 @@
 * ``replication/{source}.json``: how far this region has come with each source
 * ``leases/{role}/{epoch}.json``: who does a job that only one may do
 * ``duties/{role}.json``: how that job fares
+* ``retention/uses.msgpack``, ``retention/retired.msgpack``: when blocks were used last, and which were retired
 * ``replication-pauses.json``: sources from which nothing is copied for now
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 MANIFESTS = "manifests"
 CURSORS = "replication"
 LEASES = "leases"
+USES = "retention/uses.msgpack"
+RETIRED = "retention/retired.msgpack"
 PAUSES = "replication-pauses.json"
 
 

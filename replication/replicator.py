@@ -28,6 +28,8 @@ from replication.pause import read_pauses
 from replication.planner import GB, LeftOut, Limits, Plan, affordable, plan
 from replication.publisher import entomb
 from replication.rate import RateLimit
+from replication.retention import Retired
+from replication.retiring import read_retired
 from replication.topology import Flow, Topology
 
 log = structlog.get_logger(__name__)
@@ -173,6 +175,7 @@ class Replicator:
 
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
         have: set[BlockKey] = set(await self._contents.blocks())
+        retired = await read_retired(self.near)
         now = time.time()
         for flow in self.topology.flows_to(self.region):
             if flow.source not in pulled:
@@ -184,13 +187,17 @@ class Replicator:
                 copied_bytes=_affordable(flow, cursor, now),
             )
             report = FlowReport(flow.source, flow.identity, flow.price_per_gb)
-            report.plan = plan(manifest.blocks, manifest.labels, have, limits, stones, partial(self._wants, flow))
+            buried = [*stones, *retired.stones(manifest.blocks)]
+            wants = partial(self._wants, flow, retired)
+            report.plan = plan(manifest.blocks, manifest.labels, have, limits, buried, wants)
             have.update(block.key for block in report.plan.blocks)
             cycle.flows.append(report)
 
-    def _wants(self, flow: Flow, label: Label) -> LeftOut | None:
+    def _wants(self, flow: Flow, retired: Retired, label: Label) -> LeftOut | None:
         if not flow.takes(label):
             return LeftOut.OTHER_FLOW
+        if label.digest in retired.namespaces:
+            return LeftOut.TOMBSTONE
         return None if self.topology.permits(label, self.region) else LeftOut.RESIDENCY
 
     # --- copying

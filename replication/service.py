@@ -3,6 +3,7 @@
 publisher    the signed manifest of what is hot here
 replicator   what is hot elsewhere, and tombstones
 evictor      the bucket under its cap
+retention    what was not used for long, and old revisions of models
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from replication.copier import Outcome
 from replication.duties import Duty, DutyMetrics, Keeper, Round
 from replication.publisher import publish
 from replication.replicator import Cycle, Replicator
+from replication.retiring import retire
 from replication.site import Site
+from replication.topology import Topology
 
 log = structlog.get_logger(__name__)
 
 PUBLISH_SECONDS = 60.0
 REPLICATE_SECONDS = 30.0
 EVICT_SECONDS = 5.0
+RETIRE_SECONDS = 600.0
 STOP_SECONDS = 15.0
 """How long a service that is to stop may take: leases that it does not give back run out."""
 
@@ -42,6 +46,7 @@ class Pace:
     publish: float = PUBLISH_SECONDS
     replicate: float = REPLICATE_SECONDS
     evict: float = EVICT_SECONDS
+    retire: float = RETIRE_SECONDS
 
 
 async def serve(
@@ -123,6 +128,10 @@ class _Duties:
         if self._site.capacity is not None and self._contents.catalog is not None:
             yield Duty("evictor", pace.evict, self._evict)
 
+        topology = self._site.topology
+        if topology is not None and topology.mode != "off" and topology.retention:
+            yield Duty("retention", pace.retire, lambda: self._retire(topology))
+
     async def _publish(self, key: Ed25519PrivateKey) -> Round:
         manifest = await publish(self._contents, self._site.region, key)
         size = human_bytes(sum(block.nbytes for block in manifest.blocks))
@@ -143,6 +152,13 @@ class _Duties:
         assert self._site.capacity is not None
         evicted = await evictor.make_room(self._contents, self._site.capacity)
         return Round(f"evicted {evicted:,} blocks" if evicted else "")
+
+    async def _retire(self, topology: Topology) -> Round:
+        enforce = topology.mode == "enforce"
+        report = await retire(self._contents, topology.retention, enforce)
+        count = report.blocks.total()
+        verb = "retired" if enforce else "would retire"
+        return Round(f"{verb} {count:,} blocks ({human_bytes(report.nbytes)})" if count else "")
 
 
 def _told(cycle: Cycle, enforce: bool) -> str:

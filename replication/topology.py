@@ -21,20 +21,27 @@ money_per_month = 500
 [[residency]]
 tenants = ["bank-*"]
 allowed = ["US"]                        # names or locations of regions
+
+[[retention]]
+tenants = ["trial-*"]
+ttl = "30d"                             # since a block was used last in the region
+retire_old_revisions = true             # of a model, once a newer one serves and nobody asks for them
+grace = "1h"
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from kvstore.config.schema import Bytes
@@ -153,6 +160,40 @@ class Residency(_Table):
         return bool(places.intersection(self.allowed)) if self.allowed else not places.intersection(self.forbidden)
 
 
+def _as_seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*", value)
+    if match is None:
+        raise _refusal("not a duration", "Write it as 30d, 12h, 10min or 90s.")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400}[match[2]]
+
+
+Seconds = Annotated[float, BeforeValidator(_as_seconds)]
+
+
+class Retention(_Table):
+    """How long blocks of some models and tenants are kept in each region's bucket. All rules that match a block hold."""
+
+    models: tuple[str, ...] = ("*",)
+    tenants: tuple[str, ...] = ("*",)
+    ttl: Seconds | None = Field(None, ge=60)
+    """Since a block, or what continues it, was used last; where no use is known, since it was created."""
+    retire_old_revisions: bool = False
+    """Whether a model's newer weights retire the blocks of older ones, once nobody asks for those any more."""
+    grace: Seconds = Field(3600.0, ge=180)
+    """For how long nobody must have asked. Nodes report once a minute."""
+
+    @model_validator(mode="after")
+    def _retains_something(self) -> Retention:
+        if self.ttl is None and not self.retire_old_revisions:
+            raise _refusal("a rule without ttl and retire_old_revisions does nothing", "Set one of them.")
+        return self
+
+    def covers(self, label: Labelled) -> bool:
+        return _matches(label.model, self.models) and _matches(label.tenant, self.tenants)
+
+
 class Topology(_Table):
     """The whole file."""
 
@@ -160,6 +201,7 @@ class Topology(_Table):
     regions: dict[str, Region] = Field(min_length=1)
     flows: tuple[Flow, ...] = ()
     residency: tuple[Residency, ...] = ()
+    retention: tuple[Retention, ...] = ()
 
     @model_validator(mode="after")
     def _names_fit(self) -> Topology:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import msgpack
@@ -21,14 +21,14 @@ from kvstore.policy.hotness import Hotness
 from kvstore.policy.reuse import Traffic
 
 MAX_BLOCKS = 200_000
-"""20 bytes each: 4 MB."""
-MAX_SNAPSHOT_BYTES = MAX_BLOCKS * 20 + 4096
+"""24 bytes each: 5 MB."""
+MAX_SNAPSHOT_BYTES = MAX_BLOCKS * 24 + 4096
 
 EXPECTED_WITHIN = 3600.0
 """Seconds to which rates of use are related."""
 MOST_RANKED = 32_768
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,15 @@ class HotnessSnapshot:
     """Seconds in which a score falls to half."""
     scores: Mapping[BlockKey, float]
     """Prefill seconds that a block is expected to save; never negative."""
+    used: Mapping[BlockKey, float] = field(default_factory=dict)
+    """When blocks among them were used last, as far as the node knows; whole seconds."""
 
     @classmethod
     def of(cls, hotness: Hotness, now: float, prefill_seconds: Callable[[int], float], most: int = 4096) -> Self:
         """The deepest blocks of the best ``most`` prefixes, as counted; ``prefill_seconds`` as for ``Hotness.top``."""
         chains = hotness.top(most, now, prefill_seconds)
-        return cls(now, hotness.half_life, {c.key: c.hits * c.seconds_saved / c.extent.blocks for c in chains})
+        scores = {c.key: c.hits * c.seconds_saved / c.extent.blocks for c in chains}
+        return cls(now, hotness.half_life, scores, {c.key: c.last_used for c in chains})
 
     @classmethod
     def learnt(cls, traffic: Traffic, index: BlockIndex, now: float, prefill_seconds: Callable[[int], float]) -> Self:
@@ -67,14 +70,22 @@ class HotnessSnapshot:
             rows, rates.tolist(), before.tolist(), (before + tokens).tolist(), strict=True
         ):
             scores[index.key(int(row))] = rate * EXPECTED_WITHIN * (prefill_seconds(end) - prefill_seconds(start))
-        return cls(now, EXPECTED_WITHIN, scores)
+        hit = rows[index.hits[rows] > 0]
+        used = {index.key(int(row)): float(index.accessed[row]) for row in hit}
+        return cls(now, EXPECTED_WITHIN, scores, used)
+
+    def with_more(self, other: Self) -> Self:
+        """This, with blocks that only ``other`` names, and the later of both uses."""
+        later = {key: max(used, self.used.get(key, 0.0)) for key, used in other.used.items()}
+        return replace(self, scores={**other.scores, **self.scores}, used={**self.used, **later})
 
     def pack(self) -> bytes:
         """At most ``MAX_BLOCKS``; beyond, the coldest are left out."""
         hottest = sorted(self.scores.items(), key=lambda item: -item[1])[:MAX_BLOCKS]
         keys = b"".join(key for key, _ in hottest)
         scores = np.array([score for _, score in hottest], dtype="<f4").tobytes()
-        packed: bytes = msgpack.packb([_VERSION, self.taken, self.half_life, keys, scores])
+        used = np.array([self.used.get(key, 0.0) for key, _ in hottest]).clip(0, 0xFFFFFFFF).astype("<u4").tobytes()
+        packed: bytes = msgpack.packb([_VERSION, self.taken, self.half_life, keys, scores, used])
         return packed
 
     @classmethod
@@ -84,19 +95,20 @@ class HotnessSnapshot:
             raise ProtocolError(f"a snapshot of {len(raw)} bytes is beyond the bound of {MAX_SNAPSHOT_BYTES}")
         try:
             match msgpack.unpackb(raw):
-                case [int(version), float(taken), float(half_life), bytes(keys), bytes(scores)]:
-                    values = np.frombuffer(scores, dtype="<f4")
+                case [int(version), *_] if version != _VERSION:
+                    raise ProtocolError(f"hotness snapshot of version {version}, not {_VERSION}")
+                case [int(), float(taken), float(half_life), bytes(keys), bytes(scores), bytes(used)]:
+                    values, times = np.frombuffer(scores, dtype="<f4"), np.frombuffer(used, dtype="<u4")
                 case _:
                     raise ProtocolError("not a hotness snapshot")
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ProtocolError(f"not a hotness snapshot: {error}") from None
-        if version != _VERSION:
-            raise ProtocolError(f"hotness snapshot of version {version}, not {_VERSION}")
         sound = np.all(np.isfinite(values) & (values >= 0)) and math.isfinite(taken) and half_life > 0
-        if not sound or len(keys) != KEY_BYTES * len(values):
+        if not sound or len(keys) != KEY_BYTES * len(values) or len(times) != len(values):
             raise ProtocolError("a hotness snapshot with impossible values")
-        cut = (BlockKey(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES))
-        return cls(taken, half_life, dict(zip(cut, values.tolist(), strict=True)))
+        cut = [BlockKey(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES)]
+        uses = {key: float(at) for key, at in zip(cut, times.tolist(), strict=True) if at}
+        return cls(taken, half_life, dict(zip(cut, values.tolist(), strict=True)), uses)
 
 
 def merged(snapshots: Iterable[HotnessSnapshot], now: float) -> dict[BlockKey, float]:
