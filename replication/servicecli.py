@@ -52,10 +52,12 @@ def run(
     import asyncio
     import signal
 
+    from kvstore.admin.process import inside
     from kvstore.cli.logs import configure
     from replication.service import serve
 
-    settings = options.load(config, overrides).config
+    loaded = options.load(config, [*(overrides or ()), *_named(topology, region)])
+    settings = loaded.config
     site = load_site(settings, topology, region)
     private = own_key(site, signing_key)
     registry = _registry(metrics)
@@ -65,7 +67,8 @@ def run(
         stop = asyncio.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-        await serve(site, private, stop, registry)
+        async with inside(loaded):
+            await serve(site, private, stop, registry)
 
     asyncio.run(main())
 
@@ -101,7 +104,7 @@ def up(
     from kvstore.node.server import serve
     from replication.service import beside_a_node
 
-    chosen = [*(overrides or ()), *_defaults(options.load(config, overrides, socket).config)]
+    chosen = [*(overrides or ()), *_named(topology, region), *_defaults(options.load(config, overrides, socket).config)]
     settings = options.load(config, chosen, socket).config
     if bool(topology) != bool(region):
         raise ConfigError("--region", region, "goes with --topology", "Give both, or neither.")
@@ -115,6 +118,11 @@ def up(
             await serve(settings)
 
     asyncio.run(main())
+
+
+def _named(topology: Path | None, region: str) -> list[str]:
+    """The region as settings, for its admin API."""
+    return [f"region.name={region}", f"region.topology={topology.absolute()}"] if topology and region else []
 
 
 def _defaults(settings: Config) -> list[str]:

@@ -1,6 +1,6 @@
-"""The API as a child process of ``kvstore node``: it shares no interpreter with the data path, and ends with the node.
+"""How a service comes by an API, without loading what that needs where none is configured.
 
-Its standard input is a pipe that the node holds open and never writes to. However the node ends, the pipe closes, and the API
+Beside a node it is a child process: it shares no interpreter with the data path, and ends with the node. Its standard input is a pipe that the node holds open and never writes to. However the node ends, the pipe closes, and the API
 stops with it.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import structlog
 
-from kvstore.config import Config
+from kvstore.config import Config, Loaded
 from kvstore.errors import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -34,18 +34,36 @@ async def beside(config: Config, options: Sequence[str]) -> AsyncIterator[None]:
 
     ``options``: those of the command line that ``config`` came from.
     """
-    if not config.api.listen:
+    if not _wanted(config):
         yield
         return
-    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
-        remedy = "Install llm-kvstore[admin], or leave api.listen empty."
-        raise ConfigError("api.listen", config.api.listen, "the packages of the API are not installed", remedy)
     keeping = asyncio.create_task(_keep_running(options))
     try:
         yield
     finally:
         keeping.cancel()
         await asyncio.wait([keeping])
+
+
+@contextlib.asynccontextmanager
+async def inside(loaded: Loaded) -> AsyncIterator[None]:
+    """For a service that has no node and no data path: the API in its own event loop while the context lasts, if
+    ``api.listen`` asks for one. Raises ConfigError."""
+    if not _wanted(loaded.config):
+        yield
+        return
+    from kvstore.admin.server import open_site, serving_site
+
+    async with serving_site(open_site(loaded, node=False)):
+        yield
+
+
+def _wanted(config: Config) -> bool:
+    """Whether an API is configured. Raises ConfigError when its packages are not installed."""
+    if config.api.listen and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        remedy = "Install llm-kvstore[admin], or leave api.listen empty."
+        raise ConfigError("api.listen", config.api.listen, "the packages of the API are not installed", remedy)
+    return bool(config.api.listen)
 
 
 async def _keep_running(options: Sequence[str]) -> None:

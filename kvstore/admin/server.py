@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import structlog
 import uvicorn
@@ -34,6 +34,22 @@ async def serve(loaded: Loaded, *, node: bool = True, started: asyncio.Event | N
     once connections are accepted. The node may come and go meanwhile. Signals are the caller's business.
     """
     await serve_site(open_site(loaded, node), started)
+
+
+@contextlib.asynccontextmanager
+async def serving_site(site: Site) -> AsyncIterator[None]:
+    """``serve_site`` in the background while the context lasts. Raises ConfigError."""
+    started = asyncio.Event()
+    server, waiting = asyncio.create_task(serve_site(site, started)), asyncio.create_task(started.wait())
+    await asyncio.wait([server, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if server.done():
+        server.result()
+    try:
+        yield
+    finally:
+        server.cancel()
+        await asyncio.wait([server])
 
 
 async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:

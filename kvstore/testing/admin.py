@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from kvstore.admin.server import open_site, serve_site
+from kvstore.admin.server import open_site, serving_site
 from kvstore.admin.site import Site
 from kvstore.config import load
 from kvstore.testing.servers import free_port
@@ -29,9 +29,9 @@ class RunningApi:
         """What its routes work with, for tests that change that."""
         self._with_node = node
         self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
         self._started = threading.Event()
         self._failures: list[BaseException] = []
-        self._serving: asyncio.Task[None]
         self._thread = threading.Thread(target=self._run, name="api")
         self._thread.start()
         self._started.wait()
@@ -48,26 +48,17 @@ class RunningApi:
     def stop(self) -> None:
         """Stop as SIGTERM would, and wait. Raises what went wrong meanwhile."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._serving.cancel)
+            self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
         if self._failures:
             raise self._failures[0]
 
     def _run(self) -> None:
         async def main() -> None:
-            started = asyncio.Event()
             self.site = open_site(self._loaded, self._with_node)
-            self._serving = asyncio.create_task(serve_site(self.site, started))
-            waiting = asyncio.create_task(started.wait())
-            await asyncio.wait([self._serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if self._serving.done():
-                self._serving.result()
-            self._started.set()
-            try:
-                await self._serving
-            except asyncio.CancelledError:
-                pass
+            async with serving_site(self.site):
+                self._started.set()
+                await self._stop.wait()
 
         try:
             self._loop.run_until_complete(main())
