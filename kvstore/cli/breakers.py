@@ -131,9 +131,7 @@ def _print(report: dict[str, Any], limit: int) -> None:
         ],
         title="Where prompts part",
     )
-    note(
-        "They part at or within some 33 tokens behind the token named. Shareable: what an earlier prompt has too, behind it."
-    )
+    note("They part at that token or some 60 behind it. Shareable: what an earlier prompt has too, behind that place.")
 
 
 def _example(example: dict[str, Any]) -> str:

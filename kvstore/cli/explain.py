@@ -88,17 +88,18 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _headline(document: dict[str, Any]) -> str:
-    blocks, size = document["blocks"], document["block_tokens"]
+    blocks, size, usable = document["blocks"], document["block_tokens"], document["usable_blocks"]
     model = document["fields"].get("model", "an unknown model")
-    usable = f"{document['usable_blocks']} of {document['chain_blocks']} blocks"
     if document["request"]:
         when = ago(max(time.time() - document["asked_at"], 0))
         start, found = document["found"]
-        own = f"{start} the engine had itself, " if start else ""
-        name, client = document["request"], document["client"]
-        head = f"Request {name} of {client} to {model}, {when} ago: {own}{found} found, {usable} loadable"
+        head = f"Request {document['request']} of {document['client']} to {model}, {when} ago: "
+        head += f"{number(found)} of the {number(document['chain_blocks'] - start)} blocks that it needed were found"
+        if usable < start + found:
+            head += f", {number(max(usable - start, 0))} could be loaded"
     else:
-        head = f"{number(document['tokens'])} tokens for {model}: {usable} of {size} tokens can be loaded now"
+        head = f"{number(document['tokens'])} tokens for {model}: "
+        head += f"{number(usable)} of {number(document['chain_blocks'])} blocks of {size} tokens can be loaded now"
     if document["usable_blocks"] == len(blocks):
         return f"{head}."
     miss = blocks[document["usable_blocks"]]

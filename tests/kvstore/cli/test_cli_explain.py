@@ -32,7 +32,7 @@ def test_explain_a_prompt(shared: Site, ids: Path) -> None:
     assert [block["key"] for block in found["blocks"][:BLOCKS]] == [key.hex() for key in shared.keys]
     assert [block["why"] for block in found["blocks"]] == ["held"] * BLOCKS + ["never_stored"]
     text = shared.run("explain", "--tokens", str(ids))
-    for expected in ("5 of 6 blocks", "host, disk", "never stored", shared.keys[0].hex(), "0-4", "0-79"):
+    for expected in ("5 of 6 blocks of 16 tokens", "host, disk", "never stored", shared.keys[0].hex(), "0-4", "0-79"):
         assert expected in text.stdout
     assert "history reaches back" in text.stderr
     assert document(shared, "explain", "--key", shared.keys[2].hex())["chain_blocks"] == 3
