@@ -26,7 +26,7 @@ def sglang_python() -> str:
 
 def environment(**more: str) -> dict[str, str]:
     """Environment of SGLang's processes on a CPU."""
-    path = os.pathsep.join([str(HERE / "sglang_site"), str(ROOT)])
+    path = os.pathsep.join(map(str, [HERE / "sglang_site", ROOT, ROOT / "tests" / "connectors"]))
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang.srt.utils
+import sglang.srt.utils.common
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
@@ -28,6 +30,9 @@ try:
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 except ImportError:  # before 0.5.17
     from sglang.srt.mem_cache.memory_pool_host import MHATokenToKVPoolHost, MLATokenToKVPoolHost
+
+sglang.srt.utils.get_device = sglang.srt.utils.common.get_device = lambda *_: "cpu"
+"""SGLang's own test fixtures, imported later, find no device."""
 
 LAYERS, HEADS, DIM, PAGE, PAGES = 2, 4, 16, 16, 12
 LORA_RANK, ROPE_DIM = 48, 16

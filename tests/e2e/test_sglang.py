@@ -1,0 +1,22 @@
+"""The SGLang backend in SGLang's own virtual environment: over its host pools, against vLLM's layouts, under its cache tree."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from sglang_process import HERE, ROOT, environment, sglang_python
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("suite", ["backend", "crossing", "tree"])
+def test_in_sglangs_environment(suite: str) -> None:
+    """Each file of ``sglang/`` is a suite of its own, for the interpreter that has SGLang."""
+    folder = HERE / "sglang"
+    command = [sglang_python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--confcutdir={folder}"]
+    done = subprocess.run(
+        [*command, str(folder / f"{suite}.py")], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    print(done.stdout.rpartition("\n")[0].rpartition("\n")[2])
