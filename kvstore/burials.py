@@ -18,6 +18,7 @@ import structlog
 
 from kvstore.envelope import Header
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, IdentityError, TierError
+from kvstore.history import What
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.namespaces import NamespaceBook
 from kvstore.store import Store
@@ -136,7 +137,7 @@ class Undertaker:
             found.sort(key=lambda block: block.depth)
             dead |= buried(found, labels, stones)
         if dead:
-            await store.delete(list(dead), [tier.medium for tier in own])
+            await store.delete(list(dead), [tier.medium for tier in own], What.BURIED)
         return len(dead)
 
     def _label(self, digest: bytes) -> Labelled | None:

@@ -54,6 +54,7 @@ _REFUSALS = {
 _LOSSES = {
     What.EVICTED: Why.EVICTED,
     What.DELETED: Why.DELETED,
+    What.BURIED: Why.DELETED,
     What.GONE: Why.LOAD_FAILED,
     What.CORRUPT: Why.LOAD_FAILED,
 }
@@ -127,6 +128,7 @@ _PHRASES = {
     What.QUEUE_FULL: "the write queue of {tier} was full",
     What.WRITE_FAILED: "writing to {tier} failed",
     What.DELETED: "deleted from {tier}",
+    What.BURIED: "deleted for good from {tier}, by a tombstone of the region,",
     What.GONE: "{tier} did not have it any more",
     What.CORRUPT: "did not verify when read from {tier}",
     What.UNAVAILABLE: "{tier} did not answer",

@@ -44,7 +44,7 @@ class What(IntEnum):
     EVICTED = 8
     """Given up to make room; the event may name the block that wanted it."""
     DELETED = 9
-    """By an operator, or by a purge of the region."""
+    """By an operator or a job."""
     GONE = 10
     """The medium did not have it any more: somebody else deleted it."""
     CORRUPT = 11
@@ -55,6 +55,8 @@ class What(IntEnum):
     """Not there when an engine's patience ended."""
     RECOMPUTED = 14
     """The engine's planner preferred to compute it; the event has both estimates."""
+    BURIED = 15
+    """Deleted for good by a tombstone of the region."""
 
 
 MEDIA = tuple(Medium)

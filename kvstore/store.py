@@ -263,21 +263,30 @@ class Store:
         session.leases.clear()
         self.abort(session, list(self._reservations.held_by(session)))
 
-    async def delete(self, keys: Sequence[BlockKey], media: Collection[Medium] = tuple(Medium)) -> dict[Medium, int]:
+    async def delete(
+        self, keys: Sequence[BlockKey], media: Collection[Medium] = tuple(Medium), what: What = What.DELETED
+    ) -> dict[Medium, int]:
         """Delete blocks so that no write or fetch that was under way brings one back; how many went, by tier.
 
-        With less than all ``media``, copies in the others stay.
+        With less than all ``media``, copies in the others stay. ``what`` is how the blocks' history calls it.
         """
         self._deleting.update(keys)
         try:
             await asyncio.gather(*(queue.forget(keys) for queue in self._queues))
             lower = [tier for tier in reversed(self.tiers[1:]) if tier.medium in media]
-            deleted = {tier.medium: await self._drop(tier, keys) for tier in lower}
+            deleted = {tier.medium: await self.drop(tier, keys, what) for tier in lower}
             await self._promoter.settle(keys)
-            return {**deleted, Medium.HOST: await self._drop(self.host, keys)} if Medium.HOST in media else deleted
+            if Medium.HOST in media:
+                deleted[Medium.HOST] = await self.drop(self.host, keys, what)
+            return deleted
         finally:
             self._deleting.subtract(keys)
             self._deleting += Counter()  # drops what is at zero
+
+    async def drop(self, tier: Tier, keys: Sequence[BlockKey], what: What = What.DELETED) -> int:
+        """Delete blocks from one of the tiers; how many went. Writes to the others go on."""
+        self.history.record(what, [key for key in keys if key in tier.keys()], tier.medium)
+        return await tier.delete(keys)
 
     async def drain(self, timeout: float) -> bool:
         """Wait until what was saved has been written down. False when the timeout came first."""
@@ -354,10 +363,6 @@ class Store:
             if not decision.admit:
                 self.history.record(What.NOT_ADMITTED, [key], queue.tier.medium, decision.reason)
         return [decision.admit for decision in decisions]
-
-    async def _drop(self, tier: Tier, keys: Sequence[BlockKey]) -> int:
-        self.history.record(What.DELETED, [key for key in keys if key in tier.keys()], tier.medium)
-        return await tier.delete(keys)
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:
         for tier in self.tiers:

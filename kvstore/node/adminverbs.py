@@ -63,7 +63,7 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
         keys = split_keys(args["keys"]) if "keys" in args else (await chains.named(args)).keys[::-1]
         for tier in store.tiers:
             if tier.medium is medium:
-                return {"evicted": await tier.delete(keys)}
+                return {"evicted": await store.drop(tier, keys)}
         raise ProtocolError(f"this node has no {medium.value} tier")
 
     def policy(caller: Caller, args: Arguments) -> Any:

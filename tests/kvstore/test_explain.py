@@ -48,6 +48,7 @@ SAVED, OUT = (What.SAVED, HOST), (What.EVICTED, HOST)
             (What.EVICTED, DISK),
         ),
         ([SAVED, (What.WRITTEN, DISK), (What.DELETED, DISK), (What.DELETED, HOST)], Why.DELETED, (What.DELETED, HOST)),
+        ([SAVED, (What.BURIED, HOST)], Why.DELETED, (What.BURIED, HOST)),
         ([SAVED, (What.WRITTEN, DISK), OUT, (What.CORRUPT, DISK)], Why.LOAD_FAILED, (What.CORRUPT, DISK)),
         ([SAVED, (What.WRITTEN, OBJECT), OUT, (What.GONE, OBJECT)], Why.LOAD_FAILED, (What.GONE, OBJECT)),
         ([(What.NO_ROOM, HOST)], Why.NOT_WRITTEN, (What.NO_ROOM, HOST)),
