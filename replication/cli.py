@@ -108,6 +108,12 @@ def replicate(
     region: RegionName,
     watch: Watch = False,
     interval: Interval = 30.0,
+    budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Bytes to copy at most in a round, besides the topology's limits.")
+    ] = "",
+    rate: Annotated[
+        str, typer.Option(metavar="SIZE", help="Bytes per second at most, besides the topology's limits.")
+    ] = "",
     config: options.ConfigFile = None,
     overrides: options.Overrides = None,
     json: options.Json = False,
@@ -120,11 +126,13 @@ def replicate(
     if regions.mode == "off":
         note('Replication is off: mode = "off" in the topology.')
         return
+    regions = regions.limited(options.size("--rate", rate))
+    most = options.size("--budget", budget)
 
     async def once() -> int:
         async with (
             site.open_catalog() as catalog,
-            Replicator.open(regions, region, catalog) as replicator,
+            Replicator.open(regions, region, catalog, most) as replicator,
         ):
             if regions.mode == "observe":
                 cycle = await replicator.plan()
@@ -139,16 +147,52 @@ def replicate(
 
 
 @region.command()
+def retire(
+    topology: TopologyFile,
+    region: RegionName,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    json: options.Json = False,
+) -> None:
+    """Delete what the topology's retention keeps no longer in this region. In mode "observe" only shows it."""
+    from replication.lease import hold
+    from replication.retiring import retire as retire_once
+
+    regions, site = _load(topology, region, config, overrides)
+    enforce = regions.mode == "enforce" and not dry_run
+
+    async def once() -> int:
+        async with site.open_contents() as contents, hold(contents.bucket, "retention"):
+            report = await retire_once(contents, regions.retention, enforce)
+        rows: list[dict[str, Any]] = [
+            {"model": model, "tenant": tenant, "reason": reason, "blocks": count}
+            for (model, tenant, reason), count in sorted(report.blocks.items())
+        ]
+        if json:
+            print_json({"retired": enforce, "blocks": rows, "bytes": report.nbytes})
+            return 0
+        print_table(
+            ("model", "tenant", "reason", ">blocks"),
+            [(row["model"], row["tenant"], row["reason"], number(row["blocks"])) for row in rows],
+        )
+        print(f"{_human(report.nbytes)} {'deleted' if enforce else 'would be deleted'}")
+        return 0
+
+    _repeat(once, False, 0.0)
+
+
+@region.command()
 def status(topology: TopologyFile, region: RegionName, json: options.Json = False) -> None:
     """Show the region's manifest, how far it is with every source, and who holds the leases."""
     from replication.links import Links
-    from replication.status import look
+    from replication.status import duties, look
 
     regions, _ = _load(topology, region)
 
     async def once() -> int:
         async with Links.open(regions.links(region)) as bucket:
-            found = await look(bucket, regions, region)
+            found = await look(bucket, regions, region) | {"duties": await duties(bucket)}
         if json:
             print_json(found)
         else:
@@ -323,8 +367,11 @@ def _print_status(found: dict[str, Any]) -> None:
         )
     else:
         print(f"{found['region']} ({found['mode']}): no manifest published")
-    for role, lease in found["leases"].items():
-        print(f"{role}: {lease['holder'] if lease['held'] else 'nobody'}")
+    print_table(
+        ("duty", "done by", ">last round", "last result", "problem"),
+        [_duty(role, lease, found["duties"].get(role), now) for role, lease in found["leases"].items()],
+        title="Duties",
+    )
     print_table(
         ("source", ">sequence", ">behind", ">blocks", ">bytes", ">this month", ">cost", "problem"),
         [
@@ -342,6 +389,15 @@ def _print_status(found: dict[str, Any]) -> None:
         ],
         title="Sources",
     )
+
+
+def _duty(role: str, lease: dict[str, Any], standing: dict[str, Any] | None, now: float) -> list[str]:
+    """A row of the table of duties."""
+    row = [role, lease["holder"] if lease["held"] else "nobody"]
+    if standing is None:
+        return [*row, "-", "-", "-"]
+    did = f"{standing['did']}, {ago(now - standing['did_at'])} ago" if standing["did"] else "-"
+    return [*row, f"{ago(now - standing['at'])} ago", did, standing["problem"] or "-"]
 
 
 def _show(json: bool, document: dict[str, Any], text: Callable[[], str]) -> None:

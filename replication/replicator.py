@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,12 +77,15 @@ class _Pulled:
 class Replicator:
     """Brings hot blocks to one region. Open it with ``Replicator.open``; all calls in one event loop."""
 
-    def __init__(self, topology: Topology, region: str, contents: Contents, far: Mapping[str, Links]) -> None:
-        """``contents`` are the region's own, ``far`` leads to the buckets of all others."""
+    def __init__(
+        self, topology: Topology, region: str, contents: Contents, far: Mapping[str, Links], budget: int | None = None
+    ) -> None:
+        """``contents`` are the region's own, ``far`` leads to the buckets of all others; ``budget``: see ``open``."""
         self.topology = topology
         self.region = region
         self.near = contents.bucket
         self._contents = contents
+        self._budget = budget
         self._far = far
         self.sources = frozenset(far)
         """Regions that it hears of, for their tombstones at least."""
@@ -93,18 +96,23 @@ class Replicator:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, topology: Topology, region: str, catalog: Catalog | None = None) -> AsyncIterator[Self]:
+    async def open(
+        cls, topology: Topology, region: str, catalog: Catalog | None = None, budget: int | None = None
+    ) -> AsyncIterator[Self]:
         """Connect to the region and to every other one whose key is known. Raises ConfigError.
 
-        ``catalog`` is the region's own, if there is one: what is copied and deleted is recorded in it at once.
+        ``catalog`` is the region's own, if there is one: what is copied and deleted is recorded in it at once. ``budget``
+        limits the bytes that one round copies, over all flows.
         """
         async with Links.open(topology.links(region)) as near, Contents.open(near, catalog) as contents:
-            async with cls.beside(topology, region, contents) as replicator:
+            async with cls.beside(topology, region, contents, budget) as replicator:
                 yield replicator
 
     @classmethod
     @asynccontextmanager
-    async def beside(cls, topology: Topology, region: str, contents: Contents) -> AsyncIterator[Self]:
+    async def beside(
+        cls, topology: Topology, region: str, contents: Contents, budget: int | None = None
+    ) -> AsyncIterator[Self]:
         """As ``open``, for who has the region's contents open already."""
         async with AsyncExitStack() as stack:
             far = {
@@ -112,7 +120,7 @@ class Replicator:
                 for name, table in topology.regions.items()
                 if name != region and table.public_key
             }
-            yield cls(topology, region, contents, far)
+            yield cls(topology, region, contents, far, budget)
 
     async def plan(self) -> Cycle:
         """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
@@ -176,14 +184,14 @@ class Replicator:
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
         have: set[BlockKey] = set(await self._contents.blocks())
         retired = await read_retired(self.near)
-        now = time.time()
+        now, left = time.time(), self._budget
         for flow in self.topology.flows_to(self.region):
             if flow.source not in pulled:
                 continue
             manifest, cursor = pulled[flow.source].manifest, pulled[flow.source].cursor
             limits = Limits(
                 min_score=flow.min_score,
-                held_bytes=flow.max_bytes,
+                held_bytes=_may_hold(flow, left, manifest, have),
                 copied_bytes=_affordable(flow, cursor, now),
             )
             report = FlowReport(flow.source, flow.identity, flow.price_per_gb)
@@ -191,6 +199,7 @@ class Replicator:
             wants = partial(self._wants, flow, retired)
             report.plan = plan(manifest.blocks, manifest.labels, have, limits, buried, wants)
             have.update(block.key for block in report.plan.blocks)
+            left = None if left is None else left - report.plan.nbytes
             cycle.flows.append(report)
 
     def _wants(self, flow: Flow, retired: Retired, label: Label) -> LeftOut | None:
@@ -296,6 +305,14 @@ class _Paced:
 def _united(known: Sequence[Tombstone], pulled: Mapping[str, _Pulled]) -> list[Tombstone]:
     """Those that are known here, then those that the manifests add."""
     return list(dict.fromkeys([*known, *(stone for one in pulled.values() for stone in one.manifest.tombstones)]))
+
+
+def _may_hold(flow: Flow, left: int | None, manifest: Manifest, have: Collection[BlockKey]) -> int | None:
+    """Bytes of the manifest that the destination may have after a copy of at most ``left``."""
+    if left is None:
+        return flow.max_bytes
+    afterwards = left + sum(block.nbytes for block in manifest.blocks if block.key in have)
+    return afterwards if flow.max_bytes is None else min(afterwards, flow.max_bytes)
 
 
 def _affordable(flow: Flow, cursor: Cursor, now: float) -> int | None:

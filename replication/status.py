@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from replication import lease
 from replication.cursor import Cursor
+from replication.duties import read_standing
 from replication.hotset import kept_manifest
 from replication.links import Links
 from replication.planner import GB
 from replication.topology import Topology
 
-ROLES = ("publisher", "replicator")
+ROLES = ("publisher", "replicator", "evictor", "retention")
+
+
+async def duties(bucket: Links) -> dict[str, Any]:
+    """How each duty of the regional service fared last, of those that were ever done. Raises TierUnavailable."""
+    standings = {role: await read_standing(bucket, role) for role in ROLES}
+    return {role: asdict(standing) for role, standing in standings.items() if standing is not None}
 
 
 async def look(bucket: Links, topology: Topology, region: str) -> dict[str, Any]:

@@ -233,6 +233,14 @@ class Topology(_Table):
     def flows_to(self, destination: str) -> Iterator[Flow]:
         return (flow for flow in self.flows if destination in flow.to)
 
+    def limited(self, bytes_per_second: int | None) -> Topology:
+        """The same with no flow faster than that."""
+        if bytes_per_second is None:
+            return self
+        slower = [min(flow.bytes_per_second or bytes_per_second, bytes_per_second) for flow in self.flows]
+        flows = (flow.model_copy(update={"bytes_per_second": s}) for flow, s in zip(self.flows, slower, strict=True))
+        return self.model_copy(update={"flows": tuple(flows)})
+
     def permits(self, label: Labelled, region: str) -> bool:
         """Whether residency allows blocks of this label in the region."""
         places = {region, self.regions[region].location}

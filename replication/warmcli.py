@@ -95,7 +95,9 @@ def warm(
         if (prompts is None) == bool(namespace):
             raise ConfigError("--namespace", namespace, "goes with --prompts", "Give both, or neither.")
         with options.connect(config, overrides, socket) as client, _interruptible():
-            warmed = _warm(loaded, client, prompts, namespace, _size("--budget", budget), _size("--rate", rate))
+            warmed = _warm(
+                loaded, client, prompts, namespace, options.size("--budget", budget), options.size("--rate", rate)
+            )
         _show_warmed(warmed, prefill_rate, at_least, json)
 
 
@@ -333,14 +335,3 @@ def _print(report: WarmReport, document: dict[str, Any]) -> None:
         note(f"{number(count)} blocks skipped: {reason}")
     if report.interrupted:
         note("Interrupted: the same command goes on from here.")
-
-
-def _size(option: str, text: str) -> int | None:
-    from kvstore.units import parse_bytes
-
-    if not text:
-        return None
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError(option, text, str(error), "Write it as 16GiB, 500MB, or a number of bytes.") from None

@@ -52,6 +52,17 @@ def arguments(config: Path | None, overrides: list[str] | None, socket: Path | N
     ]
 
 
+def size(option: str, text: str) -> int | None:
+    """The bytes that an option gives, or None when it is empty. Raises ConfigError."""
+    from kvstore.errors import ConfigError
+    from kvstore.units import parse_bytes
+
+    try:
+        return parse_bytes(text) if text else None
+    except ValueError as error:
+        raise ConfigError(option, text, str(error), "Write it as 16GiB, 500MB, or a number of bytes.") from None
+
+
 @contextmanager
 def connect(config: Path | None, overrides: list[str] | None, socket: Path | None) -> Iterator[Client]:
     """A client of the configured node. Raises NodeUnavailable on first use."""

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -27,7 +28,9 @@ from kvstore.cli import app
 from kvstore.config import load
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.node.client import Client
 from kvstore.testing.blocks import random_chain
+from kvstore.testing.node import RunningNode
 from kvstore.tiers.object import ObjectSettings
 from replication import duties, lease
 from replication.contents import Contents
@@ -36,6 +39,7 @@ from replication.evictor import make_room, victims
 from replication.links import Links
 from replication.service import Pace, serve
 from replication.site import Site
+from replication.topology import load_topology
 
 QUICK = Pace(publish=0.1, replicate=0.1, evict=0.1)
 
@@ -191,6 +195,36 @@ class TestService:
 
             await eventually(arrived)
 
+    async def test_a_node_finds_what_was_replicated_by_the_catalog_alone(
+        self, pair: Pair, tmp_path: Path, random_source: random.Random
+    ) -> None:
+        """It is told by another process, and lists nothing."""
+        blocks = chain(random_source, 4)
+        store(pair.na, blocks)
+        await pair.publish()
+        url = f"sqlite://{tmp_path}/eu.db"
+        eu = site_of(pair, "eu", f"object.url={pair.eu.url}", f"catalog.url={url}")
+        with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
+            node = RunningNode(
+                Path(folder),
+                f"object.url={pair.eu.url}",
+                f"object.endpoint={pair.eu.endpoint}",
+                f"object.access_key_id={pair.eu.access_key_id}",
+                f"object.secret_access_key={pair.eu.secret_access_key}",
+                f"catalog.url={url}",
+            )
+            with node, Client(node.socket) as client:
+                client.call("status")
+                async with serving(eu):
+
+                    async def listed() -> bool:
+                        page = client.call("list", medium="object", limit=100)["blocks"]
+                        return {block["key"] for block in page} == {block.key for block in blocks}
+
+                    await eventually(listed)
+                    depths = {b["key"]: b["index"] for b in client.call("list", medium="object", limit=100)["blocks"]}
+        assert depths == {block.key: place for place, block in enumerate(blocks)}
+
     def test_the_command_stops_cleanly(self, pair: Pair) -> None:
         pair.write()
         argv = [sys.executable, "-m", "kvstore", "region", "run", "-t", str(pair.file), "-r", "eu"]
@@ -205,6 +239,39 @@ class TestService:
         _, rest = process.communicate(timeout=60)
         assert process.returncode == 0, "".join(lines) + rest
         assert json.loads(lines[-1])["duties"] == ["replicator"]
+
+    def test_a_budget_holds_for_one_round(self, pair: Pair, random_source: random.Random) -> None:
+        blocks = chain(random_source, 6)
+        store(pair.na, blocks)
+        asyncio.run(pair.publish())
+        size = blocks[0].header.envelope_bytes
+        arguments = ["region", "replicate", "-t", str(pair.file), "-r", "eu", "--json", "--budget", str(2 * size)]
+        for copied in (2, 4, 6):
+            result = CliRunner().invoke(app, [*arguments, "--rate", "1GiB"])
+            assert result.exit_code == 0, result.output
+            assert stored(pair.eu).keys() == {block.key for block in blocks[:copied]}
+
+    def test_status_and_retire_show_what_is_done(self, pair: Pair, random_source: random.Random) -> None:
+        store(pair.eu, chain(random_source, 3))
+        pair.write("observe", rules='[[retention]]\nttl = "60s"')
+
+        async def one_round() -> None:
+            site = Site(load(None, [], environ={}).config, load_topology(pair.file), "eu")
+            async with serving(site, pace=Pace(retire=0.1)), Links.open([pair.eu]) as bucket:
+
+                async def done() -> bool:
+                    return await read_standing(bucket, "retention") is not None
+
+                await eventually(done)
+
+        asyncio.run(one_round())
+        result = CliRunner().invoke(app, ["region", "status", "-t", str(pair.file), "-r", "eu", "--json"])
+        document = json.loads(result.stdout)
+        assert document["duties"]["retention"]["rounds"] >= 1
+        assert not document["leases"]["retention"]["held"]
+        assert CliRunner().invoke(app, ["region", "status", "-t", str(pair.file), "-r", "eu"]).exit_code == 0
+        result = CliRunner().invoke(app, ["region", "retire", "-t", str(pair.file), "-r", "eu", "--json"])
+        assert json.loads(result.stdout) == {"retired": False, "blocks": [], "bytes": 0}
 
     def test_a_configuration_of_another_region_is_refused(self, pair: Pair) -> None:
         with pytest.raises(ConfigError, match=r"the topology has .* for region 'eu'"):
