@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvstore.cli import options
-from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.cli.output import note, number, print_json, print_table
 from kvstore.errors import ConfigError, KVStoreError
 from replication import servicecli
 from replication.servicecli import RegionName, TopologyFile, load_site, matching_key
+from replication.show import human, print_status, progress_bars, show, show_cycle
 
 if TYPE_CHECKING:
-    from replication.copier import Outcome
-    from replication.manifest import HotBlock
-    from replication.replicator import Cycle, FlowReport, Progress
     from replication.site import Site
     from replication.topology import Topology
 
@@ -67,10 +64,10 @@ def publish(
         async with site.open_contents() as contents, hold(contents.bucket, "publisher"):
             manifest = await publish_once(contents, region, private)
         size = sum(block.nbytes for block in manifest.blocks)
-        _show(
+        show(
             json,
             {"sequence": manifest.sequence, "blocks": len(manifest.blocks), "bytes": size},
-            lambda: f"Published {number(len(manifest.blocks))} blocks ({_human(size)}), sequence {manifest.sequence}.",
+            lambda: f"Published {number(len(manifest.blocks))} blocks ({human(size)}), sequence {manifest.sequence}.",
         )
         return 0
 
@@ -96,7 +93,7 @@ def plan(
             Replicator.open(regions, region, catalog) as replicator,
         ):
             cycle = await replicator.plan()
-        _show_cycle(cycle, json, done=False)
+        show_cycle(cycle, json, done=False)
         return int(bool(cycle.problems))
 
     _repeat(once, False, 0.0)
@@ -138,9 +135,9 @@ def replicate(
                 cycle = await replicator.plan()
             else:
                 async with hold(replicator.near, "replicator"):
-                    with _progress() as advance:
+                    with progress_bars() as advance:
                         cycle = await replicator.cycle(advance)
-        _show_cycle(cycle, json, done=regions.mode == "enforce")
+        show_cycle(cycle, json, done=regions.mode == "enforce")
         return int(bool(cycle.problems))
 
     _repeat(once, watch, interval)
@@ -176,7 +173,7 @@ def retire(
             ("model", "tenant", "reason", ">blocks"),
             [(row["model"], row["tenant"], row["reason"], number(row["blocks"])) for row in rows],
         )
-        print(f"{_human(report.nbytes)} {'deleted' if enforce else 'would be deleted'}")
+        print(f"{human(report.nbytes)} {'deleted' if enforce else 'would be deleted'}")
         return 0
 
     _repeat(once, False, 0.0)
@@ -196,7 +193,7 @@ def status(topology: TopologyFile, region: RegionName, json: options.Json = Fals
         if json:
             print_json(found)
         else:
-            _print_status(found)
+            print_status(found)
         return 0
 
     _repeat(once, False, 0.0)
@@ -239,7 +236,7 @@ def purge(
     async def once() -> int:
         async with site.open_contents() as contents:
             deleted = await entomb(contents, [stone])
-        _show(
+        show(
             json,
             {"tombstone": stone.identity, "deleted": deleted},
             lambda: f"{number(deleted)} blocks deleted here; other regions follow when they see the next manifest.",
@@ -287,130 +284,6 @@ def _repeat(once: Callable[[], Awaitable[int]], watch: bool, interval: float) ->
         raise typer.Exit(0 if watch else INTERRUPTED) from None
     if status:
         raise typer.Exit(status)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar for each flow on a terminal; yields what is to be called for each block."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Bars(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(report: FlowReport, block: HotBlock, outcome: Outcome) -> None:
-            if report.flow not in tasks:
-                tasks[report.flow] = bars.add_task(f"from {report.source}", total=report.plan.nbytes)
-            bars.advance(tasks[report.flow], block.nbytes)
-
-        yield advance
-
-
-def _show_cycle(cycle: Cycle, json: bool, done: bool) -> None:
-    if json:
-        print_json(
-            {
-                "flows": [_flow_json(report, done) for report in cycle.flows],
-                "problems": cycle.problems,
-                "lag_seconds": cycle.lag,
-                "buried": cycle.buried,
-            }
-        )
-        return
-    columns = ["from", "flow", ">blocks", ">bytes", ">cost", "left out"]
-    rows = []
-    for report in cycle.flows:
-        left = ", ".join(f"{number(t.blocks)} {reason.value}" for reason, t in report.plan.left_out.items())
-        row = [
-            report.source,
-            report.flow.partition(" ")[2],
-            number(len(report.plan.blocks)),
-            _human(report.plan.nbytes),
-        ]
-        rows.append([*row, f"{report.cost:.4f}", left or "-"])
-        if done:
-            rows[-1] += [", ".join(f"{number(n)} {o.value}" for o, n in report.copied.outcomes.items()) or "-"]
-    print_table(columns + (["done"] if done else []), rows)
-    for source, lag in cycle.lag.items():
-        print(f"{source}: {'never level yet' if lag is None else f'{ago(lag)} behind'}")
-    if cycle.buried:
-        print(f"{number(cycle.buried)} blocks deleted because of tombstones")
-    for source, problem in cycle.problems.items():
-        note(f"{source}: {problem}")
-
-
-def _flow_json(report: FlowReport, done: bool) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "source": report.source,
-        "flow": report.flow,
-        "planned": {"blocks": len(report.plan.blocks), "bytes": report.plan.nbytes, "cost": report.cost},
-        "left_out": {r.value: {"blocks": t.blocks, "bytes": t.nbytes} for r, t in report.plan.left_out.items()},
-    }
-    if done:
-        outcomes = {outcome.value: count for outcome, count in report.copied.outcomes.items()}
-        document["copied"] = {"bytes": report.copied.nbytes, "seconds": report.seconds, **outcomes}
-    return document
-
-
-def _print_status(found: dict[str, Any]) -> None:
-    import time
-
-    now = time.time()
-    own = found["manifest"]
-    if own:
-        print(
-            f"{found['region']} ({found['mode']}): manifest {own['sequence']} of {ago(now - own['published'])} ago, "
-            f"{number(own['blocks'])} blocks, {_human(own['bytes'])}"
-        )
-    else:
-        print(f"{found['region']} ({found['mode']}): no manifest published")
-    print_table(
-        ("duty", "done by", ">last round", "last result", "problem"),
-        [_duty(role, lease, found["duties"].get(role), now) for role, lease in found["leases"].items()],
-        title="Duties",
-    )
-    print_table(
-        ("source", ">sequence", ">behind", ">blocks", ">bytes", ">this month", ">cost", "problem"),
-        [
-            (
-                source,
-                str(row["sequence"]),
-                ago(row["lag_seconds"]) if row["lag_seconds"] is not None else "never level",
-                number(row["blocks"]),
-                _human(row["bytes"]),
-                _human(row["month_bytes"]),
-                f"{row['month_cost']:.4f}",
-                row["problem"] or "-",
-            )
-            for source, row in found["sources"].items()
-        ],
-        title="Sources",
-    )
-
-
-def _duty(role: str, lease: dict[str, Any], standing: dict[str, Any] | None, now: float) -> list[str]:
-    """A row of the table of duties."""
-    row = [role, lease["holder"] if lease["held"] else "nobody"]
-    if standing is None:
-        return [*row, "-", "-", "-"]
-    did = f"{standing['did']}, {ago(now - standing['did_at'])} ago" if standing["did"] else "-"
-    return [*row, f"{ago(now - standing['at'])} ago", did, standing["problem"] or "-"]
-
-
-def _show(json: bool, document: dict[str, Any], text: Callable[[], str]) -> None:
-    if json:
-        print_json(document)
-    else:
-        print(text())
-
-
-def _human(nbytes: int) -> str:
-    from kvstore.units import human_bytes
-
-    return human_bytes(nbytes)
 
 
 def _digest(option: str, text: str) -> bytes:
