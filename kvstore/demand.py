@@ -90,13 +90,11 @@ class Demand:
             await self._keep()
 
     async def _keep(self) -> None:
-        for path, packed in (
-            (self._path, self.hotness.pack()),
-            (self._traffic_path, self.traffic.pack()),
-            (self._pins_path, self.pins.pack()),
-        ):
+        hotness, pins = self.hotness.pack(), self.pins.pack()
+        kept = [(self._path, lambda: hotness), (self._traffic_path, self.traffic.pack), (self._pins_path, lambda: pins)]
+        for path, pack in kept:
             try:
-                await asyncio.to_thread(_write, path, packed)
+                await asyncio.to_thread(_write, path, pack)
             except OSError as error:
                 log.warning("what was learnt is not kept", file=str(path), error=str(error))
         if self.publish is None:
@@ -118,7 +116,7 @@ def _read(path: Path, unpack: Callable[[bytes], T]) -> T | None:
         return None
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, pack: Callable[[], bytes]) -> None:
     scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(data)
+    scratch.write_bytes(pack())
     os.replace(scratch, path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.demand import Demand, prefill_seconds
 from kvstore.explain import Verdict, Why, at_request, difference, event_document, held, missing
-from kvstore.history import Event
+from kvstore.history import Event, History
 from kvstore.identity import BlockKey
 from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.arguments import Arguments
@@ -34,7 +35,12 @@ def explain_verbs(store: Store, namespaces: NamespaceBook, demand: Demand, chain
         """Arguments as for ``Chains.named``; the answer is a document of plain values."""
         chain = await chains.named(args)
         elsewhere = await _elsewhere(store, namespaces, chains, chain)
-        return _document(store, demand, chain, elsewhere)
+        keys, known = chain.keys[:MAX_BLOCKS], chain.namespace
+        tiers = [(tier.medium.value, tier.keys()) for tier in store.tiers]
+        places = [[medium for medium, there in tiers if key in there] for key in keys]
+        worth = _worth(demand, keys, known.fields.block_tokens if known else 0, known.block_bytes if known else None)
+        history = store.history.copy()
+        return await asyncio.to_thread(_document, chain, elsewhere, places, worth, history)
 
     return {"explain": explain}
 
@@ -61,18 +67,21 @@ async def _elsewhere(
 
 
 def _document(
-    store: Store, demand: Demand, chain: Chain, elsewhere: Sequence[tuple[KnownNamespace, str | None, int]]
+    chain: Chain,
+    elsewhere: Sequence[tuple[KnownNamespace, str | None, int]],
+    places: Sequence[Sequence[str]],
+    worth: Sequence[Mapping[str, Any]],
+    history: History,
 ) -> Any:
-    keys, asked, known = chain.keys[:MAX_BLOCKS], chain.asked, chain.namespace
+    """In a thread: thousands of blocks take some 100 ms."""
+    keys, asked, known = chain.keys[: len(places)], chain.asked, chain.namespace
     per_block = known.fields.block_tokens if known else 0
-    events = store.history.of(keys)
-    places = [[tier.medium.value for tier in store.tiers if key in tier.keys()] for key in keys]
+    events = history.of(keys)
     verdicts = _verdicts(events, places, chain)
     if elsewhere and elsewhere[0][2] >= per_block:
         for index in range(min(elsewhere[0][2] // per_block, len(keys))):
             if verdicts[index].why is Why.NEVER_STORED:
                 verdicts[index] = Verdict(Why.OTHER_NAMESPACE)
-    worth = _worth(demand, keys, per_block, known.block_bytes if known else None)
     usable = next((at for at, verdict in enumerate(verdicts) if verdict.why is not Why.HELD), len(keys))
     return {
         "request": asked.request if asked else None,
@@ -85,7 +94,7 @@ def _document(
         "tokens": len(chain.tokens) if chain.tokens is not None else len(chain.keys) * per_block,
         "chain_blocks": len(chain.keys),
         "usable_blocks": usable,
-        "history_since": store.history.since,
+        "history_since": history.since,
         "elsewhere": [
             {"namespace": other.digest, "tokens": tokens, "differs": difference(known.fields, other.fields, lora)}
             for other, lora, tokens in elsewhere

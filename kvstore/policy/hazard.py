@@ -67,7 +67,7 @@ class Hazards:
 
     def pack(self) -> list[Any]:
         """Plain values for msgpack."""
-        return [column.astype("<f8").tobytes() for column in (self.used, self.lost, self.inside)]
+        return [column.astype("<f8", copy=False).tobytes() for column in (self.used, self.lost, self.inside)]
 
     def load(self, columns: Sequence[bytes]) -> None:
         """Take over what ``pack`` made, of the same kinds. Raises ValueError, TypeError for anything else."""

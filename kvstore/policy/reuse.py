@@ -100,8 +100,8 @@ class Traffic:
         if not keys:
             return
         self._now = now = max(now, self._now)
-        self._requests += 1
         self._blocks += len(keys)
+        self._requests += 1
         words = words_of(b"".join(keys))
         slots = self._table.find(words)
         known = slots >= 0
@@ -156,7 +156,8 @@ class Traffic:
         return np.where(slots >= 0, self._table.count[slots], 0).astype(np.intp)
 
     def pack(self) -> bytes:
-        """All of it, for a file: 21 bytes an entry and under 1 MB."""
+        """All of it, for a file: 21 bytes an entry and under 1 MB. May be called in another thread than ``observe``: what a
+        request is about to change is then kept in part, which no estimate notices."""
         counters: list[Any] = [self._requests, self._blocks, self._now if self._requests else None]
         packed: bytes = msgpack.packb([_VERSION, *counters, self._table.pack(), self._hazards.pack()])
         return packed

@@ -82,9 +82,9 @@ class Sightings:
     def pack(self) -> list[Any]:
         """Plain values for msgpack."""
         return [
-            self._tag.astype("<u8").tobytes(),
-            self.seen.astype("<f8").tobytes(),
-            self.kind.astype("<u2").tobytes(),
+            self._tag.astype("<u8", copy=False).tobytes(),
+            self.seen.astype("<f8", copy=False).tobytes(),
+            self.kind.astype("<u2", copy=False).tobytes(),
             self.count.tobytes(),
         ]
 
