@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,19 @@ _LOADED = "vllm:kvstore_tokens_loaded{"
 
 @contextmanager
 def cpu_engine(
-    model: Path, log: Path, socket: Path | None = None, threads: int = 0, **arguments: Any
+    model: Path,
+    log: Path,
+    socket: Path | None = None,
+    threads: int = 0,
+    options: Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> Iterator[EngineProcess]:
     """An engine that is starting (``ready()`` waits), with the store whose node listens on ``socket``, or without one.
 
-    ``threads`` compute; 0 leaves the number to vLLM. ``arguments`` go to ``vllm.LLM``, over ``EXACT``. An engine that dies raises
-    RuntimeError with the end of its log.
+    ``threads`` compute; 0 leaves the number to vLLM. ``options`` are more of the connector's settings. ``arguments`` go to
+    ``vllm.LLM``, over ``EXACT``. An engine that dies raises RuntimeError with the end of its log.
     """
-    store = {"socket": str(socket), "autostart": False} if socket else None
+    store = {"socket": str(socket), "autostart": False, **(options or {})} if socket else None
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)} if threads else {}
     with log.open("ab") as out:
         process = EngineProcess(str(model), store, {**EXACT, **arguments}, {**_ENVIRONMENT, **bound}, out.fileno())

@@ -5,6 +5,7 @@ float32 throughout: bfloat16 is not reproducible between chunk sizes even withou
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
 
 from connectors.vllm.process import Answer, EngineProcess
 from connectors.vllm.testing import cpu_engine
+from kvstore.cli import app
 from kvstore.identity import BlockKey
 from kvstore.node.client import Client
 from kvstore.testing.model import make_model
@@ -61,11 +64,13 @@ class Engines:
     def __init__(self, stack: ExitStack, model: Path, node: NodeProcess) -> None:
         log = node.directory / "engines.log"
 
-        def engine(arguments: dict[str, Any], socket: Path | None = node.socket) -> EngineProcess:
-            return stack.enter_context(cpu_engine(model, log, socket, threads=1, **arguments))
+        def engine(
+            arguments: dict[str, Any], socket: Path | None = node.socket, options: dict[str, Any] | None = None
+        ) -> EngineProcess:
+            return stack.enter_context(cpu_engine(model, log, socket, threads=1, options=options, **arguments))
 
         self.plain = engine({**ENGINE, "enable_prefix_caching": False}, None)
-        self.first = engine(ENGINE)
+        self.first = engine(ENGINE, options={"content_fingerprints": True, "preview_tokens": 8})
         self.tight = engine(TIGHT)
         self.bare = engine({**TIGHT, "enable_prefix_caching": False})
         for each in (self.plain, self.first, self.tight, self.bare):
@@ -132,6 +137,29 @@ def test_a_fresh_engine_loads_what_another_saved(engines: Engines, saved: int, r
         assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
     assert kvstore(engines.tight, "tokens_loaded") > 0.5 * sum(a.prompt_tokens for a in answers[1:5])
     assert engines.tight.counters()["vllm:external_prefix_cache_hits"] == kvstore(engines.tight, "tokens_loaded")
+
+
+def test_the_node_can_explain_what_an_engine_will_find(
+    engines: Engines, node: NodeProcess, model: Path, saved: int, reference: dict[str, list[int]]
+) -> None:
+    """From text, with the model's tokenizer, and by the id of a request that the engine made."""
+
+    def command(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, [*arguments, "--socket", str(node.socket), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    for prompt in PROMPTS[:5]:
+        document = command("explain", "--text", prompt, "--tokenizer", str(model))
+        assert {block["why"] for block in document["blocks"]} == {"held"}, "the keys are those of the engine"
+    unknown = command("explain", "--text", PROMPTS[0] + prose(9, 150), "--tokenizer", str(model))
+    assert unknown["blocks"][-1]["why"] == "never_stored"
+    asked = command("explain", "0-")  # vLLM counts its requests from 0 and adds a random ending
+    assert asked["client"] == "vLLM"
+    assert {block["where"][-1] for block in asked["blocks"]} == {"disk"}
+    assert command("breakers")["prompts"] >= len(PROMPTS)
+    texts = [prompt["preview"] for prompt in command("hot", "--tokenizer", str(model))]
+    assert any(text and SYSTEM.startswith(text.split(" … ")[0]) for text in texts)
 
 
 def test_an_engine_without_a_prefix_cache_of_its_own(
