@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from connectors.vllm.describe import Describer
 from connectors.vllm.keys import Geometry, geometry
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import PromMetrics, Recorder, Stats
@@ -70,7 +71,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._link = connect(self._options, self._geometry, start_node=scheduler)
         self._planner: Planner | None = None
         self._mover: Mover | None = None
+        self._describer: Describer | None = None
         if scheduler:
+            self._describer = Describer.make(self._link, self._options)
             self._planner = Planner(self._link, self._geometry, self._recorder)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning('kv_load_failure_policy is "%s"; set it to "recompute"', transfer.kv_load_failure_policy)
@@ -90,6 +93,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def on_new_request(self, request: Any) -> None:
         self.planner.add(request)
+        if self._describer is not None:
+            self._describer.tell(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self.planner.offer(request, num_computed_tokens)
@@ -182,6 +187,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        if self._describer is not None:
+            self._describer.close()
         if self._mover is not None:
             self._mover.close()
         else:
