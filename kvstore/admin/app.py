@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 
 import kvstore
 from kvstore.admin import kinds, problems
+from kvstore.admin.audit import Audit
 from kvstore.admin.guard import Guard
 from kvstore.admin.idempotency import Idempotency
 from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, events, health
@@ -69,6 +70,7 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     for router in (*ROUTERS, *(NODE_ROUTERS if site.node is not None else ()), *extensions(site)):
         app.include_router(router, responses=problems.documented(400, 401, 403, 413, 422))
     app.add_middleware(Idempotency)
+    app.add_middleware(Audit, path=site.config.node.directory / "audit.jsonl")
     app.add_middleware(Guard, hosts=hosts)
     return app
 

@@ -1,6 +1,6 @@
 """Who may do what. Each route names the role it needs; ``Site.authenticate`` says who asks.
 
-Without authentication the API listens on loopback only (``ApiSection`` refuses anything else) and everybody is an admin, as
+Without ``api.tokens`` the API listens on loopback only (``ApiSection`` refuses anything else) and everybody is an admin, as
 everybody who reaches the node's socket is.
 """
 
@@ -53,6 +53,7 @@ def authorize(role: Role) -> Any:
 
     async def check(request: Request) -> Principal:
         principal: Principal = await request.app.state.site.authenticate(request)
+        request.state.principal = principal  # for the audit log
         if not principal.role.covers(role):
             raise Problem(
                 403, "forbidden", f"{principal.name} is {principal.role}; this needs {role}", required_role=role
@@ -60,6 +61,10 @@ def authorize(role: Role) -> Any:
         return principal
 
     return Depends(check)
+
+
+async def _audited(request: Request) -> None:
+    request.state.audited = True
 
 
 def _idempotency_key(
@@ -82,5 +87,5 @@ def reads(role: Role = Role.VIEWER) -> list[Any]:
 
 
 def writes(role: Role) -> list[Any]:
-    """``dependencies`` of a route that changes something."""
-    return [authorize(role), Depends(_idempotency_key)]
+    """``dependencies`` of a route that changes something: the audit log shows whoever asks for it, and what came of it."""
+    return [Depends(_audited), authorize(role), Depends(_idempotency_key)]

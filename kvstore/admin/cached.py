@@ -27,8 +27,13 @@ class Cached(Generic[T]):
             flight.add_done_callback(self._note)
         return await asyncio.shield(flight)
 
+    def forget(self) -> None:
+        """What is known, or is being asked, is out of date."""
+        self._flight = None
+
     def _note(self, flight: asyncio.Task[T]) -> None:
-        self._done_at = time.monotonic()
+        if flight is self._flight:
+            self._done_at = time.monotonic()
         _failed(flight)  # so that a failure that nobody waits for any more is not reported as lost
 
 

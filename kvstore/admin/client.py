@@ -56,7 +56,10 @@ class AdminClient:
     def __init__(
         self, url: str, token: str = "", timeout: float = 30.0, transport: httpx.BaseTransport | None = None
     ) -> None:
-        """``url`` as ``http://127.0.0.1:7070``; ``timeout`` in seconds, for each answer; work that takes longer is a job."""
+        """``url`` as ``http://127.0.0.1:7070``; ``timeout`` in seconds, for each answer; work that takes longer is a job.
+
+        Servers are verified against the system's authorities, or those of ``SSL_CERT_FILE``.
+        """
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=timeout, transport=transport or httpx.HTTPTransport(retries=1)

@@ -44,7 +44,7 @@ def scrub_kind(node: NodeView) -> JobKind:
         cursor: str = job.checkpoint.get("cursor", "")
         while left:
             medium = left[0]
-            page = await node.call("verify", WORK_SECONDS, medium=medium, cursor=bytes.fromhex(cursor), limit=PAGE)
+            page = await node.change("verify", WORK_SECONDS, medium=medium, cursor=bytes.fromhex(cursor), limit=PAGE)
             tally = done.setdefault(medium, {"checked": 0, "bytes": 0, "bad": []})
             tally["checked"] += page["checked"]
             tally["bytes"] += page["bytes"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from kvstore.node.client import AsyncClient, Client
 
 STATUS_SECONDS = 0.25
 """How old a status may be: readers beyond four a second cost the node nothing."""
+MOST_KEPT = 256
+"""Answers, beside those to the questions that everybody asks."""
 METRICS_SECONDS = 1.0
 HOT_SECONDS = 1.0
 HOT_PROMPTS = 1000
@@ -34,13 +38,34 @@ class NodeView:
         self.socket = socket
         self._client = AsyncClient(Client(socket, name="admin API"))
         self._tokenize = tokenize
+        self._kept: OrderedDict[tuple[object, ...], Cached[Any]] = OrderedDict()
         self.status = Cached(self._status, STATUS_SECONDS)
         self.metrics = Cached(self._metrics, METRICS_SECONDS)
         self.hot = Cached(self._hot, HOT_SECONDS)
 
-    async def call(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
-        """Any verb (``kvstore/node/verbs.py``); the answer as plain msgpack types."""
-        return await self._client.call(verb, timeout, **arguments)
+    async def read(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
+        """A verb that changes nothing (``kvstore/node/verbs.py``); the answer as plain msgpack types.
+
+        The same question within ``STATUS_SECONDS`` gets the same answer.
+        """
+        if "tokens" in arguments:  # long, and seldom the same
+            return await self._client.call(verb, timeout, **arguments)
+        name = (verb, *sorted(arguments.items()))
+        known = self._kept.get(name)
+        if known is None:
+            known = self._kept[name] = Cached(partial(self._client.call, verb, timeout, **arguments), STATUS_SECONDS)
+            if len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return await known()
+
+    async def change(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
+        """A verb that changes something; what is read afterwards shows it."""
+        try:
+            return await self._client.call(verb, timeout, **arguments)
+        finally:
+            self._kept.clear()
+            self.status.forget()
+            self.hot.forget()
 
     async def close(self) -> None:
         await self._client.__aexit__()
@@ -76,11 +101,14 @@ class NodeView:
         return named
 
     async def _status(self) -> NodeStatus:
-        return NodeStatus.model_validate(await self.call("status"))
+        return NodeStatus.model_validate(await self._client.call("status", CALL_SECONDS))
 
     async def _metrics(self) -> bytes:
-        text: bytes = await self.call("metrics")
+        text: bytes = await self._client.call("metrics", CALL_SECONDS)
         return text
 
     async def _hot(self) -> list[HotPrompt]:
-        return [HotPrompt.model_validate(prompt) for prompt in (await self.call("hot", limit=HOT_PROMPTS))["prompts"]]
+        return [
+            HotPrompt.model_validate(prompt)
+            for prompt in (await self._client.call("hot", CALL_SECONDS, limit=HOT_PROMPTS))["prompts"]
+        ]

@@ -1,7 +1,7 @@
 """How a service comes by an API, without loading what that needs where none is configured.
 
-Beside a node it is a child process: it shares no interpreter with the data path, and ends with the node. Its standard input is a pipe that the node holds open and never writes to. However the node ends, the pipe closes, and the API
-stops with it.
+Beside a node it is a child process: it shares no interpreter with the data path, and ends with the node. Its standard input
+is a pipe that the node holds open and never writes to: however the node ends, the pipe closes, and the API stops.
 """
 
 from __future__ import annotations

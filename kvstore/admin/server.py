@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import structlog
 import uvicorn
 
 from kvstore.admin.app import create_app
+from kvstore.admin.auth import everybody
 from kvstore.admin.catalog import CatalogView
 from kvstore.admin.guard import LOOPBACK
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
 from kvstore.admin.site import Site
 from kvstore.admin.tokenizers import Tokenizers
+from kvstore.admin.tokens import BearerTokens
 from kvstore.assembly import node_name
 from kvstore.config import Loaded
+from kvstore.config.schema import ApiSection
 from kvstore.errors import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -58,10 +63,15 @@ async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
     if not api.listen:
         raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
     listener = _listen(*api.address)
-    app = create_app(site, LOOPBACK | {api.address[0]})
+    app = create_app(site, None if api.tokens else LOOPBACK | {api.address[0]})
     server = _Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            **_tls(api),
         )
     )
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -85,9 +95,29 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
         NodeView(config.node.socket, Tokenizers(config.api.tokenizers)) if node else None,
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
         name=node_name(config.node.directory) if node else config.region.name,
-        url=f"http://{config.api.listen}",
+        url=config.api.url,
         catalog=CatalogView(config) if config.catalog.url else None,
+        authenticate=BearerTokens(config.api.tokens) if config.api.tokens else everybody,
     )
+
+
+def _tls(api: ApiSection) -> dict[str, Any]:
+    """uvicorn's settings. Raises ConfigError naming the file that cannot be used."""
+    if api.tls_certificate is None or api.tls_key is None:
+        return {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(api.tls_certificate, api.tls_key)
+    except OSError as error:  # ssl.SSLError too
+        raise ConfigError("api.tls_certificate", str(api.tls_certificate), str(error), "Name PEM files.") from error
+    options: dict[str, Any] = {"ssl_certfile": api.tls_certificate, "ssl_keyfile": api.tls_key}
+    if api.client_ca is not None:
+        try:
+            context.load_verify_locations(api.client_ca)
+        except OSError as error:
+            raise ConfigError("api.client_ca", str(api.client_ca), str(error), "Name a PEM file.") from error
+        options |= {"ssl_ca_certs": api.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
 
 
 class _Server(uvicorn.Server):

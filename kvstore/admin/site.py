@@ -69,13 +69,13 @@ class Site:
         return Snapshot(time=time.time(), parts=found, problems=problems)
 
 
-def _site(request: Request) -> Site:
+async def _site(request: Request) -> Site:
     site: Site = request.app.state.site
     return site
 
 
-def _node(request: Request) -> NodeView:
-    node = _site(request).node
+async def _node(request: Request) -> NodeView:
+    node = (await _site(request)).node
     if node is None:
         raise Problem(404, "no-node", "this service has no node beside it", "Ask the API of a node.")
     return node

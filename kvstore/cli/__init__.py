@@ -27,7 +27,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import api, blocks, breakers, catalog, checks, explain, hot, node, overhttp, pins, settings
+from kvstore.cli import api, blocks, breakers, catalog, checks, explain, hot, node, overhttp, pins, settings, tokens
 from kvstore.cli.output import fail
 from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
@@ -76,6 +76,7 @@ app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")
 app.add_typer(overhttp.jobs, name="jobs")
 app.add_typer(overhttp.policy, name="policy")
+app.add_typer(tokens.app, name="token")
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):
     command = entry.load()
     if isinstance(command, typer.Typer):

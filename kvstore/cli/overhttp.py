@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +37,16 @@ class ModeName(StrEnum):
 
 @contextmanager
 def admin(api: str, config: options.ConfigFile, overrides: options.Overrides) -> Iterator[AdminClient]:
-    """A client of the API that the options name. Raises ConfigError, and NodeUnavailable on first use."""
+    """A client of the API that the options name, with the token in KVSTORE_API_TOKEN.
+
+    Raises ConfigError, and NodeUnavailable on first use.
+    """
     settings = options.load(config, overrides).config.api
     if not api and not settings.listen:
         raise ConfigError("api.listen", "", "no admin API is configured", "Set it to 127.0.0.1:7070, or give --api.")
     from kvstore.admin.client import AdminClient
 
-    with AdminClient(api or f"http://{settings.listen}") as client:
+    with AdminClient(api or settings.url, os.environ.get("KVSTORE_API_TOKEN", "")) as client:
         yield client
 
 

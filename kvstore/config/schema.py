@@ -298,6 +298,19 @@ class ApiSection(_Section):
         None,
         description="Folder with MODEL/tokenizer.json of each model, for lookups of text; empty: token ids only.",
     )
+    tokens: Path | None = Field(
+        None, description="File of the tokens that kvstore token makes; empty: whoever reaches the API may use it."
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file of the API's certificate chain; empty: no TLS.")
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
+    client_ca: Path | None = Field(
+        None, description="PEM file of the authority whose certificates clients must show; empty: none asked for."
+    )
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it, when ``listen`` is not empty."""
+        return f"{'https' if self.tls_certificate else 'http'}://{self.listen}"
 
     @property
     def address(self) -> tuple[str, int]:
@@ -311,11 +324,16 @@ class ApiSection(_Section):
             return self
         if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", self.listen) or self.address[1] > 65535:
             raise _refuse("api.listen", "not host:port", "Write it as 127.0.0.1:7070.")
-        if not _is_loopback(self.address[0]):
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            problem = "certificate and key come as a pair"
+            raise _refuse("api.tls_key" if self.tls_certificate else "api.tls_certificate", problem, "Set both.")
+        if self.client_ca and not self.tls_certificate:
+            raise _refuse("api.client_ca", "only TLS asks for certificates", "Set api.tls_certificate and api.tls_key.")
+        if not _is_loopback(self.address[0]) and self.tokens is None:
             raise _refuse(
                 "api.listen",
                 "others than this machine could reach it, and it does not ask who they are",
-                "Listen on 127.0.0.1 and put a proxy that authenticates in front.",
+                "Make a token with kvstore token create and set api.tokens, or listen on 127.0.0.1.",
             )
         return self
 

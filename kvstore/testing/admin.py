@@ -23,8 +23,8 @@ class RunningApi:
         """``directory`` is that of the node beside it, with its socket in it as ``RunningNode`` has it."""
         places = [f"node.directory={directory}", f"node.socket={directory / 'node.sock'}"]
         self.address = f"127.0.0.1:{free_port()}"
-        self.url = f"http://{self.address}"
         self._loaded = load(None, [*places, f"api.listen={self.address}", *overrides], environ={})
+        self.url = self._loaded.config.api.url
         self.site: Site
         """What its routes work with, for tests that change that."""
         self._with_node = node

@@ -50,7 +50,7 @@ async def list_blocks(
     """Blocks of a tier, by key. A page may be short, even empty, and yet have a cursor: filters look at one page at a time."""
     digest = bytes.fromhex((await node.namespace(namespace)).digest) if namespace else None
     after = _position(cursor)
-    page = await node.call(
+    page = await node.read(
         "list",
         WORK_SECONDS,
         medium=tier.value,
@@ -70,7 +70,7 @@ async def query_blocks(query: PromptBlocksQuery, node: CurrentNode) -> PromptBlo
     if len(after) > 4:
         raise Problem(422, "invalid-cursor", "cursor is not one that this API gave")
     start = int.from_bytes(after)
-    found = await node.call("where", **await node.about(query.prompt), start=start, count=query.limit)
+    found = await node.read("where", **await node.about(query.prompt), start=start, count=query.limit)
     keys = [found["keys"][at : at + KEY_BYTES] for at in range(0, len(found["keys"]), KEY_BYTES)]
     items = [
         PromptBlock(index=start + at, key=key, media=media)
@@ -85,7 +85,7 @@ async def query_blocks(query: PromptBlocksQuery, node: CurrentNode) -> PromptBlo
 @router.post("/blocks/evict", dependencies=writes(Role.OPERATOR), responses=documented(404, 409))
 async def evict_blocks(wanted: Eviction, node: CurrentNode) -> Evicted:
     """Have one tier give blocks up. The other tiers keep theirs; a block that only this one held is gone."""
-    done = await node.call("evict", WORK_SECONDS, medium=wanted.tier.value, **await _named(wanted, node))
+    done = await node.change("evict", WORK_SECONDS, medium=wanted.tier.value, **await _named(wanted, node))
     return Evicted(evicted=done["evicted"])
 
 
@@ -96,7 +96,7 @@ async def delete_blocks(wanted: SomeBlocks, node: CurrentNode) -> Deleted:
         keys = b"".join(map(bytes.fromhex, wanted.keys or ()))
     else:
         keys = await _all_keys(node, await node.about(wanted.prompt))
-    return Deleted.model_validate(await node.call("delete", WORK_SECONDS, keys=keys))
+    return Deleted.model_validate(await node.change("delete", WORK_SECONDS, keys=keys))
 
 
 @router.get("/blocks/{key}", dependencies=reads(), responses=documented(404))
@@ -108,7 +108,7 @@ async def show_block(key: PathKey, node: CurrentNode) -> BlockInfo:
 @router.delete("/blocks/{key}", dependencies=writes(Role.ADMIN))
 async def delete_block(key: PathKey, node: CurrentNode) -> Deleted:
     """Delete one block from every tier."""
-    return Deleted.model_validate(await node.call("delete", WORK_SECONDS, keys=bytes.fromhex(key)))
+    return Deleted.model_validate(await node.change("delete", WORK_SECONDS, keys=bytes.fromhex(key)))
 
 
 @router.post("/blocks/{key}/verify", dependencies=writes(Role.OPERATOR), responses=documented(404))
@@ -116,7 +116,7 @@ async def verify_block(key: PathKey, node: CurrentNode) -> Verified:
     """Read every copy of a block and check it. A bad one is dropped and quarantined."""
     tiers = []
     for tier in (await _inspect(key, node)).media:
-        page = await node.call("verify", WORK_SECONDS, medium=tier.value, keys=bytes.fromhex(key))
+        page = await node.change("verify", WORK_SECONDS, medium=tier.value, keys=bytes.fromhex(key))
         if page["checked"] or page["bad"]:  # else it went meanwhile
             reason = page["bad"][0]["reason"] if page["bad"] else ""
             tiers.append(VerifiedTier(tier=tier, ok=not page["bad"], reason=reason))
@@ -126,23 +126,23 @@ async def verify_block(key: PathKey, node: CurrentNode) -> Verified:
 @router.get("/pins", dependencies=reads())
 async def list_pins(node: CurrentNode) -> list[Pin]:
     """What is pinned, by deadline."""
-    return [Pin.model_validate(pin) for pin in (await node.call("pins"))["pins"]]
+    return [Pin.model_validate(pin) for pin in (await node.read("pins"))["pins"]]
 
 
 @router.post("/pins", dependencies=writes(Role.OPERATOR), status_code=201, responses=documented(404, 409))
 async def pin(wanted: NewPin, node: CurrentNode) -> Pinned:
     """Keep a prompt until a deadline. A wish, not a lock: a tier with nothing else to give up gives up pinned blocks too."""
-    return Pinned.model_validate(await node.call("pin", **await node.about(wanted.prompt), seconds=wanted.seconds))
+    return Pinned.model_validate(await node.change("pin", **await node.about(wanted.prompt), seconds=wanted.seconds))
 
 
 @router.delete("/pins/{key}", dependencies=writes(Role.OPERATOR), responses=documented(404))
 async def unpin(key: PathKey, node: CurrentNode) -> Unpinned:
     """End the pins of the prompt that ends in a block."""
-    return Unpinned.model_validate(await node.call("unpin", key=bytes.fromhex(key)))
+    return Unpinned.model_validate(await node.change("unpin", key=bytes.fromhex(key)))
 
 
 async def _inspect(key: str, node: NodeView) -> BlockInfo:
-    known = await node.call("inspect", key=bytes.fromhex(key))
+    known = await node.read("inspect", key=bytes.fromhex(key))
     if not known["media"]:
         raise Problem(404, "block-not-found", f"no tier of the node holds {key}", "Ask /v1/explain why.")
     return BlockInfo.model_validate(known)
@@ -158,7 +158,7 @@ async def _all_keys(node: NodeView, named: dict[str, Any]) -> bytes:
     """Of a prompt, its tail first: what breaks off in between leaves no block without those before it."""
     keys: list[bytes] = []
     while True:
-        found = await node.call("where", **named, start=len(keys), count=1000)
+        found = await node.read("where", **named, start=len(keys), count=1000)
         keys += [found["keys"][at : at + KEY_BYTES] for at in range(0, len(found["keys"]), KEY_BYTES)]
         if len(keys) >= found["blocks"]:
             return b"".join(reversed(keys))

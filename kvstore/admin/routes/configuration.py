@@ -14,6 +14,6 @@ router = APIRouter(prefix="/v1", tags=["configuration"])
 
 
 @router.get("/config", dependencies=reads(Role.OPERATOR))
-def config(site: CurrentSite) -> list[SettingInfo]:
+async def config(site: CurrentSite) -> list[SettingInfo]:
     """The effective configuration, secrets masked. What was changed at run time is not in it: see `/v1/policy`."""
     return [SettingInfo.model_validate(asdict(setting)) for setting in site.loaded.settings()]

@@ -21,7 +21,7 @@ EVENT_SECONDS = 0.1
 """Between two events of a job at least."""
 
 
-def _job(job: str, site: CurrentSite) -> Job:
+async def _job(job: str, site: CurrentSite) -> Job:
     return site.jobs.get(job)
 
 
@@ -29,7 +29,7 @@ CurrentJob = Annotated[Job, Depends(_job)]
 
 
 @router.get("/job-kinds", dependencies=reads())
-def job_kinds(site: CurrentSite) -> list[JobKindInfo]:
+async def job_kinds(site: CurrentSite) -> list[JobKindInfo]:
     """What can be run as a job here."""
     return [
         JobKindInfo(name=kind.name, summary=kind.summary, options=kind.options.model_json_schema())
@@ -38,7 +38,7 @@ def job_kinds(site: CurrentSite) -> list[JobKindInfo]:
 
 
 @router.get("/jobs", dependencies=reads(), responses=documented(422))
-def list_jobs(
+async def list_jobs(
     site: CurrentSite,
     state: Annotated[JobState | None, Query(description="Only these.")] = None,
     limit: Limit = 50,
@@ -57,7 +57,7 @@ async def create_job(wanted: NewJob, site: CurrentSite) -> Job:
 
 
 @router.get("/jobs/{job}", dependencies=reads(), responses=documented(404))
-def show_job(job: CurrentJob) -> Job:
+async def show_job(job: CurrentJob) -> Job:
     """One job."""
     return job
 

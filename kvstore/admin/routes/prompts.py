@@ -37,7 +37,7 @@ async def lookup(prompt: Prompt, node: CurrentNode) -> LookupAnswer:
 @router.post("/explain", responses=documented(404, 409))
 async def explain(prompt: Prompt, node: CurrentNode) -> Explanation:
     """Why a prompt's blocks are found or missed: for each where it is, what happened to it, and what it is worth."""
-    return Explanation.model_validate(await node.call("explain", **await node.about(prompt)))
+    return Explanation.model_validate(await node.read("explain", **await node.about(prompt)))
 
 
 @router.post("/router/lookup")
@@ -63,7 +63,7 @@ async def hot(
 
 
 async def _peek(node: NodeView, prompt: Prompt) -> LookupAnswer:
-    found: dict[str, Any] = await node.call("peek", **await node.about(prompt))
+    found: dict[str, Any] = await node.read("peek", **await node.about(prompt))
     tiers = [
         TierLookup(
             medium=medium,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 
 from fastapi import APIRouter, Response
@@ -44,9 +45,9 @@ async def clients(node: CurrentNode) -> list[ClientStatus]:
 
 
 @router.get("/v1/warmth", tags=["status"], responses=documented(404))
-def warmth(site: CurrentSite) -> WarmthStatus:
+async def warmth(site: CurrentSite) -> WarmthStatus:
     """How warm the node is, by its last warm-up."""
-    found = read_warmth(site.config.node.directory)
+    found = await asyncio.to_thread(read_warmth, site.config.node.directory)
     if found is None:
         raise Problem(404, "never-warmed", "this node was never warmed", "Start a job of kind warm, or kvstore warm.")
     return WarmthStatus.model_validate({**asdict(found), "share": found.share})

@@ -1,0 +1,62 @@
+"""Who changed what: one JSON line for each write, whether it was allowed or not.
+
+Routes say with ``auth.writes`` that they are writes. Bodies are not logged, since they may hold prompts. The file only grows;
+``logrotate`` with ``copytruncate`` may shorten it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = structlog.get_logger(__name__)
+
+
+class Audit:
+    """Middleware."""
+
+    def __init__(self, app: ASGIApp, path: Path) -> None:
+        self._app = app
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            if scope.get("state", {}).get("audited"):
+                self._write(scope, status)
+
+    def _write(self, scope: Scope, status: int) -> None:
+        principal = scope["state"].get("principal")
+        entry = {
+            "time": time.time(),
+            "who": principal.name if principal else None,
+            "role": principal.role if principal else None,
+            "from": scope["client"][0] if scope.get("client") else None,
+            "method": scope["method"],
+            "path": scope["path"][:1024],
+            "status": status,
+            "idempotency_key": Headers(scope=scope).get("idempotency-key"),
+        }
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(descriptor, json.dumps(entry).encode() + b"\n")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            log.error("audit entry not written", file=str(self._path), error=str(error), **entry)

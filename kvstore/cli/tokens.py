@@ -1,0 +1,96 @@
+"""``kvstore token``: who may use the admin API."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstore.cli import options
+from kvstore.cli.output import ago, note, print_json, print_table
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvstore.admin.tokens import TokenBook
+
+app = typer.Typer(no_args_is_help=True, help="Tokens of the admin API, in the file that api.tokens names.")
+
+Lifetime = Annotated[
+    float | None, typer.Option("--days", metavar="DAYS", min=0.01, help="Valid for so long; else until revoked.")
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; the audit log shows it.")],
+    role: Annotated[str, typer.Option(metavar="ROLE", help="viewer, operator or admin.")] = "viewer",
+    days: Lifetime = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    json: options.Json = False,
+) -> None:
+    """Make a token and print it; it is shown this once."""
+    from kvstore.admin.auth import Role
+
+    if role not in list(Role):
+        raise ConfigError("--role", role, "no such role", "Choose viewer, operator or admin.")
+    token, text = _book(config, overrides).create(name, Role(role), days * 86400 if days else None)
+    if json:
+        print_json({"id": token.id, "name": token.name, "role": token.role, "expires": token.expires, "token": text})
+    else:
+        print(text)
+        note(f"{token.role} token {token.id} for {token.name}. It is not shown again.")
+
+
+@app.command("list")
+def list_tokens(
+    config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False
+) -> None:
+    """Show which tokens there are."""
+    tokens = _book(config, overrides).tokens()
+    if json:
+        print_json([token.model_dump(exclude={"sha256"}) for token in tokens])
+        return
+    now = time.time()
+    print_table(
+        ("id", "name", "role", ">age", "expires"),
+        [
+            (
+                token.id,
+                token.name,
+                token.role,
+                ago(now - token.created),
+                "never"
+                if token.expires is None
+                else "expired"
+                if token.expires < now
+                else f"in {ago(token.expires - now)}",
+            )
+            for token in tokens
+        ],
+    )
+
+
+@app.command()
+def revoke(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As kvstore token list shows it.")],
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+) -> None:
+    """End a token at once."""
+    if not _book(config, overrides).revoke(id):
+        raise ConfigError("ID", id, "no such token", "See kvstore token list.")
+    print(f"{id} revoked")
+
+
+def _book(config: Path | None, overrides: list[str] | None) -> TokenBook:
+    from kvstore.admin.tokens import TokenBook
+
+    path = options.load(config, overrides).config.api.tokens
+    if path is None:
+        raise ConfigError(
+            "api.tokens", "", "no token file is configured", "Set it to a path, as /var/lib/kvstore/tokens.json."
+        )
+    return TokenBook(path)
