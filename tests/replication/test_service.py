@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 from region_cases import KEY, LLAMA, chain, store, stored
 from typer.testing import CliRunner
 
+from kvstore import burials
 from kvstore.catalog import open_catalog
 from kvstore.catalog.base import Entry
 from kvstore.cli import app
@@ -32,11 +33,13 @@ from kvstore.node.client import Client
 from kvstore.testing.blocks import random_chain
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.object import ObjectSettings
+from kvstore.tombstones import Tombstone, end_of_second
 from replication import duties, lease
 from replication.contents import Contents
 from replication.duties import Duty, DutyMetrics, Keeper, Round, read_standing
 from replication.evictor import make_room, victims
 from replication.links import Links
+from replication.publisher import entomb
 from replication.service import Pace, serve
 from replication.site import Site
 from replication.topology import load_topology
@@ -280,6 +283,76 @@ class TestService:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert "object.url" in result.output
+
+
+@pytest.mark.s3
+async def test_a_purge_reaches_the_memory_and_disk_of_another_regions_nodes(
+    pair: Pair, random_source: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(burials, "POLL_SECONDS", 0.1)
+    blocks = chain(random_source, 4)
+    keys = [block.key for block in blocks]
+    store(pair.na, blocks)
+    await pair.publish()
+    topology = pair.write()
+    await pair.cycle(topology)
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
+        place = [f"object.url={pair.eu.url}", f"object.endpoint={pair.eu.endpoint}"]
+        access = [
+            f"object.access_key_id={pair.eu.access_key_id}",
+            f"object.secret_access_key={pair.eu.secret_access_key}",
+        ]
+        with RunningNode(Path(folder), *place, *access) as node, Client(node.socket) as client:
+
+            async def held() -> bool:
+                return all("disk" in client.call("inspect", key=key)["media"] for key in keys)
+
+            async def warm() -> bool:
+                acquired = client.acquire(keys, 5.0)
+                client.release(keys[: len(acquired.media)])
+                return len(acquired.media) == len(keys) and await held()
+
+            async def clear() -> bool:
+                media = {medium for key in keys for medium in client.call("inspect", key=key)["media"]}
+                return media <= {"object"}  # listed until somebody asks: there is no catalog
+
+            await eventually(warm)
+            async with Links.open([pair.na]) as bucket:
+                stone = Tombstone(time=end_of_second(time.time()), model="llama")
+                assert await entomb(Contents(bucket), [stone]) == 4
+            await pair.publish()
+            assert (await pair.cycle(topology)).buried == 4
+            await eventually(clear)
+            assert not client.acquire(keys, 1.0).media
+    assert stored(pair.eu) == {}
+
+
+def test_up_is_a_node_and_its_region_with_nothing_configured() -> None:
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
+        small = ["host.bytes=4MiB", "host.extent_bytes=1MiB", "disk.bytes=16MiB", "disk.segment_bytes=4MiB"]
+        settings = [f"node.directory={folder}", f"node.socket={folder}/n.sock", "object.bytes=1MiB", *small]
+        argv = [sys.executable, "-m", "kvstore", "up", *(text for one in settings for text in ("--set", one))]
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        seen = ""
+        while not ('"listening"' in seen and "regional service runs" in seen):
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        with Client(Path(folder) / "n.sock") as client:
+            assert {tier["medium"] for tier in client.call("status")["tiers"]} == {"host", "disk", "object"}
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 0, seen + rest
+        assert '"duties": ["evictor"]' in seen
+        assert (Path(folder) / "catalog.db").exists()
+        leases = asyncio.run(_lease_of(f"file://{folder}/bucket", "evictor"))
+        assert leases is None or leases.expires < time.time(), "given back"
+
+
+async def _lease_of(url: str, role: str) -> lease.Grant | None:
+    async with Links.open([ObjectSettings(url=url)]) as bucket:
+        return await lease.current(bucket, role)
 
 
 def entries_of(sizes: list[int], stored: int = 100) -> list[Entry]:
