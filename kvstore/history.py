@@ -1,6 +1,6 @@
 """What happened to blocks lately, so that a miss can be explained: a ring of small events, of fixed size.
 
-An event takes 28 bytes and some microseconds for a whole batch of keys; when the ring is full the oldest are overwritten. It is
+An event takes 27 bytes, and some microseconds for a whole batch of keys; when the ring is full the oldest are overwritten. It is
 kept in memory only, so it begins with the node. Blocks are told apart by half of their key (64 bits).
 """
 
@@ -21,7 +21,7 @@ from kvstore.policy.admission import Reason
 from kvstore.tiers.base import Medium
 
 EVENTS = 1 << 19
-"""15 MB when full. A node that stores 100 blocks a second in three tiers fills it in about half an hour."""
+"""14 MB when full. A node that stores 100 blocks a second in three tiers fills it in about half an hour."""
 
 EVENTS_SHOWN = 8
 """Of one block, the latest."""
