@@ -1,4 +1,5 @@
 # make demo    the main job, end to end, on this machine (no GPU needed)
+# make demo-regions  a second region is born, and skips prefill from its first request
 # make test    what CI runs: lint, types, unit suites, real engines and real S3 servers
 # make check   the fast part of it
 # make docs    rewrite the generated parts of docs/
@@ -13,10 +14,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 SOURCES := kvstore connectors replication benchmarks tests docs .ci
 
-.PHONY: demo test check docs lint constraints clean
+.PHONY: demo demo-regions test check docs lint constraints clean
 
 demo: .venv/engine.stamp
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+demo-regions: .venv/engine.stamp
+	@$(BIN)/python -m benchmarks.demo.regions $(ARGS)
 
 test: .venv/engine.stamp lint
 	$(BIN)/python -m pytest $(ARGS)

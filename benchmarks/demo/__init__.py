@@ -2,9 +2,9 @@
 
 document.py   the prompts: a long shared document and questions on it
 services.py   an S3 server, the node, engines: processes that can be stopped and started again
-engine.py     one vLLM engine, run as a process
 story.py      what is asked, restarted and emptied in which order
 __main__.py   ``python -m benchmarks.demo``: progress, then a table
+regions.py    ``python -m benchmarks.demo.regions``: the same for a region that is born
 """
 
 from __future__ import annotations

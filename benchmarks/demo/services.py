@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from kvstore.testing.servers import S3Server
 
 BUCKET = "kvstore-demo"
 ENGINE = {"max_num_seqs": 4, "max_model_len": 8192, "max_num_batched_tokens": 8192}
+Say = Callable[[str], None]
+"""Hears what is going on."""
 NODE = ["host.bytes=1GiB", "disk.bytes=1GiB", "disk.segment_bytes=256MiB", "write.queue_bytes=256MiB"]
+
+
+@contextmanager
+def step(say: Say, text: str) -> Iterator[None]:
+    """Say what was done, and how long it took."""
+    started = time.perf_counter()
+    yield
+    say(f"{text} ({time.perf_counter() - started:.0f} s)")
 
 
 def node_on(folder: Path, s3: S3Server) -> NodeProcess:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks.demo import services
 from benchmarks.demo.document import document, prompts
-from benchmarks.demo.services import engine, node_on, restart
+from benchmarks.demo.services import Say, engine, node_on, restart
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import Reply, ask
 from kvstore.testing.model import MEDIUM, ModelSize, make_model
@@ -38,20 +38,11 @@ class Answer:
     """Whether the tokens are those of the run without the store."""
 
 
-Say = Callable[[str], None]
-
-
 def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> list[Answer]:
     """Run the demo with a model of ``size``. ``say`` hears what is going on."""
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as name, ministack() as s3:
         folder, asked = Path(name), prompts()
-
-        @contextmanager
-        def step(text: str) -> Iterator[None]:
-            started = time.perf_counter()
-            yield
-            say(f"{text} ({time.perf_counter() - started:.0f} s)")
-
+        step = partial(services.step, say)
         with step("made a small Llama of random weights, with a tokenizer trained on the document"):
             model = make_model(folder / "model", [document(), *asked], size)
         with step("reference: an engine without the store answered every question"):
