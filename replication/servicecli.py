@@ -95,7 +95,8 @@ def up(
 ) -> None:
     """Run a node and its region's service in one process, for one machine, until SIGINT or SIGTERM.
 
-    Without a bucket in the configuration, blocks are kept in a folder of the node's directory.
+    Without a bucket in the configuration, blocks are kept in a folder of the node's directory. Other regions come from the
+    options, or from region.topology and region.name.
     """
     import asyncio
 
@@ -104,11 +105,11 @@ def up(
     from kvstore.node.server import serve
     from replication.service import beside_a_node
 
-    chosen = [*(overrides or ()), *_named(topology, region), *_defaults(options.load(config, overrides, socket).config)]
-    settings = options.load(config, chosen, socket).config
     if bool(topology) != bool(region):
         raise ConfigError("--region", region, "goes with --topology", "Give both, or neither.")
-    site = load_site(settings, topology, region)
+    chosen = [*(overrides or ()), *_named(topology, region), *_defaults(options.load(config, overrides, socket).config)]
+    settings = options.load(config, chosen, socket).config
+    site = load_site(settings, settings.region.topology, settings.region.name)
     private = own_key(site, signing_key)
     registry = _registry(metrics)
     configure(settings.node.log_level)

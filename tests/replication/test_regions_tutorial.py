@@ -34,5 +34,12 @@ def test_every_command_works() -> None:
         )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    for said in ("64 blocks in the bucket", "128 copied", "100% warm", "warm enough for traffic", "128 blocks deleted"):
+    for said in (
+        "64 blocks in the bucket",
+        "128 copied",
+        "100% warm",
+        "warm enough for traffic",
+        "100% warm, done",
+        "128 blocks deleted",
+    ):
         assert said in done.stdout
