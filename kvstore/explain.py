@@ -99,8 +99,12 @@ def at_request(events: Sequence[Event], asked_at: float, was_held: bool) -> Verd
     if not was_held:
         return missing([event for event in events if event.at <= asked_at])
     later = [event for event in events if event.at >= asked_at]
-    failure = next((event for event in later if event.what in _LOAD_FAILURES), None)
-    return Verdict(Why.HELD) if failure is None else Verdict(_LOAD_FAILURES[failure.what], (failure,))
+    for event in later:
+        if event.what in _LOAD_FAILURES:
+            return Verdict(_LOAD_FAILURES[event.what], (event,))
+        if event.what is What.NO_ROOM and event.medium is Medium.HOST:  # nowhere to load it to
+            return Verdict(Why.LOAD_FAILED, (event,))
+    return Verdict(Why.HELD)
 
 
 def in_words(event: Event) -> str:

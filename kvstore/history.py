@@ -23,6 +23,8 @@ from kvstore.tiers.base import Medium
 EVENTS = 1 << 19
 """14 MB when full. A node that stores 100 blocks a second in three tiers fills it in about half an hour."""
 
+PLANS_REMEMBERED = 256
+
 EVENTS_SHOWN = 8
 """Of one block, the latest."""
 
@@ -88,6 +90,8 @@ class History:
         self._size = events
         self._written = 0
         self._began = time.time()
+        self._planned: dict[tuple[BlockKey, BlockKey, int], int] = {}
+        """Where the latest plans to recompute are in the ring, by the blocks that they are about."""
         self._word: npt.NDArray[np.uint64] = np.zeros(events, dtype=np.uint64)
         self._at: npt.NDArray[np.float64] = np.zeros(events)
         self._what: npt.NDArray[np.uint8] = np.zeros(events, dtype=np.uint8)
@@ -117,8 +121,7 @@ class History:
         keys = keys[-self._size :]
         if not keys:
             return
-        place = np.arange(self._written, self._written + len(keys)) % self._size
-        self._written += len(keys)
+        place = self._places(what, keys)
         self._word[place] = _words(keys)
         self._at[place] = time.time()
         self._what[place] = what
@@ -128,6 +131,24 @@ class History:
             self._detail[place] = np.array(estimates, dtype="<f4").view(np.uint64)[0]
         else:
             self._detail[place] = 0 if newcomer is None else _words([newcomer])[0]
+
+    def _places(self, what: What, keys: Sequence[BlockKey]) -> npt.NDArray[np.intp]:
+        """Where in the ring to write: behind the last event, or over what was said before.
+
+        An engine that cannot admit a request yet asks again and again, and gets the same plan: that is one event.
+        """
+        start = self._written
+        if what is What.RECOMPUTED:
+            said = keys[0], keys[-1], len(keys)
+            start = self._planned.pop(said, start)
+            if start + self._size < self._written + len(keys):  # overwritten meanwhile
+                start = self._written
+            self._planned[said] = start
+            if len(self._planned) > PLANS_REMEMBERED:
+                del self._planned[next(iter(self._planned))]
+        if start == self._written:
+            self._written += len(keys)
+        return np.arange(start, start + len(keys)) % self._size
 
     def evicted(self, medium: Medium, keys: Sequence[BlockKey], newcomer: BlockKey | None) -> None:
         """A tier gave blocks up; see ``kvstore.tiers.base.Tier.on_evict``."""

@@ -358,10 +358,12 @@ class Store:
         medium = queue.tier.medium.value
         keys = [header.key for header in chain]
         decisions = self.admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
-        for key, decision in zip(keys, decisions, strict=True):
+        for decision in decisions:
             self.metrics.judged.labels(medium, decision.reason.value).inc()
-            if not decision.admit:
-                self.history.record(What.NOT_ADMITTED, [key], queue.tier.medium, decision.reason)
+        refused = [key for key, decision in zip(keys, decisions, strict=True) if not decision.admit]
+        self.history.record(
+            What.NOT_ADMITTED, refused, queue.tier.medium, decisions[-1].reason
+        )  # one rule for all of them
         return [decision.admit for decision in decisions]
 
     def _touch(self, keys: Sequence[BlockKey]) -> None:

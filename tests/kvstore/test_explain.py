@@ -62,9 +62,7 @@ def test_the_reason_of_a_miss(past: list[object], why: Why, first_cause: tuple[W
 
 
 def test_all_that_kept_a_block_out_is_named() -> None:
-    past = events(
-        SAVED, (What.NOT_ADMITTED, DISK, Reason.UNLIKELY), (What.NOT_ADMITTED, OBJECT, Reason.SEEN_ONCE), OUT
-    )
+    past = events(SAVED, (What.NOT_ADMITTED, DISK, Reason.UNLIKELY), (What.NOT_ADMITTED, OBJECT, Reason.SEEN_ONCE), OUT)
     detail = missing(past).detail
     for expected in ("not admitted to disk", "unlikely", "not admitted to object", "seen_once", "evicted from host"):
         assert expected in detail
@@ -93,6 +91,11 @@ def test_a_block_that_was_found_and_not_loaded(what: What, why: Why) -> None:
     assert held(past).why is Why.HELD
     assert [cause.what for cause in held(past).causes] == [what]
     assert not held(events(SAVED, (what, DISK), (What.FETCHED, DISK))).causes
+
+
+def test_a_block_that_there_was_no_room_to_load() -> None:
+    assert at_request(events(SAVED, (What.NO_ROOM, HOST)), 1.5, was_held=True).why is Why.LOAD_FAILED
+    assert at_request(events(SAVED, (What.NO_ROOM, DISK)), 1.5, was_held=True).why is Why.HELD, "that was a write"
 
 
 def test_every_event_can_be_said_and_written_down() -> None:

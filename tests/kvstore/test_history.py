@@ -13,6 +13,8 @@ from kvstore.identity import BlockKey
 from kvstore.policy.admission import Reason
 from kvstore.tiers.base import Medium
 
+UNLIKE_PLANS = [what for what in What if what is not What.RECOMPUTED]
+
 
 def keys(count: int, seed: int = 0) -> list[BlockKey]:
     source = random.Random(seed)
@@ -46,13 +48,40 @@ def test_the_latest_events_are_kept_in_order_whatever_the_batches(size: int, bat
     history, names = History(size), keys(10)
     everything: list[tuple[int, What]] = []
     for number, batch in enumerate(batches):
-        what = What(1 + number % len(What))
+        what = UNLIKE_PLANS[number % len(UNLIKE_PLANS)]
         history.record(what, [names[index] for index in batch], Medium.HOST)
         everything += [(index, what) for index in batch]
     kept = everything[-size:]
     assert len(history) == len(kept)
     for index, events in enumerate(history.of(names)):
         assert [event.what for event in events] == [what for at, what in kept if at == index][-EVENTS_SHOWN:]
+
+
+def test_a_plan_that_is_made_again_is_one_event() -> None:
+    history = History(64)
+    first, second = keys(5), keys(5, seed=1)
+    for milliseconds in range(100):
+        history.record(What.RECOMPUTED, first, estimates=(milliseconds / 1e3, 0.5))
+        history.record(What.RECOMPUTED, second, estimates=(0.25, 0.5))
+    assert len(history) == 10
+    assert [[event.estimates for event in events] for events in history.of(first[:1])] == [
+        [(pytest.approx(0.099), 0.5)]
+    ]
+    history.record(What.RECOMPUTED, first[:4], estimates=(0.1, 0.5))
+    assert len(history) == 14
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
+def test_plans_that_repeat_never_hide_what_came_later(size: int, batches: list[tuple[bool, int]]) -> None:
+    history, names = History(size), keys(6)
+    for planned, count in batches:
+        what = What.RECOMPUTED if planned else What.SAVED
+        history.record(what, names[:count], Medium.HOST, estimates=(0.1, 0.2) if planned else None)
+        expected = min(count, size)
+        assert all(
+            any(event.what is what for event in events) for events in history.of(names[count - expected : count])
+        )
 
 
 def test_the_past_begins_where_events_were_overwritten() -> None:
