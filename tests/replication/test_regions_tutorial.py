@@ -26,7 +26,7 @@ def test_every_command_works() -> None:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
         done = subprocess.run(
-            ["bash", "-c", "trap 'kill $(jobs -p) 2>/dev/null' EXIT\nset -e\n" + script],
+            ["bash", "-c", "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\nset -e\n" + script],
             cwd=folder,
             env={**os.environ, "PATH": tools},
             capture_output=True,
