@@ -17,6 +17,7 @@ import structlog
 
 from kvstore.config import Config
 from kvstore.demand import Demand, prefill_seconds
+from kvstore.encryption import KeyFile, KeyRing, TenantKeys
 from kvstore.errors import TierError
 from kvstore.history import History
 from kvstore.identity import Namespace
@@ -29,6 +30,7 @@ from kvstore.policy.reuse import Reuse
 from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import Tier
+from kvstore.tiers.encryption import Encrypting
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 
@@ -72,6 +74,8 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
                 sharing.watch(metrics.registry)
             _share_namespaces(namespaces, bucket)
             demand.publish = partial(_tell_region, demand, bucket, node_name(config.node.directory))
+        if (keys := encryption_keys(config)) is not None:
+            lower = [Encrypting(tier, keys) for tier in lower]
         store = Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
         if bucket is not None and undertaker is not None:
             undertaker.watch(store, bucket.objects)
@@ -130,6 +134,16 @@ def node_name(directory: Path) -> str:
     except OSError:
         text = uuid.uuid4().hex[:8]
     return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{text}")[:128]
+
+
+def encryption_keys(config: Config) -> KeyRing | None:
+    """What blocks are encrypted with, if anything. Raises ConfigError."""
+    settings, tenant = config.encryption, config.identity.tenant
+    if settings.key_file is not None:
+        return KeyFile(settings.key_file, tenant)
+    if text := settings.keys.get_secret_value():
+        return TenantKeys(text, tenant)
+    return None
 
 
 async def open_disk(config: Config, policy: EvictionPolicy | None = None) -> DiskTier:

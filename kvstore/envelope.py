@@ -25,7 +25,7 @@ MAX_PAYLOAD_BYTES = 1 << 30
 
 _MAGIC = b"KVBLOCK\x00"
 _VERSION = 1
-_HEADER = struct.Struct("<8sHHI16s16s16sIIQQIIQQ8s")
+_HEADER = struct.Struct("<8sHHI16s16s16sIIQQIIQQ8s48s")
 _CRC = struct.Struct("<I")
 
 Buffer = bytes | bytearray | memoryview
@@ -68,6 +68,8 @@ class Header:
     """Seconds since the epoch."""
     codecs: tuple[int, ...] = ()
     """Ids of the codecs applied to the payload, first applied first; at most 8, none of them 0."""
+    cipher: bytes = b""
+    """48 bytes that an encrypting codec keeps here; empty without one."""
 
     @property
     def envelope_bytes(self) -> int:
@@ -93,6 +95,7 @@ class Header:
             round(self.created * 1e6),
             0,
             bytes(self.codecs),
+            self.cipher,
         )
         view[: len(packed)] = packed
         view[len(packed) : HEADER_BYTES] = bytes(HEADER_BYTES - len(packed))
@@ -122,6 +125,7 @@ class Header:
             created,
             _,
             codecs,
+            cipher,
         ) = _HEADER.unpack_from(view)
         if magic != _MAGIC:
             raise BlockCorrupt("not a block: wrong magic")
@@ -143,6 +147,7 @@ class Header:
             generation=generation,
             created=created / 1e6,
             codecs=tuple(codecs.rstrip(b"\x00")),
+            cipher=cipher if any(cipher) else b"",
         )
 
 

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvstore.envelope import envelope_bytes
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError
+from kvstore.envelope import Header, envelope_bytes
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError, TierUnavailable
 from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
@@ -131,7 +131,7 @@ class Promoter:
             self._in_flight[tier.medium] += stat.length
             header = None
             try:
-                header = await tier.get(key, self._host.slot(offset))
+                header = _plain(await tier.get(key, self._host.slot(offset)))
             except BlockNotFound:
                 self._history.record(What.GONE, [key], tier.medium)
                 continue
@@ -182,3 +182,10 @@ class Measurement:
             self._meters[medium].observe(self._ahead[medium] + came, seconds)
         elif late:
             self._meters[medium].at_least(self._ahead[medium] + next(iter(lengths.values())), seconds)
+
+
+def _plain(header: Header) -> Header:
+    """Raises TierUnavailable for a payload that is not what an engine saved: encrypted, and no key configured."""
+    if header.codecs:
+        raise TierUnavailable(f"stored with codecs {header.codecs}: set the encryption keys")
+    return header

@@ -77,6 +77,7 @@ app.add_typer(catalog.app, name="catalog")
 app.add_typer(overhttp.jobs, name="jobs")
 app.add_typer(overhttp.policy, name="policy")
 app.add_typer(tokens.app, name="token")
+app.command("key")(tokens.new_key)
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):
     command = entry.load()
     if isinstance(command, typer.Typer):

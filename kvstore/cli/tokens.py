@@ -94,3 +94,10 @@ def _book(config: Path | None, overrides: list[str] | None) -> TokenBook:
             "api.tokens", "", "no token file is configured", "Set it to a path, as /var/lib/kvstore/tokens.json."
         )
     return TokenBook(path)
+
+
+def new_key() -> None:
+    """Print a new key for encryption at rest: a line for encryption.key_file."""
+    from kvstore.encryption import new_key as make
+
+    print(make())

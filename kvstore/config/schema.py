@@ -251,6 +251,23 @@ class IdentitySection(_Section):
         return secret
 
 
+class EncryptionSection(_Section):
+    """Encryption of the blocks on disk and in the bucket; every node and region that shares them needs the keys."""
+
+    keys: SecretStr = Field(
+        SecretStr(""), description="Keys as id:key, separated by spaces, the active one first; empty: none."
+    )
+    key_file: Path | None = Field(
+        None, description="File with one id:key a line, the active one first; read again when it changes."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> EncryptionSection:
+        if self.keys.get_secret_value() and self.key_file:
+            raise _refuse("encryption.key_file", "encryption.keys is set as well", "Keep one of the two.")
+        return self
+
+
 class WriteSection(_Section):
     """Writing down to the slower tiers."""
 
@@ -369,6 +386,7 @@ class Config(_Section):
     object: ObjectSection = ObjectSection()
     catalog: CatalogSection = CatalogSection()
     identity: IdentitySection = IdentitySection()
+    encryption: EncryptionSection = EncryptionSection()
     write: WriteSection = WriteSection()
     policy: PolicySection = PolicySection()
     api: ApiSection = ApiSection()
