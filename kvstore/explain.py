@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from kvstore.history import Event, What
@@ -39,10 +40,9 @@ class Verdict:
     why: Why
     causes: tuple[Event, ...] = ()
 
-    @property
-    def detail(self) -> str:
-        """The causes in words."""
-        return "; ".join(map(in_words, self.causes))
+    def detail(self, owners: Mapping[bytes, str]) -> str:
+        """The causes in words; ``owners`` as for ``in_words``."""
+        return "; ".join(in_words(event, owners) for event in self.causes)
 
 
 _REFUSALS = {
@@ -107,13 +107,14 @@ def at_request(events: Sequence[Event], asked_at: float, was_held: bool) -> Verd
     return Verdict(Why.HELD)
 
 
-def in_words(event: Event) -> str:
-    """One event as part of a sentence."""
+def in_words(event: Event, owners: Mapping[bytes, str] = MappingProxyType({})) -> str:
+    """One event as part of a sentence. ``owners``: requests that asked for a block lately, by the first half of its key."""
     when = time.strftime("at %H:%M:%S UTC", time.gmtime(event.at))
     tier = event.medium.value if event.medium else "a tier"
     match event.what:
         case What.EVICTED:
             room = f" to make room for block {event.newcomer.hex()}" if event.newcomer else ""
+            room += f" of request {owners[event.newcomer]}" if event.newcomer in owners else ""
             return f"evicted from {tier} {when}{room}"
         case What.NOT_ADMITTED:
             return f"not admitted to {tier} {when}: {event.reason.value if event.reason else 'refused'}"
@@ -151,8 +152,8 @@ def difference(wanted: Namespace, other: Namespace, lora: str | None = None) -> 
     return fields
 
 
-def event_document(event: Event) -> Mapping[str, Any]:
-    """Plain values of an event."""
+def event_document(event: Event, owners: Mapping[bytes, str] = MappingProxyType({})) -> Mapping[str, Any]:
+    """Plain values of an event; ``owners`` as for ``in_words``."""
     return {
         "at": event.at,
         "what": event.what.name.lower(),
@@ -160,5 +161,5 @@ def event_document(event: Event) -> Mapping[str, Any]:
         "rule": event.reason.value if event.reason else None,
         "newcomer": event.newcomer,
         "estimates": list(event.estimates) if event.estimates else None,
-        "text": in_words(event),
+        "text": in_words(event, owners),
     }

@@ -6,7 +6,7 @@ Bounded in requests and in blocks, and kept in memory only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,6 +95,21 @@ class RecentRequests:
         """The request of that id, else the latest whose id begins so: engines add to the id that their client sees."""
         exact = self._asked.get(request)
         return exact or next((asked for asked in self if asked.request.startswith(request)), None)
+
+    def owners(self) -> Callable[[Iterable[bytes]], dict[bytes, str]]:
+        """Finds, in any thread, which of the requests of now asked last for blocks, by the first half of their keys."""
+        now = list(self)
+
+        def owners(halves: Iterable[bytes]) -> dict[bytes, str]:
+            wanted = np.unique(np.frombuffer(b"".join(halves), dtype="<u8"))
+            found: dict[bytes, str] = {}
+            for asked in now if len(wanted) else ():
+                words = np.frombuffer(asked.keys, dtype="<u8")[:: KEY_BYTES // 8]
+                for word in words[np.isin(words, wanted)]:
+                    found.setdefault(word.tobytes(), asked.request)
+            return found
+
+        return owners
 
     def _drop(self, request: str) -> None:
         gone = self._asked.pop(request, None)

@@ -17,6 +17,9 @@ from kvstore.store import Store
 MAX_TOKENS = 1 << 19
 MAX_NAME = 512
 
+STEPS_AT_ONCE = 256
+"""Blocks of a chain that are walked between two pauses: about 1 ms of the event loop."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -55,7 +58,7 @@ class Chains:
                 )
             return Chain(asked.split(), self._namespaces.get(asked.namespace), asked)
         if "key" in args:
-            return self._ending_in(BlockKey(digest_of(args, "key")))
+            return await self._ending_in(BlockKey(digest_of(args, "key")))
         data = bytes_of(args, "tokens", 4 * MAX_TOKENS)
         if not data or len(data) % 4:
             raise ProtocolError("name a chain by request, by key, or by tokens of 4 bytes each")
@@ -75,16 +78,19 @@ class Chains:
 
         return await asyncio.to_thread(derive)
 
-    def _ending_in(self, key: BlockKey) -> Chain:
+    async def _ending_in(self, key: BlockKey) -> Chain:
         chain, namespace = [key], b""
         while chain[-1] != NO_PARENT:
-            stats = [stat for tier in self._store.tiers if (stat := tier.stat(chain[-1])) is not None and stat.tokens]
-            if not stats:
+            if len(chain) % STEPS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            stats = (tier.stat(chain[-1]) for tier in self._store.tiers)
+            known = next((stat for stat in stats if stat is not None and stat.tokens), None)
+            if known is None:
                 break  # only the end of the chain is here
-            parent = stats[0].parent or NO_PARENT
+            parent = known.parent or NO_PARENT
             if parent in chain[:1] or len(chain) > MAX_TOKENS:
                 raise IdentityError(f"the blocks before {key.hex()} do not end in a prompt's beginning")
-            namespace = stats[0].namespace
+            namespace = known.namespace
             chain.append(parent)
         if len(chain) == 1 and not any(key in tier.keys() for tier in self._store.tiers):
             raise BlockNotFound(f"no tier of the node holds {key.hex()}")

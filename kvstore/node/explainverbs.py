@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.demand import Demand, prefill_seconds
@@ -40,7 +40,7 @@ def explain_verbs(store: Store, namespaces: NamespaceBook, demand: Demand, chain
         places = [[medium for medium, there in tiers if key in there] for key in keys]
         worth = _worth(demand, keys, known.fields.block_tokens if known else 0, known.block_bytes if known else None)
         history = store.history.copy()
-        return await asyncio.to_thread(_document, chain, elsewhere, places, worth, history)
+        return await asyncio.to_thread(_document, chain, elsewhere, places, worth, history, chains.requests.owners())
 
     return {"explain": explain}
 
@@ -72,11 +72,13 @@ def _document(
     places: Sequence[Sequence[str]],
     worth: Sequence[Mapping[str, Any]],
     history: History,
+    owners_of: Callable[[Iterable[bytes]], dict[bytes, str]],
 ) -> Any:
     """In a thread: thousands of blocks take some 100 ms."""
     keys, asked, known = chain.keys[: len(places)], chain.asked, chain.namespace
     per_block = known.fields.block_tokens if known else 0
     events = history.of(keys)
+    owners = owners_of(event.newcomer for past in events for event in past if event.newcomer)
     verdicts = _verdicts(events, places, chain)
     if elsewhere and elsewhere[0][2] >= per_block:
         for index in range(min(elsewhere[0][2] // per_block, len(keys))):
@@ -106,9 +108,9 @@ def _document(
                 "key": key,
                 "where": places[index],
                 "why": verdicts[index].why.value,
-                "detail": verdicts[index].detail,
-                "causes": [event_document(event) for event in verdicts[index].causes],
-                "events": [event_document(event) for event in events[index]],
+                "detail": verdicts[index].detail(owners),
+                "causes": [event_document(event, owners) for event in verdicts[index].causes],
+                "events": [event_document(event, owners) for event in events[index]],
                 **worth[index],
             }
             for index, key in enumerate(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,15 +38,13 @@ def pin_verbs(store: Store, pins: Pins, chains: Chains) -> Mapping[str, Verb]:
         pins.unpin(chain.keys)
         return {"unpinned": pinned}
 
-    def list_pins(caller: Caller, args: Arguments) -> Any:
+    async def list_pins(caller: Caller, args: Arguments) -> Any:
         """What is pinned, by deadline; ``key`` is the last block that was named with it."""
-        groups = pins.by_end(time.time())
-        return {
-            "pins": [
-                {"until": until, "blocks": len(keys), "key": keys[-1], "held": _held(store, keys)}
-                for until, keys in sorted(groups.items())
-            ]
-        }
+        listed = []
+        for until, keys in sorted(pins.by_end(time.time()).items()):
+            listed.append({"until": until, "blocks": len(keys), "key": keys[-1], "held": _held(store, keys)})
+            await asyncio.sleep(0)
+        return {"pins": listed}
 
     return {"pin": pin, "unpin": unpin, "pins": list_pins}
 

@@ -63,7 +63,7 @@ def test_the_reason_of_a_miss(past: list[object], why: Why, first_cause: tuple[W
 
 def test_all_that_kept_a_block_out_is_named() -> None:
     past = events(SAVED, (What.NOT_ADMITTED, DISK, Reason.UNLIKELY), (What.NOT_ADMITTED, OBJECT, Reason.SEEN_ONCE), OUT)
-    detail = missing(past).detail
+    detail = missing(past).detail({})
     for expected in ("not admitted to disk", "unlikely", "not admitted to object", "seen_once", "evicted from host"):
         assert expected in detail
 

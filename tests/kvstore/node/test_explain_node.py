@@ -63,6 +63,7 @@ def crowd_out(client: Client, keyring: Keyring, victim: BlockKey) -> BlockKey:
     """Save one block after the other until host memory gives the victim up; the last one saved."""
     for number in range(100, 200):
         (newcomer,) = keys_of(keyring, prompt(number, 1))
+        client.lookup([newcomer], about=About(f"request-{number}"))
         save(client, [newcomer])
         if "host" not in client.call("inspect", key=victim)["media"]:
             return newcomer
@@ -108,6 +109,7 @@ def test_an_evicted_block_names_the_block_that_took_its_place(client: Client) ->
     assert block["causes"][0]["tier"] == "host"
     assert newcomer.startswith(block["causes"][0]["newcomer"])
     assert newcomer.hex()[:16] in block["detail"]
+    assert "of request request-1" in block["detail"], "whose block it is, for the node remembers the request"
     assert block["hits"] > 0, "it was asked for"
 
 
