@@ -1,0 +1,285 @@
+"""The backend in real SGLang engines on a CPU, with a real node: every token as if nothing had been cached.
+
+float32 throughout, so that what is computed and what is loaded are the same numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sglang_process import Answer, Engine
+
+from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
+from kvstore.node.api import NewBlock
+from kvstore.node.client import Client
+from kvstore.testing.model import make_model
+from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+PAGE = 64
+LAYERS, KV_HEADS, HEAD_DIM = 4, 4, 64
+"""Of the model that ``make_model`` makes."""
+SMALL = ["host.bytes=128MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
+
+
+def prompt(seed: int, pages: int = 6) -> list[int]:
+    """Token ids that fill ``pages`` pages and a bit."""
+    return random.Random(seed).choices(range(3, 400), k=pages * PAGE + 16)
+
+
+SYSTEM = prompt(0, 4)[: 4 * PAGE]
+PROMPTS = [SYSTEM + prompt(seed, 2) for seed in (1, 2)] + [prompt(3), prompt(4, 12)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("model") / "tiny", ["the lamp by the window went out when the winter came"]
+    )
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with NodeProcess(tmp_path_factory.mktemp("node"), *SMALL) as node:
+        yield node
+
+
+class Engines:
+    """Engines started together, since most of a start is spent importing."""
+
+    def __init__(self, stack: ExitStack, model: Path, node: NodeProcess) -> None:
+        def engine(name: str, arguments: dict[str, Any], **variables: str) -> Engine:
+            settings = {
+                "socket": str(node.socket),
+                "autostart": False,
+                "lookup_timeout_s": 10.0,
+                "prefetch_threshold": PAGE,
+            }
+            return stack.enter_context(Engine(model, settings, arguments, node.directory / f"{name}.log", **variables))
+
+        self.first = engine("first", {})
+        self.second = engine("second", {"hicache_mem_layout": "layer_first"})
+        self.pair = engine("pair", {"tp_size": 2}, SGLANG_CPU_OMP_THREADS_BIND="0|1")
+        self.faulty = engine(
+            "faulty",
+            {},
+            SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE="0.3",
+            SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY="0.05",
+        )
+
+
+@pytest.fixture(scope="module")
+def engines(model: Path, node: NodeProcess) -> Iterator[Engines]:
+    with ExitStack() as stack:
+        yield Engines(stack, model, node)
+
+
+@pytest.fixture(scope="module")
+def reference(engines: Engines, node: NodeProcess) -> list[Answer]:
+    """The first engine's answers, computed and saved."""
+    answers = [engines.first.generate([each])[0] for each in PROMPTS]
+    assert answers[0].cached == 0
+    assert len({tuple(answer.tokens) for answer in answers}) == len(PROMPTS), "the model must tell the prompts apart"
+    # The fifth and later pages of the second prompt are its own.
+    wait_for(lambda: node.blocks()["host"] == 6 + 2 + 6 + 12 and node.blocks()["disk"] == node.blocks()["host"])
+    return answers
+
+
+def ask(engine: Engine, forget: bool = True) -> list[Answer]:
+    """Answers to every prompt, by an engine whose own tiers are empty."""
+    if forget:
+        wait_for(lambda: engine.call("flush"))
+    return [engine.generate([each])[0] for each in PROMPTS]
+
+
+def check(answers: Sequence[Answer], reference: Sequence[Answer]) -> None:
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in reference]
+    for answer, wanted in zip(answers, reference, strict=True):
+        assert answer.logprobs == pytest.approx(wanted.logprobs, abs=2e-3)
+
+
+def stored(answers: Sequence[Answer]) -> list[int]:
+    return [answer.stored for answer in answers]
+
+
+FULL = [6 * PAGE, 2 * PAGE, 6 * PAGE, 12 * PAGE]
+"""Tokens that each prompt has in storage and not yet on the device, when asked in turn."""
+
+
+def counted(engine: Engine, name: str) -> float:
+    return float(engine.call("counters").get(f"sglang:kvstore_{name}", 0))
+
+
+def test_storage_serves_what_was_flushed(engines: Engines, reference: list[Answer]) -> None:
+    answers = ask(engines.first)
+    check(answers, reference)
+    assert stored(answers) == FULL
+
+
+def test_a_fresh_engine_with_another_layout_loads_it(engines: Engines, reference: list[Answer]) -> None:
+    answers = ask(engines.second, forget=False)
+    check(answers, reference)
+    assert stored(answers) == FULL
+    assert counted(engines.second, "bytes_loaded_total{kv}") == sum(FULL) * 2 * LAYERS * KV_HEADS * HEAD_DIM * 4
+    assert counted(engines.second, "bytes_saved_total{kv}") == 0
+
+
+def test_two_ranks_load_what_one_saved_and_the_reverse(engines: Engines, reference: list[Answer]) -> None:
+    answers = ask(engines.pair, forget=False)
+    check(answers, reference)
+    assert stored(answers) == FULL
+
+    fresh = prompt(20)
+    (computed,) = engines.pair.generate([fresh])
+    assert computed.cached == 0
+    wait_for(lambda: engines.second.call("flush"))
+    loaded: list[Answer] = []
+
+    def loads() -> bool:
+        engines.second.call("flush")
+        loaded[:] = engines.second.generate([fresh])
+        return loaded[0].stored == 6 * PAGE
+
+    wait_for(loads)
+    check(loaded, [computed])
+
+
+def test_faults_on_the_way_change_no_token(engines: Engines, reference: list[Answer]) -> None:
+    found = []
+    for _ in range(3):
+        answers = ask(engines.faulty)
+        check(answers, reference)
+        found += stored(answers)
+    assert 0 < sum(found) < 3 * sum(FULL)
+
+
+def test_altered_kv_alters_the_answers(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:
+    """The control: were wrong KV loaded, these tests would see it."""
+    with node.client() as client:
+        assert alter_host_blocks(client) >= 26
+    answers = ask(engines.first)
+    assert stored(answers) == FULL
+    assert all(answer.tokens != wanted.tokens for answer, wanted in zip(answers, reference, strict=True))
+    assert engines.first.call("clear")
+    assert node.blocks() == {"host": 0, "disk": 0}
+
+
+def test_corrupt_blocks_are_computed_and_healed(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:
+    check(ask(engines.first), reference)
+    wait_for(lambda: node.blocks()["disk"] == 26)
+    node.stop()
+    assert sum(flip_every_fifth_block(file) for file in node.data.rglob("*") if file.is_file()) > 2
+    node.start()
+    wait_for(lambda: node.clients() >= 2)
+    answers = ask(engines.first)
+    check(answers, reference)
+    assert 0 < sum(stored(answers)) < sum(FULL)
+    assert counted(engines.first, "pages_missed_total{corrupt}") > 0
+    wait_for(lambda: stored(ask(engines.first)) == FULL)
+
+
+def flip_every_fifth_block(segment: Path) -> int:
+    """Flip a bit in the payloads of every fifth block of a segment file."""
+    with segment.open("r+b") as file:
+        blocks = []
+        while page := file.read(4096):
+            if page.startswith(b"KVBLOCK\x00"):
+                blocks.append(file.tell())
+        for payload in blocks[::5]:
+            file.seek(payload + 1000)
+            (byte,) = file.read(1)
+            file.seek(payload + 1000)
+            file.write(bytes([byte ^ 1]))
+    return len(blocks[::5])
+
+
+def test_a_node_that_dies_and_returns(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:
+    node.kill()
+    check(ask(engines.first), reference)
+    check(ask(engines.second), reference)
+    assert counted(engines.first, "pages_missed_total{unavailable}") > 0
+    node.start()
+    wait_for(lambda: stored(ask(engines.first)) == FULL)
+    check(ask(engines.first), reference)
+
+
+class Transformers:
+    """A third reader and writer of blocks: KV as the reference implementation of the model computes it."""
+
+    def __init__(self, model: Path, node: NodeProcess) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        self._torch, self._cache = torch, DynamicCache
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        (fields,) = [n["fields"] for n in node.status()["namespaces"] if n["fields"]["layout"].startswith("canonical")]
+        self.namespace = Namespace.from_dict(fields)
+        self._nbytes = 2 * KV_HEADS * PAGE * LAYERS * HEAD_DIM * 4
+
+    def save(self, client: Client, tokens: Sequence[int]) -> int:
+        """Compute the KV of a prompt and store its full blocks; how many."""
+        with self._torch.no_grad():
+            cache = self._model(self._torch.tensor([tokens]), use_cache=True).past_key_values
+        keys = self._keys(client, tokens)
+        blocks = [
+            NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys[:-1]], strict=True))
+        ]
+        reserved = client.reserve(self.namespace, blocks)
+        for index, offset in enumerate(reserved.offsets):
+            assert offset is not None, reserved.misses
+            block = self._block(reserved.arena.slot(offset, self._nbytes))
+            for layer, part in enumerate(cache.layers):
+                for half, tensor in enumerate((part.keys, part.values)):
+                    block[half, :, :, layer] = tensor[0, :, index * PAGE : (index + 1) * PAGE].numpy()
+        return len(client.commit(keys))
+
+    def resume(self, client: Client, tokens: Sequence[int], count: int) -> list[int]:
+        """Load the KV of a prompt's full blocks and continue it greedily from there."""
+        keys = self._keys(client, tokens)
+        acquired = client.acquire(keys, 5)
+        assert len(acquired.offsets) == len(keys)
+        loaded = np.concatenate([self._block(acquired.arena.slot(at, self._nbytes)) for at in acquired.offsets], axis=2)
+        client.release(keys)
+        cache = self._cache()
+        for layer in range(LAYERS):
+            cache.update(*(self._torch.tensor(loaded[half, None, :, :, layer]) for half in (0, 1)), layer)
+        known = len(keys) * PAGE
+        out = self._model.generate(
+            self._torch.tensor([tokens]),
+            past_key_values=cache,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+        assert known < len(tokens)
+        found: list[int] = out[0, len(tokens) :].tolist()
+        return found
+
+    def _keys(self, client: Client, tokens: Sequence[int]) -> list[BlockKey]:
+        return client.open_namespace(self.namespace, self._nbytes).block_keys(chain_digests(list(tokens), PAGE))
+
+    def _block(self, payload: memoryview) -> np.ndarray[Any, Any]:
+        return np.frombuffer(payload, np.float32).reshape(2, KV_HEADS, PAGE, LAYERS, HEAD_DIM)
+
+
+def test_sglang_and_transformers_read_each_others_blocks(
+    engines: Engines, node: NodeProcess, model: Path, reference: list[Answer]
+) -> None:
+    other = Transformers(model, node)
+    with node.client() as client:
+        wait_for(lambda: stored(ask(engines.first)) == FULL)
+        for tokens, wanted in zip(PROMPTS, reference, strict=True):
+            assert other.resume(client, tokens, len(wanted.tokens)) == wanted.tokens
+
+        fresh = prompt(30)
+        assert other.save(client, fresh) == 6
+        (loaded,) = engines.second.generate([fresh])
+        assert loaded.stored == 6 * PAGE
+        assert loaded.tokens == other.resume(client, fresh, len(loaded.tokens))
