@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -13,7 +14,9 @@ import numpy as np
 from kvstore.admin.cached import Cached
 from kvstore.admin.models import HotPrompt, NamespaceInfo, NodeStatus, Prompt
 from kvstore.admin.problems import Problem
+from kvstore.identity import Keyring, chain_digests, chain_seed
 from kvstore.node.client import AsyncClient, Client
+from kvstore.node.protocol import join_keys
 
 STATUS_SECONDS = 0.25
 """How old a status may be: readers beyond four a second cost the node nothing."""
@@ -24,6 +27,8 @@ HOT_SECONDS = 1.0
 HOT_PROMPTS = 1000
 """As many as the node tells at a time."""
 CALL_SECONDS = 10.0
+DERIVED_AT_ONCE = 4096
+"""Tokens whose keys are derived in the event loop: some 100 us."""
 WORK_SECONDS = 600.0
 """For calls that read or delete many blocks."""
 
@@ -38,6 +43,7 @@ class NodeView:
         self.socket = socket
         self._client = AsyncClient(Client(socket, name="admin API"))
         self._tokenize = tokenize
+        self._keyrings: dict[tuple[str, str], Keyring | None] = {}
         self._kept: OrderedDict[tuple[object, ...], Cached[Any]] = OrderedDict()
         self.status = Cached(self._status, STATUS_SECONDS)
         self.metrics = Cached(self._metrics, METRICS_SECONDS)
@@ -99,6 +105,38 @@ class NodeView:
             named["namespace"] = bytes.fromhex(space.digest)
             named["cache_salt"], named["lora"] = prompt.cache_salt, prompt.lora
         return named
+
+    async def peek(self, prompt: Prompt) -> dict[str, Any]:
+        """What each tier could serve of a prompt, as the verb tells it. Raises Problem (404, 409)."""
+        if prompt.tokens is None and prompt.text is None:
+            return dict(await self.read("peek", **await self.about(prompt)))
+        space = await self.namespace(prompt.namespace)
+        keyring = await self._keyring(space)
+        if keyring is None:
+            return dict(await self.read("peek", **await self.about(prompt)))
+        tokens = prompt.tokens if prompt.tokens is not None else await self._tokenize(space.model, prompt.text or "")
+        seed = chain_seed(cache_salt=prompt.cache_salt, lora=prompt.lora)
+
+        def derive() -> bytes:
+            return join_keys(keyring.block_keys(chain_digests(tokens, space.block_tokens, seed)))
+
+        # Here and not in the node, which has engines to serve; a long prompt takes milliseconds.
+        keys = derive() if len(tokens) <= DERIVED_AT_ONCE else await asyncio.to_thread(derive)
+        found = await self._client.call("peek", CALL_SECONDS, keys=keys)
+        return {**found, "namespace": space.digest, "block_tokens": space.block_tokens}
+
+    async def _keyring(self, space: NamespaceInfo) -> Keyring | None:
+        """That turns digests into keys; None for a namespace that no client has opened, or of another tenant."""
+        if space.block_bytes is None:
+            return None
+        name = (await self.status()).epoch, space.digest  # a node that restarted may have another secret
+        if name not in self._keyrings:
+            digest, secret = await self._client.call(
+                "open_namespace", CALL_SECONDS, fields=space.fields, block_bytes=space.block_bytes
+            )
+            self._keyrings = {known: ring for known, ring in self._keyrings.items() if known[0] == name[0]}
+            self._keyrings[name] = Keyring(secret) if digest.hex() == space.digest else None
+        return self._keyrings[name]
 
     async def _status(self) -> NodeStatus:
         return NodeStatus.model_validate(await self._client.call("status", CALL_SECONDS))

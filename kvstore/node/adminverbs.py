@@ -34,8 +34,11 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
 
     async def peek(caller: Caller, args: Arguments) -> Any:
         """For each tier ``[medium, blocks, seconds, held]``: the prefix of the prompt that it and the faster ones hold, how
-        long that takes to get to the arena, and how many blocks of the prompt the tier holds, wherever they are in it."""
-        chain = await chains.named(args)
+        long that takes to get to the arena, and how many blocks of the prompt the tier holds, wherever they are in it.
+
+        The prompt may also be given by the ``keys`` of its blocks, which costs the node least.
+        """
+        chain = Chain(split_keys(args["keys"]), None) if "keys" in args else await chains.named(args)
         runs = store.peek(chain.keys)
         return {
             **_described(chain),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 
@@ -63,7 +63,7 @@ async def hot(
 
 
 async def _peek(node: NodeView, prompt: Prompt) -> LookupAnswer:
-    found: dict[str, Any] = await node.read("peek", **await node.about(prompt))
+    found = await node.peek(prompt)
     tiers = [
         TierLookup(
             medium=medium,
