@@ -1,0 +1,224 @@
+"""The admin API under load beside a node at work: what 500 reads per second of the API cost saves, loads and lookups.
+
+The node and the client that drives it share the first core; the API and the load generator share the second one, as they would
+run on cores that engines leave free. Rounds with and without API load alternate, so both meet the same moments of the machine.
+What remains is what the API's questions cost the node itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.node import chain, namespace, node_process
+from benchmarks.study import Study
+from kvstore.node.client import Client
+from kvstore.testing.node import wait_for
+from kvstore.testing.servers import free_port
+
+READS_PER_SECOND = 500
+CONNECTIONS = 8
+ROUNDS = 30
+HOST_BYTES = 1 << 30
+BLOCK_BYTES = 8 << 20
+BATCH = 8
+LOOKED_UP = 1024
+LOOKUPS = 1000
+"""In a round, with one save and one load of a batch after each hundred: about a second."""
+
+VARIANTS = 64
+"""Different blocks and prompts that are asked about: no answer about them is kept for the next one."""
+PROMPT_TOKENS = 1024
+
+READS = [
+    ("GET", "/v1/status", None),
+    ("GET", "/v1/tiers", None),
+    ("GET", "/readyz", None),
+    ("GET", "/v1/snapshot", None),
+    ("GET", "/v1/namespaces", None),
+    ("GET", "/v1/hot", None),
+    ("GET", "/metrics", None),
+    ("GET", "/v1/policy", None),
+    ("GET", "/v1/blocks?tier=host&limit=20", None),
+]
+"""What dashboards, probes and scrapers ask; beside them, as often as each, one block and what a router would find of a prompt."""
+
+
+def reads(keys: Sequence[bytes], tokens: Sequence[int], digest: bytes) -> list[tuple[str, str, object]]:
+    """In turn."""
+    wanted: list[tuple[str, str, object]] = []
+    for number in range(VARIANTS):
+        prompt = {"namespace": digest.hex(), "tokens": [*tokens[: PROMPT_TOKENS - 1], number]}
+        wanted += [*READS, ("GET", f"/v1/blocks/{keys[number].hex()}", None), ("POST", "/v1/lookup", prompt)]
+    return wanted
+
+
+def run(args: Any) -> Mapping[str, float]:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("this study needs two cores")
+    port = free_port()
+    before = os.sched_getaffinity(0)
+    with node_process(HOST_BYTES, f"api.listen=127.0.0.1:{port}") as socket, Client(socket, name="study") as client:
+        wait_for(lambda: _ready(port))
+        node = int(client.call("status")["pid"])
+        _pin(node, cores[0])
+        _pin(_child(node), cores[1])
+        work = Work(client)
+        with Generator(port, cores[1], work.reads) as load:
+            os.sched_setaffinity(0, {cores[0]})
+            try:
+                return _measure(work, load)
+            finally:
+                os.sched_setaffinity(0, before)
+
+
+def _measure(work: Work, load: Generator) -> dict[str, float]:
+    work.round()  # touches every slot and page
+    alone, beside = [], []
+    for _ in range(ROUNDS):
+        alone.append(work.round())
+        with load.running():
+            beside.append(work.round())
+    if load.failed:
+        raise SystemExit(f"{load.failed} reads of the API failed")
+
+    def slowdown(*parts: str) -> float:
+        rounds = zip(alone, beside, strict=True)
+        return statistics.median(sum(b[part] for part in parts) / sum(a[part] for part in parts) for a, b in rounds)
+
+    return {
+        "data_path_slowdown": slowdown("lookup", "save", "load"),
+        "lookup_slowdown": slowdown("lookup"),
+        "save_slowdown": slowdown("save"),
+        "load_slowdown": slowdown("load"),
+        "lookup_1024_us": 1e6 * statistics.median(one["lookup"] for one in alone) / LOOKUPS,
+        "api_reads_per_second": statistics.median(load.rates),
+        "api_read_ms": statistics.median(load.milliseconds),
+    }
+
+
+class Work:
+    """What engines do: lookups of a long chain; saves of new blocks, loads of these."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        looked_up = namespace("looked up")
+        blocks = chain(client, looked_up, 1024, LOOKED_UP, seed=1)
+        client.reserve(looked_up, blocks)
+        self._looked_up = [block.key for block in blocks]
+        client.commit(self._looked_up)
+        tokens = np.random.default_rng(1).integers(0, 128_000, LOOKED_UP * looked_up.block_tokens)  # those of the chain
+        self.reads = reads(self._looked_up, tokens.tolist(), looked_up.digest)
+        self._saved = namespace("saved")
+        self._seed = 2
+        self._engine = np.random.default_rng(0).integers(0, 255, BLOCK_BYTES, dtype=np.uint8)
+        client.arena.populate()
+        self._arena = np.frombuffer(client.arena.buffer, dtype=np.uint8)
+
+    def round(self) -> dict[str, float]:
+        """Seconds that each kind took together."""
+        spent = {"lookup": 0.0, "save": 0.0, "load": 0.0}
+        for number in range(LOOKUPS):
+            started = time.perf_counter()
+            found = self._client.lookup(self._looked_up, timeout=5.0)
+            spent["lookup"] += time.perf_counter() - started
+            assert found.blocks == LOOKED_UP
+            if number % 100 == 0:
+                self._save_and_load(spent)
+        return spent
+
+    def _save_and_load(self, spent: dict[str, float]) -> None:
+        self._seed += 1
+        blocks = chain(self._client, self._saved, BLOCK_BYTES, BATCH, self._seed)
+        keys = [block.key for block in blocks]
+        started = time.perf_counter()
+        for offset in self._client.reserve(self._saved, blocks).offsets:
+            assert offset is not None
+            np.copyto(self._arena[offset : offset + BLOCK_BYTES], self._engine)
+        assert len(self._client.commit(keys)) == BATCH
+        saved = time.perf_counter()
+        acquired = self._client.acquire(keys, 5.0)
+        for offset in acquired.offsets:
+            np.copyto(self._engine, self._arena[offset : offset + BLOCK_BYTES])
+        self._client.release(keys)
+        assert len(acquired.offsets) == BATCH
+        spent["save"] += saved - started
+        spent["load"] += time.perf_counter() - saved
+
+
+class Generator:
+    """Sends the reads at a steady pace from a process of its own; a context manager that ends it."""
+
+    def __init__(self, port: int, core: int, wanted: Sequence[object]) -> None:
+        self.rates: list[float] = []
+        self.milliseconds: list[float] = []
+        self.failed = 0
+        arguments = [str(port), str(core), str(READS_PER_SECOND), str(CONNECTIONS)]
+        program = Path(__file__).with_name("httpload.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._say(json.dumps(wanted))
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Load while the block lasts."""
+        self._say("go")
+        yield
+        told = json.loads(self._say("stop"))
+        self.rates.append(told["per_second"])
+        self.milliseconds.append(told["median_ms"])
+        self.failed += told["failed"]
+
+    def _say(self, word: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz").is_success
+    except httpx.TransportError:
+        return False
+
+
+def _child(pid: int) -> int:
+    children: Sequence[str] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0])
+
+
+def _pin(pid: int, core: int) -> None:
+    """Every thread of a process; those that it starts later inherit it."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {core})
+
+
+STUDY = Study(
+    name="admin",
+    summary="Lookups, saves and loads of a node beside 500 reads a second of its admin API, against without",
+    run=run,
+    targets={"data_path_slowdown": "<1.05", "api_reads_per_second": ">=490"},
+)
