@@ -17,7 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from kvstore.errors import BlockTooLarge, KVStoreError, TierUnavailable
-from replication.lease import LEASE_SECONDS, LeaseTaken, hold, this_process
+from replication.lease import LEASE_SECONDS, LeaseTaken, hold
 from replication.links import Links
 from replication.names import duty_name
 
@@ -53,7 +53,6 @@ class Duty:
 class Standing:
     """How a duty fares; kept in the bucket, so that ``kvstore region status`` can show it from anywhere."""
 
-    holder: str = ""
     at: float = 0.0
     """End of the last round, in seconds since the epoch."""
     rounds: int = 0
@@ -84,7 +83,7 @@ class Keeper:
     """Does one duty as long as the process lives."""
 
     def __init__(self, bucket: Links, duty: Duty, metrics: DutyMetrics) -> None:
-        self.standing = Standing(holder=this_process())
+        self.standing = Standing()
         self._bucket = bucket
         self._duty = duty
         self._metrics = metrics
@@ -92,6 +91,7 @@ class Keeper:
     async def run(self) -> None:
         """Until cancelled; the lease is given back then."""
         delay = FIRST_RETRY_SECONDS
+        standing_by = ""
         while True:
             try:
                 async with hold(self._bucket, self._duty.role):
@@ -101,7 +101,9 @@ class Keeper:
                             delay = FIRST_RETRY_SECONDS
                             await asyncio.sleep(self._duty.seconds)
             except LeaseTaken as taken:
-                log.info("standing by", duty=self._duty.role, reason=str(taken))
+                if str(taken) != standing_by:
+                    standing_by = str(taken)
+                    log.info("standing by", duty=self._duty.role, reason=standing_by)
                 await asyncio.sleep(STANDBY_SECONDS)
                 continue
             except KVStoreError as error:
