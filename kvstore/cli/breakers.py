@@ -131,7 +131,9 @@ def _print(report: dict[str, Any], limit: int) -> None:
         ],
         title="Where prompts part",
     )
-    note("They part at that token or some 60 behind it. Shareable: what an earlier prompt has too, behind that place.")
+    note(
+        "They part at that token or some 60 behind it. Shareable: what the most alike earlier prompt has too, behind that."
+    )
 
 
 def _example(example: dict[str, Any]) -> str:
