@@ -58,7 +58,7 @@ class Breaker:
     tokens: int
     """Of these prompts, in all."""
     shareable: int
-    """Tokens of them that the most alike earlier prompt has too, and that would be loaded from it if the breaking part came behind
+    """Tokens of them that the most alike earlier prompt has too, and that would be loaded if the breaking part came behind
     them. An upper bound where prompts are most alike to different ones: no single order serves them all."""
     breaking: int
     """Length of the part to move, in tokens: the median."""
