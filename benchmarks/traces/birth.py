@@ -1,4 +1,4 @@
-"""A new cluster that starts in the middle of a trace: what was seen before, what comes after, and what a set of blocks is worth."""
+"""A new cluster that starts in the middle of a trace: what was seen before, what comes after, what a set of blocks is worth."""
 
 from __future__ import annotations
 

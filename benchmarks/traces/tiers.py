@@ -76,13 +76,17 @@ def run_tiers(source: Keyed, mode: Mode) -> Tally:
                 break
         tally.host_writes += sum(key not in host.index for key in chain)
         host.use(chain, headers, request.time)
+        residence = disk.capacity * (request.time - source.trace.requests[0].time) / max(tally.host_writes, 1)
         if mode is Mode.OFF:
             wanted = len(chain)
         else:
             often = traffic.sightings(chain) >= 2
             wanted = int(np.flatnonzero(often)[-1]) + 1 if often.any() else 0
             for key in host.evicted:
-                if key not in disk.index and admission.admit(Target.DISK, [key], request.time)[0].admit:
+                if (
+                    key not in disk.index
+                    and admission.admit(Target.DISK, [key], request.time, residence=residence)[0].admit
+                ):
                     block = number_of[key]
                     above = []
                     while block != ROOT and source.keys[block] not in disk.index:

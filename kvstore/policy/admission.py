@@ -7,10 +7,14 @@ in ``observe`` it counts what it would refuse and refuses nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.identity import BlockKey
 from kvstore.policy.pins import Pins
@@ -52,6 +56,14 @@ class Reason(Enum):
     COLD = "cold"
 
 
+_BINS_PER_OCTAVE = 8
+_BINS = 16 * _BINS_PER_OCTAVE
+"""Of chances, down to one in 65,536."""
+_MORE_LIKELY_THAN_NOT = 0.5
+"""A block that is this likely to return is never given up, however few hits that would cost: a disk must not look dead."""
+_REMEMBERED_HITS = 1 << 20
+"""After which what was counted is halved, so that it follows a change of traffic."""
+
 ADMITTED = frozenset({Reason.POLICY_OFF, Reason.ALWAYS, Reason.PINNED, Reason.SEEN_AGAIN, Reason.LIKELY, Reason.HOT})
 
 
@@ -59,11 +71,11 @@ ADMITTED = frozenset({Reason.POLICY_OFF, Reason.ALWAYS, Reason.PINNED, Reason.SE
 class Thresholds:
     """All the numbers of admission. High ones make a tier look dead; raise them only on evidence from ``observe``."""
 
-    disk_chance: float = 0.2
-    """A block seen once goes to disk when it is at least so likely to be used again within ``horizon``. Best asked when the host
-    tier gives the block up: most blocks that return have returned by then, and are written for that."""
+    disk_loss: float = 0.05
+    """Of blocks seen once, the least likely to be used again do not go to disk, as many as would bring this share of all hits.
+    Best asked when the host tier gives a block up: most blocks that return have returned by then, and are written for that."""
     horizon: float = 3600.0
-    """Seconds."""
+    """Seconds within which a use counts; less where the tier keeps blocks for less."""
     disk_pressure: float = 0.5
     """Fill of the disk's write queue (0 to 1) from which only blocks seen again go to disk."""
     object_sightings: int = 2
@@ -79,6 +91,8 @@ class Candidate:
     """Requests that asked for it, this one included."""
     chance: float = 1.0
     """Of being used again within the horizon."""
+    least_chance: float = 0.0
+    """From which a block seen once is worth a write."""
     hits: float = 0.0
     """Decayed, see ``kvstore.policy.hotness``."""
     pinned: bool = False
@@ -106,7 +120,41 @@ def judge(target: Target, candidate: Candidate, pressure: float, thresholds: Thr
         return Reason.SEEN_AGAIN
     if pressure >= thresholds.disk_pressure:
         return Reason.UNDER_PRESSURE
-    return Reason.LIKELY if candidate.chance >= thresholds.disk_chance else Reason.UNLIKELY
+    return Reason.LIKELY if candidate.chance >= candidate.least_chance else Reason.UNLIKELY
+
+
+class LossBudget:
+    """The chance of return below which blocks may be given up, so that a share of all hits is lost and no more.
+
+    Counts expected returns of what was offered, by chance, beside the hits there were. Not thread-safe.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._expected = np.zeros(_BINS)
+        self._hits = 0.0
+        self._returned = 0
+
+    def offered(self, chances: npt.NDArray[np.float64], returned: int) -> None:
+        """Blocks seen once were offered and are this likely to return. ``returned``: hits since the start."""
+        np.add.at(self._expected, self._bin(chances), chances)
+        self._hits += returned - self._returned
+        self._returned = returned
+        if self._hits > _REMEMBERED_HITS:
+            self._hits *= 0.5
+            self._expected *= 0.5
+
+    @property
+    def least_chance(self) -> float:
+        given_up = int(np.searchsorted(np.cumsum(self._expected), self._share * self._hits, side="right"))
+        least = 2.0 ** ((given_up - _BINS) / _BINS_PER_OCTAVE) if given_up else 0.0
+        return float(min(least, _MORE_LIKELY_THAN_NOT))
+
+    @staticmethod
+    def _bin(chances: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+        octaves = np.log2(np.maximum(chances, 2.0**-32))
+        bins: npt.NDArray[np.intp] = np.clip(_BINS + octaves * _BINS_PER_OCTAVE, 0, _BINS - 1).astype(np.intp)
+        return bins
 
 
 class AdmissionPolicy:
@@ -125,6 +173,7 @@ class AdmissionPolicy:
         self.decisions: Counter[tuple[Target, Reason]] = Counter()
         """What the rule said, per target; counted in ``observe`` too."""
         self._traffic = traffic
+        self._loss = LossBudget(self.thresholds.disk_loss)
 
     def admit(
         self,
@@ -133,15 +182,20 @@ class AdmissionPolicy:
         now: float,
         pressure: float = 0.0,
         hits: Sequence[float] | None = None,
+        residence: float = math.inf,
     ) -> list[Decision]:
         """Decide for the blocks of a chain that ``Traffic.observe`` has seen, from its head; one decision per block.
 
         A block is never admitted without the ones before it: from the first refusal on all are refused, and likelihood
         counts for a block's ancestors too. ``hits``: decayed, by block, where ``target`` is another region.
+        ``residence``: seconds that the tier keeps a block at the rate at which it is offered them.
         """
         if self.mode is Mode.OFF:
             return [Decision(True, Reason.POLICY_OFF)] * len(keys)
-        reasons = self.consider(target, keys, now, pressure, hits)
+        candidates = self._candidates(keys, now, hits, residence)
+        if target is Target.DISK:
+            self._loss.offered(np.array([c.chance for c in candidates if c.sightings < 2]), self._traffic.returned)
+        reasons = self._judge(target, candidates, pressure)
         self.decisions.update((target, reason) for reason in reasons)
         enforce = self.mode is Mode.ENFORCE
         return [Decision(not enforce or reason in ADMITTED, reason) for reason in reasons]
@@ -155,18 +209,22 @@ class AdmissionPolicy:
         hits: Sequence[float] | None = None,
     ) -> list[Reason]:
         """What the rule says of a chain, whatever the mode. Counts nothing; arguments as for ``admit``."""
-        reasons = [
-            judge(target, candidate, pressure, self.thresholds) for candidate in self._candidates(keys, now, hits)
-        ]
+        return self._judge(target, self._candidates(keys, now, hits, math.inf), pressure)
+
+    def _judge(self, target: Target, candidates: Sequence[Candidate], pressure: float) -> list[Reason]:
+        reasons = [judge(target, candidate, pressure, self.thresholds) for candidate in candidates]
         refused = next((at for at, reason in enumerate(reasons) if reason not in ADMITTED), len(reasons))
         reasons[refused:] = [reasons[refused]] * (len(reasons) - refused) if refused < len(reasons) else []
         return reasons
 
-    def _candidates(self, keys: Sequence[BlockKey], now: float, hits: Sequence[float] | None) -> list[Candidate]:
+    def _candidates(
+        self, keys: Sequence[BlockKey], now: float, hits: Sequence[float] | None, residence: float
+    ) -> list[Candidate]:
         if not keys:
             return []
         sightings = self._traffic.sightings(keys).tolist()
-        chance = self._traffic.chance(keys, now, self.thresholds.horizon).tolist()
+        chance = self._traffic.chance(keys, now, min(self.thresholds.horizon, residence)).tolist()
         pinned = self.pins.hold(keys, now)
         decayed = hits if hits is not None else [0.0] * len(keys)
-        return [Candidate(*known) for known in zip(sightings, chance, decayed, pinned, strict=True)]
+        least = [self._loss.least_chance] * len(keys)
+        return [Candidate(*known) for known in zip(sightings, chance, least, decayed, pinned, strict=True)]

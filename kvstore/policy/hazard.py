@@ -35,16 +35,12 @@ def age_bin(age: Floats) -> Ints:
 
 
 class Hazards:
-    """Counts of uses and times at risk per kind and age bin.
+    """Counts of uses and times at risk per kind and age bin."""
 
-    ``traits[j][kind]`` is the level of trait ``j`` that the kind has; levels are numbered from 0.
-    """
-
-    def __init__(self, traits: Sequence[Ints], weight: float = 1.0) -> None:
+    def __init__(self, kinds: int, weight: float = 1.0) -> None:
         """``weight``: blocks that each watched one stands for."""
         self.weight = weight
-        self.traits = [np.asarray(levels) for levels in traits]
-        self.kinds = len(traits[0])
+        self.kinds = kinds
         shape = self.kinds * BINS
         self.used = np.zeros(shape)
         """Ended by a use, per cell of kind and bin."""
@@ -78,25 +74,11 @@ class Hazards:
             raise ValueError("impossible hazards")
         self.used, self.lost, self.inside = loaded
 
-    def rates(self, kind: npt.NDArray[np.integer], age: Floats, shrink: float) -> tuple[Floats, Floats]:
-        """Uses per second and the seconds at risk behind them, shapes (kinds, BINS).
+    def data(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
+        """Uses, and the seconds at risk behind them, shapes (kinds, BINS).
 
-        ``kind`` and ``age`` are of the blocks that are watched now. ``shrink``: uses that an estimate weighs against what it is
-        shrunk to. Blocks of one prompt come and go together, so this should be those of some prompts.
+        ``kind`` and ``age`` are of the blocks that are watched now.
         """
-        uses, risk = self._data(kind, age)
-        by_kind, by_bin = uses.sum(1), uses.sum(0)
-        factor = np.ones(self.kinds)
-        common = _curve(by_bin, risk.sum(0), shrink)
-        for _ in range(6):  # iterative proportional fitting
-            for levels in self.traits:
-                expected = np.bincount(levels, (risk @ common) * factor)
-                factor = factor * ((np.bincount(levels, by_kind) + shrink) / (expected + shrink))[levels]
-            common = _curve(by_bin, factor @ risk, shrink)
-        factor = factor * (by_kind + shrink) / ((risk @ common) * factor + shrink)
-        return factor[:, None] * common, risk
-
-    def _data(self, kind: npt.NDArray[np.integer], age: Floats) -> tuple[Floats, Floats]:
         shape, size = (self.kinds, BINS), self.kinds * BINS
         bins = age_bin(age)
         cells = kind.astype(np.intp) * BINS + bins
@@ -105,6 +87,41 @@ class Hazards:
         ended_here = ended_here.reshape(shape)
         passed = np.cumsum(ended_here[:, ::-1], axis=1)[:, ::-1] - ended_here
         return self.used.reshape(shape), passed * _WIDTHS + inside.reshape(shape)
+
+
+def fit(uses: Floats, risk: Floats, traits: Sequence[Ints], shrink: float) -> Floats:
+    """Uses per second, from what ``Hazards.data`` counted; shape (kinds, BINS).
+
+    ``traits[j][kind]`` is the level of trait ``j`` that the kind has; levels are numbered from 0. ``shrink``: uses that an
+    estimate weighs against what it is shrunk to. Blocks of one prompt come and go together, so this should be those of some
+    prompts.
+    """
+    by_kind, by_bin = uses.sum(1), uses.sum(0)
+    factor = np.ones(len(uses))
+    common = _curve(by_bin, risk.sum(0), shrink)
+    for _ in range(6):  # iterative proportional fitting
+        for levels in traits:
+            expected = np.bincount(levels, (risk @ common) * factor)
+            factor = factor * ((np.bincount(levels, by_kind) + shrink) / (expected + shrink))[levels]
+        common = _curve(by_bin, factor @ risk, shrink)
+    factor = factor * (by_kind + shrink) / ((risk @ common) * factor + shrink)
+    rates: Floats = factor[:, None] * common
+    return rates
+
+
+def log_likelihood(rates: Floats, uses: Floats, risk: Floats) -> float:
+    """Of uses in so many seconds at risk, by these rates: how well they foresaw them. Comparable for the same uses only."""
+    return float((uses * np.log(rates) - risk * rates).sum())
+
+
+def hopeful(rates: Floats, risk: Floats, shrink: float) -> Floats:
+    """Rates that hold nothing against a block at ages of which little is known: there they are at least the usual ones.
+
+    A node that has run for a minute has seen nothing return after two.
+    """
+    usual = _FIRST / _MIDDLES
+    unknown = risk.sum(0) * usual < shrink
+    return np.where(unknown, np.maximum(rates, usual), rates)
 
 
 def _curve(uses: Floats, risk: Floats, shrink: float) -> Floats:

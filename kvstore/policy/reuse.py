@@ -24,7 +24,7 @@ import numpy.typing as npt
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex, Rows
 from kvstore.policy.eviction import EvictionPolicy, Values
-from kvstore.policy.hazard import BINS, Floats, Hazards, chance, interpolate, worth
+from kvstore.policy.hazard import BINS, Floats, Hazards, chance, fit, hopeful, interpolate, log_likelihood, worth
 from kvstore.policy.sightings import WAYS, Sightings, words_of
 
 Kinds = npt.NDArray[np.intp]
@@ -52,6 +52,13 @@ _VERSION = 1
 _MAX_PACKED = 1 << 30
 
 
+FADE = 0.9
+"""What a comparison of views counts after the next one."""
+
+_TRAITS = [levels.ravel() for levels in np.indices(_SHAPE)]
+_WITHOUT_ANSWER = [levels.ravel() for levels in np.indices(_SHAPE[:-1])]
+
+
 def kind_of(uses: npt.NDArray[np.integer], fresh: int, last: npt.NDArray[np.bool_], answer: int) -> Kinds:
     """Kind of blocks used in one request, of which ``fresh`` blocks were new."""
     many = np.minimum(uses.astype(np.intp), USES - 1)
@@ -74,10 +81,40 @@ def _known_or_not(rates: Floats, risk: Floats) -> Floats:
     return rate.reshape(rates.shape)
 
 
+class Foresight:
+    """Rates of use by two views, with and without the length of answers: the one that foresaw better so far is believed.
+
+    A trait that says nothing of this traffic does harm: each of its levels is learnt from fewer prompts. Whether it says
+    something is seen by judging each view on what came after it was formed (prequential: A. P. Dawid, 1984).
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        """Log-likelihood by which the view with answers leads; what was long ago counts less."""
+        self._views: tuple[Floats, Floats] | None = None
+        self._uses = self._risk = np.zeros(0)
+
+    def learn(self, uses: Floats, risk: Floats, shrink: float) -> Floats:
+        """Judge the last views by what came since, form new ones; the rates to believe."""
+        if self._views is not None:
+            came = uses - self._uses, risk - self._risk
+            with_answers, without = (log_likelihood(view, *came) for view in self._views)
+            self.ahead = FADE * self.ahead + with_answers - without
+        self._uses, self._risk = uses.copy(), risk
+        fewer_uses, fewer_risk = (column.reshape(-1, ANSWER, BINS).sum(1) for column in (uses, risk))
+        without_answer = fit(fewer_uses, fewer_risk, _WITHOUT_ANSWER, shrink)
+        self._views = fit(uses, risk, _TRAITS, shrink), without_answer.repeat(ANSWER, axis=0)
+        return _known_or_not(self._views[0] if self.ahead >= 0 else self._views[1], risk)
+
+    def forget(self) -> None:
+        """The counts were changed: the next ones do not go on from the last."""
+        self._views = None
+
+
 class Traffic:
     """What this node's requests teach about reuse. One per node, shared by its tiers; not thread-safe.
 
-    Bounded: ``entries`` of 21 bytes, and the tables of the estimate (under 1 MB). ``entries`` should be some times the
+    Bounded: ``entries`` of 21 bytes, and the tables of the estimate (some MB). ``entries`` should be some times the
     number of blocks that the tiers hold, so that a use is recognised after the block was evicted.
     """
 
@@ -85,10 +122,13 @@ class Traffic:
         self._table = Sightings(entries)
         watched = min(self._table.buckets, max(1, WATCHED // WAYS))
         self._watched = watched * WAYS
-        traits = [levels.ravel() for levels in np.indices(_SHAPE)]
-        self._hazards = Hazards(traits, weight=self._table.buckets / watched)
-        self._rates = self._hazards.rates(np.zeros(0, dtype=np.intp), np.zeros(0), 1.0)[0]
-        self._worth = worth(self._rates)
+        self._hazards = Hazards(int(np.prod(_SHAPE)), weight=self._table.buckets / watched)
+        self._foresight = Foresight()
+        nothing = np.zeros((self._hazards.kinds, BINS))
+        self._hopeful = rates = fit(nothing, nothing, _TRAITS, 1.0)
+        self._worth = worth(rates)
+        self.returned = 0
+        """Blocks of requests that had been asked for before, with every block before them; since the start."""
         self._requests = self._blocks = self._fitted = 0
         self._now = -np.inf
 
@@ -106,6 +146,7 @@ class Traffic:
         slots = self._table.find(words)
         known = slots >= 0
         prefix = int(np.argmin(known)) if not known.all() else len(keys)
+        self.returned += prefix
         old = slots[known]
         watched = old[old < self._watched]
         self._hazards.end(self._table.kind[watched], now - self._table.seen[watched], used=True)
@@ -147,7 +188,7 @@ class Traffic:
         self._refit()
         slots = self._table.find(words_of(b"".join(keys)))
         age = np.where(slots >= 0, now - self._table.seen[slots], 0.0)
-        own = np.where(slots >= 0, chance(self._rates, self._table.kind[slots], np.maximum(age, 0.0), horizon), 1.0)
+        own = np.where(slots >= 0, chance(self._hopeful, self._table.kind[slots], np.maximum(age, 0.0), horizon), 1.0)
         return np.maximum.accumulate(own[::-1])[::-1]
 
     def sightings(self, keys: Sequence[BlockKey]) -> npt.NDArray[np.intp]:
@@ -193,10 +234,13 @@ class Traffic:
         watched = np.flatnonzero(np.isfinite(self._table.seen[: self._watched]))
         age = self._now - self._table.seen[watched]
         shrink = SHRINK_PROMPTS * self._blocks / self._requests
-        self._rates = _known_or_not(*self._hazards.rates(self._table.kind[watched], age, shrink))
-        self._worth = worth(self._rates)
+        uses, risk = self._hazards.data(self._table.kind[watched], age)
+        rates = self._foresight.learn(uses, risk, shrink)
+        self._worth = worth(rates)
+        self._hopeful = hopeful(rates, risk, shrink)
         if self._hazards.used.sum() > MEMORY:
             self._hazards.fade(0.5)
+            self._foresight.forget()
 
 
 class Reuse(EvictionPolicy):

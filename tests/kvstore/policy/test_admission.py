@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from kvstore.envelope import Header
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
-from kvstore.policy.admission import ADMITTED, AdmissionPolicy, Candidate, Mode, Reason, Target, Thresholds, judge
+from kvstore.policy.admission import (
+    ADMITTED,
+    AdmissionPolicy,
+    Candidate,
+    LossBudget,
+    Mode,
+    Reason,
+    Target,
+    Thresholds,
+    judge,
+)
 from kvstore.policy.eviction import LRU, eviction_order
 from kvstore.policy.pins import LONGEST, PinnedLast, Pins
 from kvstore.policy.reuse import Traffic
@@ -21,8 +31,8 @@ def chain(name: str, blocks: int) -> list[BlockKey]:
     return [BlockKey(hashlib.blake2b(f"{name}/{i}".encode(), digest_size=16).digest()) for i in range(blocks)]
 
 
-ONCE, TWICE = Candidate(sightings=1, chance=0.5), Candidate(sightings=2, chance=0.0)
-UNLIKELY = Candidate(sightings=1, chance=0.01)
+ONCE, TWICE = Candidate(chance=0.5, least_chance=0.4), Candidate(sightings=2, chance=0.0, least_chance=0.4)
+UNLIKELY = Candidate(sightings=1, chance=0.01, least_chance=0.02)
 
 TABLE = [
     (Target.HOST, UNLIKELY, 1.0, Reason.ALWAYS),
@@ -32,7 +42,7 @@ TABLE = [
     (Target.DISK, UNLIKELY, 0.0, Reason.UNLIKELY),
     (Target.DISK, TWICE, 0.0, Reason.SEEN_AGAIN),
     (Target.DISK, TWICE, 1.0, Reason.SEEN_AGAIN),
-    (Target.DISK, Candidate(chance=0.0, pinned=True), 1.0, Reason.PINNED),
+    (Target.DISK, Candidate(chance=0.0, least_chance=0.4, pinned=True), 1.0, Reason.PINNED),
     (Target.OBJECT, ONCE, 0.0, Reason.SEEN_ONCE),
     (Target.OBJECT, TWICE, 1.0, Reason.SEEN_AGAIN),
     (Target.OBJECT, Candidate(pinned=True), 0.0, Reason.PINNED),
@@ -88,6 +98,21 @@ def test_learns_which_prompts_do_not_come_back() -> None:
         traffic.observe(chain(f"long {round_}", 40), round_ * 20.0 + 11)
     assert all(offered(policy, traffic, chain("short new", 3), 2001.0, Target.DISK)[:2])
     assert not any(offered(policy, traffic, chain("long new", 40), 2002.0, Target.DISK))
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=200), st.integers(0, 1000), st.floats(0.0, 1.0))
+def test_what_is_given_up_stays_within_its_share_of_the_hits(chances: list[float], hits: int, share: float) -> None:
+    budget = LossBudget(share)
+    budget.offered(np.array(chances), hits)
+    given_up = [chance for chance in chances if chance < budget.least_chance]
+    assert sum(given_up) <= share * hits + 1e-6
+    assert all(chance < 0.5 for chance in given_up)
+
+
+def test_without_hits_nothing_is_given_up() -> None:
+    budget = LossBudget(0.05)
+    budget.offered(np.array([0.001, 0.5]), 0)
+    assert budget.least_chance <= 0.001
 
 
 @settings(deadline=None)
