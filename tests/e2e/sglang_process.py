@@ -69,8 +69,12 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def hang_up(self) -> None:
+        """Let the engine end; leaving the context waits for it."""
         self._requests.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.hang_up()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:

@@ -10,13 +10,20 @@ from sglang_process import HERE, ROOT, environment, sglang_python
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("suite", ["backend", "crossing", "tree"])
-def test_in_sglangs_environment(suite: str) -> None:
-    """Each file of ``sglang/`` is a suite of its own, for the interpreter that has SGLang."""
+def test_in_sglangs_environment() -> None:
+    """The files of ``sglang/`` are suites for the interpreter that has SGLang."""
     folder = HERE / "sglang"
-    command = [sglang_python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--confcutdir={folder}"]
-    done = subprocess.run(
-        [*command, str(folder / f"{suite}.py")], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
+    command = [
+        sglang_python(),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        f"--confcutdir={folder}",
+    ]
+    suites = [str(folder / f"{suite}.py") for suite in ("backend", "crossing", "tree")]
+    done = subprocess.run([*command, *suites], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
-    print(done.stdout.rpartition("\n")[0].rpartition("\n")[2])

@@ -66,13 +66,16 @@ class Engines:
 
         self.first = engine("first", {})
         self.second = engine("second", {"hicache_mem_layout": "layer_first"})
-        self.pair = engine("pair", {"tp_size": 2}, SGLANG_CPU_OMP_THREADS_BIND="0|1")
-        self.faulty = engine(
-            "faulty",
-            {},
-            SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE="0.3",
-            SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY="0.05",
+        # Two ranks, in which calls of the backend are late or fail at random, and not together.
+        self.pair = engine(
+            "pair",
+            {"tp_size": 2},
+            SGLANG_CPU_OMP_THREADS_BIND="0|1",
+            SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE="0.1",
+            SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY="0.02",
         )
+        for each in (self.first, self.second, self.pair):
+            stack.callback(each.hang_up)
 
 
 @pytest.fixture(scope="module")
@@ -132,32 +135,31 @@ def test_a_fresh_engine_with_another_layout_loads_it(engines: Engines, reference
 
 
 def test_two_ranks_load_what_one_saved_and_the_reverse(engines: Engines, reference: list[Answer]) -> None:
-    answers = ask(engines.pair, forget=False)
-    check(answers, reference)
-    assert stored(answers) == FULL
+    """Whatever fails on the way changes no token."""
+    tries: list[list[int]] = []
+
+    def everything_was_loaded_once() -> bool:
+        answers = ask(engines.pair)
+        check(answers, reference)
+        tries.append(stored(answers))
+        return FULL[3] in [tokens[3] for tokens in tries] and FULL[0] in [tokens[0] for tokens in tries]
+
+    wait_for(everything_was_loaded_once)
 
     fresh = prompt(20)
     (computed,) = engines.pair.generate([fresh])
     assert computed.cached == 0
-    wait_for(lambda: engines.second.call("flush"))
-    loaded: list[Answer] = []
 
-    def loads() -> bool:
+    def both_ranks_saved_it() -> bool:
         engines.second.call("flush")
-        loaded[:] = engines.second.generate([fresh])
-        return loaded[0].stored == 6 * PAGE
+        (loaded,) = engines.second.generate([fresh])
+        check([loaded], [computed])
+        if loaded.stored < 6 * PAGE:
+            engines.pair.call("flush")
+            check(engines.pair.generate([fresh]), [computed])
+        return loaded.stored == 6 * PAGE
 
-    wait_for(loads)
-    check(loaded, [computed])
-
-
-def test_faults_on_the_way_change_no_token(engines: Engines, reference: list[Answer]) -> None:
-    found = []
-    for _ in range(3):
-        answers = ask(engines.faulty)
-        check(answers, reference)
-        found += stored(answers)
-    assert 0 < sum(found) < 3 * sum(FULL)
+    wait_for(both_ranks_saved_it)
 
 
 def test_altered_kv_alters_the_answers(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:
