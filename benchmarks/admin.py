@@ -1,8 +1,10 @@
 """The admin API under load beside a node at work: what 500 reads per second of the API cost saves, loads and lookups.
 
-The node and the client that drives it share the first core; the API and the load generator share the second one, as they would
-run on cores that engines leave free. Rounds with and without API load alternate, so both meet the same moments of the machine.
-What remains is what the API's questions cost the node itself.
+The node and the client that drives it share the first core; APIs and load generators have the second one, as they would run on
+cores that engines leave free. A busy second core alone slows the first one: the two may be threads of one physical core, and they
+share caches and memory. So the load of one round goes to the API of the node that is measured, and in another to the API of a
+second node that holds the same and serves nobody else. The ratio of the two is what the API's questions cost a node; the ratio
+to a round without any load is told too. The three kinds of round alternate, so all meet the same moments of the machine.
 """
 
 from __future__ import annotations
@@ -68,45 +70,58 @@ def run(args: Any) -> Mapping[str, float]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("this study needs two cores")
-    port = free_port()
     before = os.sched_getaffinity(0)
+    with _site(cores[0], cores[1]) as (work, asked), _site(cores[1], cores[1]) as (_, control):
+        os.sched_setaffinity(0, {cores[0]})
+        try:
+            return _measure(work, asked, control)
+        finally:
+            os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def _site(node_core: int, api_core: int) -> Iterator[tuple[Work, Generator]]:
+    """A node with blocks in it, its API on another core, and load for that API."""
+    port = free_port()
     with node_process(HOST_BYTES, f"api.listen=127.0.0.1:{port}") as socket, Client(socket, name="study") as client:
         wait_for(lambda: _ready(port))
         node = int(client.call("status")["pid"])
-        _pin(node, cores[0])
-        _pin(_child(node), cores[1])
+        _pin(node, node_core)
+        _pin(_child(node), api_core)
         work = Work(client)
-        with Generator(port, cores[1], work.reads) as load:
-            os.sched_setaffinity(0, {cores[0]})
-            try:
-                return _measure(work, load)
-            finally:
-                os.sched_setaffinity(0, before)
+        with Generator(port, api_core, work.reads) as load:
+            yield work, load
 
 
-def _measure(work: Work, load: Generator) -> dict[str, float]:
+def _measure(work: Work, asked: Generator, control: Generator) -> dict[str, float]:
     work.round()  # touches every slot and page
-    alone, beside = [], []
+    idle, beside, under = [], [], []
     for _ in range(ROUNDS):
-        alone.append(work.round())
-        with load.running():
+        idle.append(work.round())
+        with control.running():
             beside.append(work.round())
-    if load.failed:
-        raise SystemExit(f"{load.failed} reads of the API failed")
-
-    def slowdown(*parts: str) -> float:
-        rounds = zip(alone, beside, strict=True)
-        return statistics.median(sum(b[part] for part in parts) / sum(a[part] for part in parts) for a, b in rounds)
-
+        with asked.running():
+            under.append(work.round())
+    if failed := asked.failed + control.failed:
+        raise SystemExit(f"{failed} reads of the API failed")
+    every = ("lookup", "save", "load")
     return {
-        "data_path_slowdown": slowdown("lookup", "save", "load"),
-        "lookup_slowdown": slowdown("lookup"),
-        "save_slowdown": slowdown("save"),
-        "load_slowdown": slowdown("load"),
-        "lookup_1024_us": 1e6 * statistics.median(one["lookup"] for one in alone) / LOOKUPS,
-        "api_reads_per_second": statistics.median(load.rates),
-        "api_read_ms": statistics.median(load.milliseconds),
+        "data_path_slowdown": _slowdown(beside, under, every),
+        **{f"{part}_slowdown": _slowdown(beside, under, [part]) for part in every},
+        "slowdown_to_idle_machine": _slowdown(idle, under, every),
+        "busy_core_slowdown": _slowdown(idle, beside, every),
+        "lookup_1024_us": 1e6 * statistics.median(one["lookup"] for one in idle) / LOOKUPS,
+        "api_reads_per_second": statistics.median(asked.rates),
+        "api_read_ms": statistics.median(asked.milliseconds),
     }
+
+
+def _slowdown(
+    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], parts: Sequence[str]
+) -> float:
+    """Median over the rounds."""
+    rounds = zip(before, after, strict=True)
+    return statistics.median(sum(b[part] for part in parts) / sum(a[part] for part in parts) for a, b in rounds)
 
 
 class Work:

@@ -22,12 +22,12 @@ from itertools import cycle
 
 async def main(port: int, core: int, rate: float, connections: int) -> None:
     os.sched_setaffinity(0, {core})
-    streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
     loop = asyncio.get_running_loop()
     requests = [encoded(*one) for one in json.loads(sys.stdin.readline())]
     print(flush=True)
     while word := (await loop.run_in_executor(None, sys.stdin.readline)).strip():
         assert word == "go"
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
         print(flush=True)
         stop, took, failed = asyncio.Event(), [], []
         started = time.perf_counter()
@@ -40,6 +40,8 @@ async def main(port: int, core: int, rate: float, connections: int) -> None:
         stop.set()
         await asyncio.gather(*sending)
         seconds = time.perf_counter() - started
+        for _, writer in streams:
+            writer.close()
         told = {"per_second": len(took) / seconds, "median_ms": 1e3 * statistics.median(took), "failed": len(failed)}
         print(json.dumps(told), flush=True)
 
