@@ -89,7 +89,7 @@ class KeyFile:
     def _read(self) -> TenantKeys:
         try:
             stat = self._path.stat()
-            if stat.st_mode & 0o077:
+            if stat.st_mode & 0o027:
                 remedy = f"chmod 600 {self._path}"
                 raise ConfigError("encryption.key_file", str(self._path), "others may read it", remedy)
             if stat.st_size > MAX_FILE_BYTES:

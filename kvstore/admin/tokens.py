@@ -113,8 +113,8 @@ class TokenBook:
             found = self._path.stat()
             if self._read_at == (found.st_mtime_ns, found.st_ino):
                 return
-            if found.st_mode & 0o077:
-                problem, remedy = "others may read it", f"chmod 600 {self._path}"
+            if found.st_mode & 0o027:
+                problem, remedy = "others may read it, or its group may write it", f"chmod 600 {self._path}"
                 raise ConfigError("api.tokens", str(self._path), problem, remedy)
             if found.st_size > MAX_FILE_BYTES:
                 raise ConfigError("api.tokens", str(self._path), "too large to be a token file", "Name the right file.")

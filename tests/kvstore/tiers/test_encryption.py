@@ -158,7 +158,7 @@ def test_bad_keys_are_refused_and_not_shown(text: str) -> None:
 def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(KEY)
-    file.chmod(0o640)
+    file.chmod(0o604)
     with pytest.raises(ConfigError, match="chmod 600"):
         KeyFile(file, "a")
 
