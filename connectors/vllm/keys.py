@@ -7,12 +7,12 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
 
+from connectors.modelid import model_name, rope_text, weights_revision
 from connectors.vllm.options import Options
 from connectors.weights import weights_digest
 from kvstore.errors import ConfigError
@@ -87,14 +87,14 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
         )
         block_bytes = layout.nbytes
     namespace = Namespace(
-        model=options.model or _model_name(model.model),
+        model=options.model or model_name(model.model),
         weights=options.weights or _weights(model),
         dtype=str(model.dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch."),
         layers=layers,
         kv_heads=1 if mla else model.get_total_num_kv_heads(),
         head_dim=spec.head_size,
         attention=_attention(spec),
-        rope=_rope(model.hf_text_config),
+        rope=rope_text(model.hf_text_config.to_dict()),
         block_tokens=block_tokens,
         layout=layout.name if layout else _opaque_layout(spec, kv_cache_config, ranks, group.layer_names),
     )
@@ -172,20 +172,10 @@ def _is_a(spec: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(spec).__mro__)
 
 
-def _model_name(model: str) -> str:
-    """A local folder's name, or the hub's name of the model: where it lies on this machine does not matter."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def _weights(model: Any) -> str:
-    """Commit on the hub, or a digest of local files; and what vLLM does to the weights while it loads them."""
-    found = getattr(model.hf_config, "_commit_hash", None) or model.revision
-    found = weights_digest(model.model) if Path(model.model).is_dir() else found
-    if not found:
-        raise ConfigError(
-            "weights", model.model, "the revision of the weights is unknown", "Set kv_connector_extra_config.weights."
-        )
-    return ":".join(str(part) for part in (found, str(model.dtype).removeprefix("torch."), model.quantization) if part)
+    commit = getattr(model.hf_config, "_commit_hash", None) or model.revision
+    dtype = str(model.dtype).removeprefix("torch.")
+    return weights_revision(model.model, commit, dtype, model.quantization, "kv_connector_extra_config.weights")
 
 
 def _attention(spec: Any) -> str:
@@ -194,13 +184,6 @@ def _attention(spec: Any) -> str:
     window = getattr(spec, "sliding_window", None)
     chunk = getattr(spec, "attention_chunk_size", None)
     return f"sliding_window:{window}" if window else f"chunked:{chunk}" if chunk else "gqa"
-
-
-def _rope(config: Any) -> str:
-    """Canonical text of all that a model's configuration says about rotary embeddings."""
-    values = config.to_dict()
-    chosen = {name: value for name, value in values.items() if "rope" in name or "rotary" in name}
-    return json.dumps(chosen, sort_keys=True, default=str, separators=(",", ":")) if any(chosen.values()) else ""
 
 
 def _opaque_layout(spec: Any, kv_cache_config: Any, ranks: int, layer_names: Sequence[str]) -> str:
