@@ -14,9 +14,12 @@ from kvstore.config import load
 
 
 def document() -> dict[str, Any]:
-    """OpenAPI 3.1, of a node's API with what other packages add."""
+    """OpenAPI 3.1, of the API of a node in a region, with what other packages add."""
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load(None, [f"node.directory={folder}", "api.listen=127.0.0.1:7070"], environ={})
+        topology = Path(folder) / "regions.toml"
+        topology.write_text('[regions.local]\nurl = "s3://example/prod"\n')
+        region = ["region.name=local", f"region.topology={topology}"]
+        loaded = load(None, [f"node.directory={folder}", "api.listen=127.0.0.1:7070", *region], environ={})
         described: dict[str, Any] = create_app(open_site(loaded)).openapi()
     return described
 

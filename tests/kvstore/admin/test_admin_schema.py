@@ -29,9 +29,12 @@ schema = schemathesis.openapi.from_dict(DOCUMENT).exclude(path_regex="events$")
 
 
 @pytest.fixture(scope="module")
-def any_api() -> Iterator[Site]:
-    """One that may be changed at will."""
-    with api_site() as site:
+def any_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One in a region, that may be changed at will."""
+    folder = tmp_path_factory.mktemp("region")
+    (folder / "bucket").mkdir()
+    (folder / "regions.toml").write_text(f'[regions.local]\nurl = "file://{folder}/bucket"\n')
+    with api_site("region.name=local", f"region.topology={folder / 'regions.toml'}") as site:
         yield site
 
 
