@@ -69,9 +69,11 @@ class CanonicalPages(Pages):
         size = self._page_tokens
         if host_indices.numel() != count * size:
             raise IdentityError(f"{host_indices.numel()} token slots are not {count} pages of {size}")
-        first = host_indices.reshape(count, size)[:, 0]
-        if count and (bool((first % size).any()) or not 0 <= int(first.min()) <= int(first.max()) < self._slots):
-            raise IdentityError("token slots do not start at pages of the host pool")
+        slots = host_indices.reshape(count, size)
+        first = slots[:, 0]
+        whole = not bool((first % size).any()) and torch.equal(slots, first[:, None] + torch.arange(size))
+        if count and not (whole and 0 <= int(first.min()) <= int(first.max()) < self._slots):
+            raise IdentityError("the token slots are not whole pages of the host pool")
         places: list[int] = (first // size).tolist()
         return places
 
