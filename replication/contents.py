@@ -15,15 +15,19 @@ import structlog
 
 from kvstore.catalog.base import START, Catalog, Entry
 from kvstore.catalog.publisher import Publisher
-from kvstore.errors import CatalogUnavailable
+from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError
 from kvstore.identity import BlockKey
 from kvstore.tiers.object.contents import size_only
-from kvstore.tiers.object.names import BLOCKS, block_name, parse_block_name
+from kvstore.tiers.object.names import BLOCKS, TOMBSTONES, block_name, parse_block_name
+from kvstore.tiers.object.objects import Found
+from kvstore.tombstones import Tombstone
 from replication.links import Links
 
 log = structlog.get_logger(__name__)
 
 DELETED_AT_ONCE = 1000
+READS_AT_ONCE = 1024
+MAX_TOMBSTONE_BYTES = 8 << 10
 TOLD_SECONDS = 2.0
 """How long a deletion, or the end of the work, waits for the catalog. After that, nodes may meet a block that is gone: a miss."""
 
@@ -41,6 +45,8 @@ class Contents:
         self._unseen: set[BlockKey] = set()
         """While the whole index is read again: blocks that were not come across yet."""
         self._used_bytes = 0
+        self._stones: dict[str, Tombstone | None] = {}
+        """By name in the bucket; None: unreadable."""
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -73,6 +79,17 @@ class Contents:
         listed = await list_blocks(self.bucket)
         return {key: self._better(entry) for key, entry in listed.items()}
 
+    async def tombstones(self) -> list[Tombstone]:
+        """Everything that was deleted for good; each is read once. Raises TierUnavailable."""
+        listed = await self.bucket.listing(TOMBSTONES)
+        new = [found for found in listed if found.name not in self._stones]
+        for start in range(0, len(new), READS_AT_ONCE):
+            batch = new[start : start + READS_AT_ONCE]
+            stones = await asyncio.gather(*(self._read_tombstone(found) for found in batch))
+            self._stones.update((found.name, stone) for found, stone in zip(batch, stones, strict=True))
+        known = (self._stones[found.name] for found in listed)
+        return [stone for stone in known if stone is not None]
+
     async def used_bytes(self) -> int | None:
         """Bytes of all blocks, by the catalog; None without one that covers the bucket. Raises CatalogUnavailable."""
         if self.catalog is None or not await self._follow(self.catalog):
@@ -97,6 +114,15 @@ class Contents:
                 await self._publisher.flush({entry.key for entry in batch}, TOLD_SECONDS)
             await self.bucket.delete([block_name(entry.namespace, entry.key) for entry in batch])
         return len(waiting)
+
+    async def _read_tombstone(self, found: Found) -> Tombstone | None:
+        """None for what is none, or is gone again."""
+        try:
+            body = await self.bucket.read(found.name, MAX_TOMBSTONE_BYTES)
+            return None if body is None else Tombstone.from_json(body)
+        except (IdentityError, BlockTooLarge) as error:
+            log.warning("unreadable tombstone", name=found.name, error=str(error))
+            return None
 
     async def _follow(self, catalog: Catalog) -> bool:
         """Bring ``_known`` up to date; whether that is the whole bucket."""

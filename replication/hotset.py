@@ -24,13 +24,12 @@ from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot, me
 from kvstore.tiers.object.names import (
     HOTNESS,
     NAMESPACES,
-    TOMBSTONES,
     block_name,
     namespace_name,
     parse_namespace_name,
 )
 from kvstore.tiers.object.objects import Found
-from kvstore.tombstones import Tombstone, buried
+from kvstore.tombstones import buried
 from replication.contents import Contents
 from replication.links import Links
 from replication.manifest import (
@@ -76,11 +75,6 @@ async def read_namespaces(bucket: Links) -> dict[bytes, Namespace]:
         return namespace
 
     return {namespace.digest: namespace for namespace in await _read_all(bucket, NAMESPACES, MAX_SMALL_BYTES, parse)}
-
-
-async def read_tombstones(bucket: Links) -> list[Tombstone]:
-    """Everything that was deleted for good. Raises TierUnavailable."""
-    return await _read_all(bucket, TOMBSTONES, MAX_SMALL_BYTES, lambda _, body: Tombstone.from_json(body))
 
 
 def label_of(namespace: Namespace) -> Label:
@@ -152,7 +146,7 @@ async def usual_hot_set(contents: Contents, now: float) -> HotSet:
         hot = merge_hot_sets([HotSet(m.blocks, m.labels) for m in manifests], held.keys())
     else:
         hot = await find_hot_set(contents, None, now)
-    dead = buried(hot.blocks, hot.labels, await read_tombstones(bucket))
+    dead = buried(hot.blocks, hot.labels, await contents.tombstones())
     return HotSet([block for block in hot.blocks if block.key not in dead], hot.labels)
 
 

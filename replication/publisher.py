@@ -19,7 +19,6 @@ from replication.hotset import (
     label_of,
     parents_first,
     read_namespaces,
-    read_tombstones,
 )
 from replication.manifest import MAX_TOMBSTONES, HotBlock, Manifest
 from replication.names import manifest_name
@@ -33,7 +32,7 @@ async def publish(contents: Contents, region: str, key: Ed25519PrivateKey) -> Ma
     now = time.time()
     bucket = contents.bucket
     previous = await kept_manifest(bucket, region)
-    tombstones = await read_tombstones(bucket)
+    tombstones = await contents.tombstones()
     hot = await find_hot_set(contents, previous, now)
     dead = buried(hot.blocks, hot.labels, tombstones)
     await contents.delete(_entry(block) for block in reversed(hot.blocks) if block.key in dead)

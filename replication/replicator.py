@@ -20,7 +20,7 @@ from kvstore.tombstones import Tombstone
 from replication.contents import Contents
 from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, Window, copy
 from replication.cursor import Cursor, Ledger
-from replication.hotset import read_tombstones, share_namespaces
+from replication.hotset import share_namespaces
 from replication.links import Links
 from replication.manifest import MAX_MANIFEST_BYTES, HotBlock, Label, Manifest, ManifestRefused, open_manifest
 from replication.names import manifest_name
@@ -126,14 +126,14 @@ class Replicator:
         """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
         cycle = Cycle()
         pulled = await self._pull(cycle)
-        await self._plan(cycle, pulled, _united(await read_tombstones(self.near), pulled))
+        await self._plan(cycle, pulled, _united(await self._contents.tombstones(), pulled))
         return cycle
 
     async def cycle(self, progress: Progress = lambda report, block, outcome: None) -> Cycle:
         """Do it. A source that fails is left for the next cycle. Raises TierUnavailable, as ``plan`` does."""
         cycle = Cycle()
         pulled = await self._pull(cycle)
-        known = await read_tombstones(self.near)
+        known = await self._contents.tombstones()
         stones = _united(known, pulled)
         if new := stones[len(known) :]:
             cycle.buried = await entomb(self._contents, new)
@@ -146,6 +146,9 @@ class Replicator:
         await asyncio.gather(
             *(self._settle(cycle, source, copied_from.get(source), progress) for source in self._sources)
         )
+        heeded = set(stones)
+        if late := [stone for stone in await self._contents.tombstones() if stone not in heeded]:
+            cycle.buried += await entomb(self._contents, late)  # what they bury may have been copied meanwhile
         return cycle
 
     # --- manifests

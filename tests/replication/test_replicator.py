@@ -26,7 +26,7 @@ from kvstore.testing.servers import S3Server
 from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import HotnessSnapshot
-from kvstore.tiers.object.names import block_name, hotness_name, namespace_name
+from kvstore.tiers.object.names import block_name, hotness_name, namespace_name, tombstone_name
 from kvstore.tiers.object.objects import Objects
 from kvstore.tombstones import Tombstone
 from replication import lease
@@ -218,6 +218,22 @@ class TestTombstones:
         cycle = await pair.cycle(pair.write())
         assert cycle.flows[0].plan.left_out[LeftOut.TOMBSTONE].blocks == 3
         assert stored(pair.eu).keys() == keys(blocks[:1])
+
+    async def test_a_purge_in_the_middle_of_a_copy_takes_what_was_under_way(
+        self, pair: Pair, random_source: random.Random
+    ) -> None:
+        blocks = chain(random_source, 6)
+        store(pair.na, blocks)
+        await pair.publish()
+        stone = Tombstone(time=time.time(), model="llama")
+
+        def purge(*_: object) -> None:
+            put(pair.eu, tombstone_name(stone.identity), stone.to_json().encode())
+
+        async with Replicator.open(pair.write(), "eu") as replicator:
+            cycle = await replicator.cycle(purge)
+        assert cycle.buried == 6
+        assert stored(pair.eu) == {}
 
     async def test_a_block_copied_after_the_purge_is_as_dead(self, pair: Pair, random_source: random.Random) -> None:
         """The time of creation is the block's own, not the copy's."""
