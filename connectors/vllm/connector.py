@@ -22,6 +22,7 @@ from connectors.vllm.options import Options
 from connectors.vllm.pagers import make_pager
 from connectors.vllm.plan import StepPlan
 from connectors.vllm.scheduler import Planner
+from connectors.vllm.timing import Timing
 from connectors.vllm.worker import Mover
 from kvstore.config import default_socket
 from kvstore.node.client import Client
@@ -74,7 +75,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._describer: Describer | None = None
         if scheduler:
             self._describer = Describer.make(self._link, self._options)
-            self._planner = Planner(self._link, self._geometry, self._recorder)
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            self._timing = Timing(self._link, ranks)
+            self._planner = Planner(self._link, self._geometry, self._recorder, self._timing)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning('kv_load_failure_policy is "%s"; set it to "recompute"', transfer.kv_load_failure_policy)
             logger.info("KV store: blocks of %d tokens, %s", self._geometry.block_tokens, self._geometry.namespace)
@@ -117,8 +120,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         state = getattr(scheduler_output, "kv_connector_block_state", None)  # vLLM 0.32 and later
         return self.planner.step(scheduler_output, (lambda name: state.get_block_ids(name)[0]) if state else None)
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        self._timing.ended(connector_output)
+
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        self.planner.remove(request.request_id)
+        self.planner.finish(request)
         return False, None
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvstore.errors import KVStoreError, NodeUnavailable
-from kvstore.identity import Keyring, Namespace
-from kvstore.node.api import NodeClient
+from kvstore.identity import BlockKey, Keyring, Namespace
+from kvstore.node.api import NodeClient, Report
+
+_Row = TypeVar("_Row")
 
 logger = logging.getLogger("vllm.kvstore")
 
 HEARTBEAT_SECONDS = 1.0
+
+MOST_REPORTED = 256
+"""Steps, loads and answers kept for the next heartbeat; older ones are dropped."""
 
 
 class Link:
@@ -29,6 +36,9 @@ class Link:
         self._keyring: Keyring | None = None
         self._on_node: Callable[[], None] | None = None
         self._epoch = 0
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=MOST_REPORTED)
+        self._loads: deque[tuple[int, float]] = deque(maxlen=MOST_REPORTED)
+        self._answered: deque[tuple[Sequence[BlockKey], int]] = deque(maxlen=MOST_REPORTED)
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvstore-link", daemon=True)
@@ -50,6 +60,16 @@ class Link:
         self._keyring = None
         self._wake.set()
 
+    def report_step(self, tokens: int, pairs: float, seconds: float) -> None:
+        """See ``Report``; this and the next two only put it down for the link's thread to send."""
+        self._steps.append((tokens, pairs, seconds))
+
+    def report_load(self, nbytes: int, seconds: float) -> None:
+        self._loads.append((nbytes, seconds))
+
+    def report_answer(self, keys: Sequence[BlockKey], tokens: int) -> None:
+        self._answered.append((keys, tokens))
+
     def close(self) -> None:
         self._closed = True
         self._wake.set()
@@ -65,6 +85,7 @@ class Link:
                 if self._on_node is not None and self.client.epoch != self._epoch:
                     self._epoch = self.client.epoch
                     self._on_node()
+                self._report()
             except KVStoreError as error:
                 self._keyring = None
                 if not silent:
@@ -77,6 +98,11 @@ class Link:
             self._wake.wait(HEARTBEAT_SECONDS)
             self._wake.clear()
 
+    def _report(self) -> None:
+        report = Report(_drain(self._steps), _drain(self._loads), _drain(self._answered))
+        if report.steps or report.loads or report.answered:
+            self.client.report(report)
+
     def _start(self) -> None:
         if self._start_node is None:
             return
@@ -85,3 +111,8 @@ class Link:
         except Exception as error:
             logger.warning("KV store: starting a node failed: %s", error)
             self._start_node = None
+
+
+def _drain(rows: deque[_Row]) -> list[_Row]:
+    """Take what is there now; others may append meanwhile."""
+    return [rows.popleft() for _ in range(len(rows))]

@@ -21,6 +21,10 @@ COUNTERS = {
     "bytes_saved": ("KV bytes copied to the store, all ranks.", None),
     "load_seconds": ("Seconds from the start of a load to its end, summed over loads and ranks.", None),
     "save_seconds": ("Seconds that saving kept the engine waiting, summed over steps and ranks.", None),
+    "blocks_recomputed": (
+        "Stored blocks that were computed because that was planned to be faster, by reason.",
+        "reason",
+    ),
     "blocks_missed": ("Blocks wanted and not delivered, by reason.", "reason"),
     "blocks_not_saved": ("Blocks computed and not stored by this engine, by reason.", "reason"),
 }

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from kvstore.identity import BlockKey
 from kvstore.node.api import NewBlock
+from kvstore.policy.planner import ENDLESS, Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Load:
     """Engine pages to fill, in token order; all of ``keys`` but for a part of the first and of the last."""
     first_page: int
     """Page of the first block at which ``pages`` starts."""
+    patience: Patience = ENDLESS
+    """By when blocks have to be there; the engine computes those that are not."""
 
     def parts(self, pages_per_block: int) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
         """Per block: its key, the engine pages to fill, and the page of the block at which they start."""

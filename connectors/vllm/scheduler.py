@@ -15,9 +15,11 @@ from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, StepPlan
+from connectors.vllm.timing import Timing
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
-from kvstore.node.api import About, Lookup, Miss
+from kvstore.node.api import About, Lookup, Miss, Plan
+from kvstore.policy.planner import ENDLESS, Reason
 from kvstore.tiers.base import Medium
 
 LOOKUP_TIMEOUT = 0.05
@@ -40,6 +42,7 @@ class _Offer:
     """Blocks asked for."""
     found: int
     miss: Miss
+    plan: Plan
 
 
 @dataclass(slots=True)
@@ -61,12 +64,15 @@ class _State:
 class Planner:
     """Plans loads and saves for one engine."""
 
-    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder) -> None:
+    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder, timing: Timing) -> None:
         self._link = link
+        self._timing = timing
         self._geometry = geometry
         self._recorder = recorder
         self._epoch = 0
         self._states: dict[str, _State] = {}
+        self._waiting: set[str] = set()
+        """Requests that have not been admitted yet."""
         self._loads: list[Load] = []
         self._stored: OrderedDict[BlockKey, None] = OrderedDict()
         """Blocks that we saved or saw in the store lately: not worth offering again."""
@@ -78,9 +84,15 @@ class Planner:
             tokens = self._geometry.block_tokens
             chain = Chain(tokens, seed, multimodal_extra(request, tokens))
             self._states[request.request_id] = _State(request, chain, about(request, seed))
+            self._waiting.add(request.request_id)
 
-    def remove(self, request_id: str) -> None:
-        self._states.pop(request_id, None)
+    def finish(self, request: Any) -> None:
+        """The request is over; the node hears how long its answer was."""
+        self._waiting.discard(request.request_id)
+        state = self._states.pop(request.request_id, None)
+        if state is not None and request.num_output_tokens:
+            prompt = request.num_prompt_tokens // self._geometry.block_tokens
+            self._link.report_answer(state.chain.keys[:prompt], request.num_output_tokens)
 
     def offer(self, request: Any, computed: int) -> int:
         """How many tokens beyond ``computed`` (a page boundary) the store can give. May cover the whole prompt.
@@ -98,23 +110,29 @@ class Planner:
         if limit * size <= computed or state.loaded_in == request.num_preemptions:
             return 0
         found, miss = self._lookup(state, first, limit)
-        tokens = max((first + found.blocks) * size - computed, 0) if found.blocks else 0
+        plan = found.plan or Plan(found.blocks, Reason.OFF, ENDLESS)
+        tokens = max((first + plan.blocks) * size - computed, 0) if plan.blocks else 0
         media: dict[Medium, int] = {}
+        left = plan.blocks
         for medium, blocks in found.runs:
-            media[medium] = media.get(medium, 0) + blocks * size
-        if found.runs and tokens:
+            media[medium] = media.get(medium, 0) + min(blocks, left) * size
+            left -= min(blocks, left)
+        if tokens:
             media[found.runs[0][0]] -= computed - first * size
-        state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss)
+        media = {medium: count for medium, count in media.items() if count}
+        state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss, plan)
         return tokens
 
     def admit(self, request: Any, page_ids: Sequence[int], tokens: int) -> None:
         """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""
+        self._waiting.discard(request.request_id)
         state = self._states.get(request.request_id)
         if state is None or state.offer is None:
             return
         offer, state.offer = state.offer, None
         self._recorder.count("tokens_offered", offer.tokens)
         self._recorder.count("blocks_missed", offer.wanted - offer.found, offer.miss.value)
+        self._recorder.count("blocks_recomputed", offer.found - offer.plan.blocks, offer.plan.reason.value)
         state.media = offer.media
         if tokens <= 0:
             return
@@ -130,8 +148,10 @@ class Planner:
                 keys,
                 tuple(page_ids[page] for page in pages),
                 pages.start - blocks.start * geometry.pages_per_block,
+                offer.plan.patience,
             )
         )
+        self._timing.loading(request.request_id, len(blocks) * geometry.block_bytes, offer.media)
         self._remember(keys)
         state.planned = max(state.planned, blocks.stop)
 
@@ -147,9 +167,11 @@ class Planner:
             self._epoch = epoch
             self._stored.clear()
         plan = StepPlan(loads, idle=not output.num_scheduled_tokens)
+        chunks = []
         overwritten = {page for load in loads for page in load.pages}
         for request_id, computed, fresh, replace in _scheduled(output):
             overwritten.update(fresh)
+            chunks.append((computed, output.num_scheduled_tokens.get(request_id, 0)))
             state = self._states.get(request_id)
             if state is None:
                 continue
@@ -158,6 +180,7 @@ class Planner:
             scheduled = computed + output.num_scheduled_tokens.get(request_id, 0)
             plan.saves += self._saves(state, computed, scheduled, page_table)
         plan.overwritten = frozenset(overwritten)
+        self._timing.scheduled(chunks)
         return plan
 
     def _saves(
@@ -190,7 +213,8 @@ class Planner:
         if not self._extend(state, limit):
             return Lookup(0), Miss.UNAVAILABLE
         try:
-            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about)
+            behind = len(self._waiting - {state.request.request_id})
+            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about, behind)
             self._forget(state.chain.keys[first + found.blocks : limit])
             return found, Miss.NOT_STORED
         except DeadlineExceeded:

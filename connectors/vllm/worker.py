@@ -27,6 +27,7 @@ from connectors.vllm.plan import Load, Save
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
 from kvstore.node.api import Acquired, Miss, Reserved
+from kvstore.policy.planner import Patience
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -142,7 +143,7 @@ class Mover:
         """Start a load. Its end, good or bad, is reported by ``take_received`` and ``take_bad_pages``."""
         with self._lock:
             self._loading += 1
-        return self._loads.submit(self._load, load, time.monotonic() + self._load_timeout)
+        return self._loads.submit(self._load, load, time.monotonic())
 
     def take_received(self, patience: float = 0.0) -> set[str]:
         """Requests whose loads ended since the last call. Waits ``patience`` seconds for one, while there are loads."""
@@ -164,14 +165,14 @@ class Mover:
         self._link.close()
         self._pager.close()
 
-    def _load(self, load: Load, deadline: float) -> None:
+    def _load(self, load: Load, begun: float) -> None:
         """Copy block after block until one is missing. Never raises."""
         started = time.perf_counter()
         parts = list(load.parts(self._geometry.pages_per_block))
         good, miss = 0, None
         copying: deque[_Copying] = deque()
         try:
-            for chunk, acquired in self._acquired(parts, deadline):
+            for chunk, acquired in self._acquired(parts, load.patience, begun):
                 copying.append(self._begin_copy(chunk, acquired))
                 miss = acquired.miss
                 if len(copying) == COPIES_AHEAD:
@@ -198,17 +199,28 @@ class Mover:
             self._loading -= 1
             self._load_ended.notify()
 
-    def _acquired(self, parts: Sequence[LoadPart], deadline: float) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
-        """Chunks with their slots, acquired one chunk ahead; the caller releases them. Ends after a miss."""
+    def _acquired(
+        self, parts: Sequence[LoadPart], patience: Patience, begun: float
+    ) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
+        """Chunks with their slots, acquired one chunk ahead; the caller releases them. Ends after a miss.
+
+        Each chunk has to be there when ``patience`` says so, counted from ``begun``.
+        """
+
+        def deadline() -> float:
+            return begun + min(patience.seconds(asked), self._load_timeout)
+
+        asked = min(LOAD_CHUNK, len(parts))
         chunks = iter([parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)])
-        ahead = self._begin_acquire(next(chunks), deadline)
+        ahead = self._begin_acquire(next(chunks), deadline())
         try:
             while ahead is not None:
                 chunk, answer = ahead
                 ahead = None
                 acquired = answer.result()
                 if len(acquired.offsets) == len(chunk) and (following := next(chunks, None)):
-                    ahead = self._begin_acquire(following, deadline)
+                    asked += len(following)
+                    ahead = self._begin_acquire(following, deadline())
                 yield chunk, acquired
         finally:
             if ahead is not None:
@@ -223,7 +235,7 @@ class Mover:
     def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise DeadlineExceeded(f"KV load took longer than {self._load_timeout} s")
+            raise DeadlineExceeded("the KV load took longer than it may")
         return self._client.acquire([key for key, _, _ in chunk], left)
 
     def _release(self, chunk: Sequence[LoadPart], acquired: Acquired) -> None:

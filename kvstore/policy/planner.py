@@ -123,6 +123,9 @@ class Patience:
         return min(self.first + blocks * self.per_block, self.limit)
 
 
+ENDLESS = Patience(float("inf"))
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is to be decided about."""
@@ -157,7 +160,7 @@ class Decision:
     """... when nothing is loaded."""
     chosen: float | None = None
     """... when ``blocks`` are."""
-    patience: Patience = Patience(float("inf"))
+    patience: Patience = ENDLESS
     background: int = 0
     """Blocks behind ``blocks`` to fetch into the arena for next time."""
 

@@ -25,6 +25,7 @@ from connectors.paging.torch import OpaquePager
 from connectors.vllm.keys import Geometry, request_seed
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.scheduler import Planner
+from connectors.vllm.timing import Timing
 from kvstore.errors import DeadlineExceeded, NodeUnavailable
 from kvstore.identity import Namespace, chain_digests
 from kvstore.testing.inprocess import InProcessNode
@@ -80,6 +81,9 @@ class FakeLink:
     def lost(self) -> None:
         pass
 
+    def report_answer(self, keys: Any, tokens: int) -> None:
+        pass
+
     def close(self) -> None:
         self.client.close()
 
@@ -105,6 +109,14 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return 1
+
 
 def content(request: Request, page: int, layer: int) -> bytes:
     """The KV of a full page: a function of every token before its end, and of the salt."""
@@ -120,7 +132,7 @@ class Engine:
         link: Any = FakeLink(client)
         recorder = Recorder()
         self.client = client
-        self.planner = Planner(link, GEOMETRY, recorder)
+        self.planner = Planner(link, GEOMETRY, recorder, Timing(link, 1))
         self.mover = worker.Mover(link, OpaquePager(self.caches, POOL, 2), GEOMETRY, 0, recorder, 1.0)
         self.free = list(range(1, POOL))
         self.cached: dict[tuple[Any, ...], int] = {}
@@ -215,7 +227,7 @@ class Engine:
         for request in [r for r in self.running if r.computed == r.num_tokens]:
             self.running.remove(request)
             self.requests.remove(request)
-            self.planner.remove(request.request_id)
+            self.planner.finish(request)
             self.give_back(request)
 
     def received(self, request: Request, bad: set[int]) -> None:
@@ -376,7 +388,7 @@ def test_a_prefix_hit_inside_a_block_loads_the_rest_of_it(engine: Engine) -> Non
     engine.step(100)
     second = Engine(engine.client)
     second.add(short := Request("short", tokens[:5]))  # leaves one page in the second engine's own cache
-    second.planner.remove(short.request_id)
+    second.planner.finish(short)
     second.step(100)
     second.add(Request("long", [*tokens, 98]))
     assert second.planner.offer(second.requests[0], PAGE) == 12
