@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,15 +26,18 @@ from conftest import (
     storage_config,
     wait,
 )
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 from sglang.srt.mem_cache.utils import get_hash_str
 
 import connectors.sglang.geometry as geometry
 from connectors.sglang.geometry import bind
 from connectors.sglang.options import Options
+from connectors.sglang.pages import page_view
+from connectors.sglang.pools import usable_prefix
 from kvstore.errors import ConfigError
 from kvstore.identity import chain_digests
 from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import NodeProcess, RunningNode
 
 MLA_LAYOUTS = LAYOUTS[:3]
 
@@ -159,8 +160,6 @@ def test_a_block_is_there_when_every_rank_has_written_its_heads(backends: Backen
     ranks = [backends(pool, rank=(rank, 2)) for rank, pool in enumerate(parts)]
     for rank, pool in enumerate(parts):
         both = slice(rank * HEADS // 2, (rank + 1) * HEADS // 2)
-        from connectors.sglang.pages import page_view
-
         page_view(pool)[:, :2] = page_view(whole)[:, :2, both]
     reader = backends(sink := fill(mha_pool("layer_first"), 2))
 
@@ -265,6 +264,50 @@ def test_models_that_cannot_be_served_are_refused_by_name(model: Path, monkeypat
     assert bind("kv", pool, storage_config(pool), Options(weights="w")).namespace.lora
 
 
+# Hybrid models: pools beside KV
+
+
+def test_other_pools_of_a_hybrid_model_have_pages_of_their_own(backends: Backends) -> None:
+    kv, window = fill(mha_pool("page_first"), 1), fill(mha_pool("page_first", heads=2), 2)
+    backend = backends(kv, [("swa", window)])
+    keys = hashes(6)
+    swa = PoolTransfer(
+        name=PoolName.SWA, keys=keys[2:4], host_indices=slots(0, 1), hit_policy=PoolHitPolicy.TRAILING_PAGES
+    )
+    assert all(backend.batch_set_v1(keys, slots(*range(6))))
+    assert backend.batch_set_v2([swa], SimpleNamespace(prefix_keys=keys[:2])) == {PoolName.SWA: [True, True]}
+
+    found = backend.batch_exists_v2(keys, [swa])
+    assert (found.kv_hit_pages, found.extra_pool_hit_pages) == (4, {"kv": 6, "swa": 4})
+    assert getattr(found, "restorable_prefix_pages", [4]) == [4]
+    whole = PoolTransfer(name=PoolName.SWA, keys=keys[:4], hit_policy=PoolHitPolicy.ALL_PAGES)
+    assert backend.batch_exists_v2(keys, [whole]).kv_hit_pages == 0
+
+    back = PoolTransfer(name=PoolName.SWA, keys=keys[2:5], host_indices=slots(3, 4, 5))
+    assert backend.batch_get_v2([back]) == {PoolName.SWA: [True, True, False]}
+    assert torch.equal(content(window, 3, 4), content(window, 0, 1))
+    assert backend.batch_get_v2([PoolTransfer(name=PoolName.SWA, keys=keys[:1])]) == {PoolName.SWA: [False]}
+
+
+@pytest.mark.parametrize(
+    ("policy", "keys", "held", "usable"),
+    [
+        ("ALL_PAGES", 4, "1111", [1, 2, 3, 4]),
+        ("ALL_PAGES", 4, "1101", [1, 2]),
+        ("ALL_PAGES", 4, "0111", []),
+        ("TRAILING_PAGES", 1, "0101", [2, 4]),
+        ("TRAILING_PAGES", 2, "0110", [3]),
+        ("TRAILING_PAGES", 2, "1011", [1, 4]),
+        ("TRAILING_PAGES", 0, "0010", [3]),
+    ],
+)
+def test_the_usable_prefix_follows_the_pools_policy(policy: str, keys: int, held: str, usable: list[int]) -> None:
+    transfer = PoolTransfer(name=PoolName.MAMBA, keys=["k"] * keys, hit_policy=PoolHitPolicy[policy])
+    found = usable_prefix(4, [transfer], {"mamba": [flag == "1" for flag in held]})
+    assert found.kv_hit_pages == max(usable, default=0)
+    assert getattr(found, "restorable_prefix_pages", usable) == usable
+
+
 # Failure
 
 
@@ -283,31 +326,24 @@ def test_without_a_node_everything_misses_until_one_comes(backends: Backends, tm
 
 
 def test_a_node_that_hangs_costs_no_more_than_the_deadlines(backends: Backends, tmp_path: Path) -> None:
-    socket = tmp_path / "n.sock"
-    command = [sys.executable, "-m", "kvstore", "node", f"--set=node.directory={tmp_path}", f"--set=node.socket={socket}",
-               "--set=host.bytes=16MiB", "--set=host.extent_bytes=1MiB", "--set=disk.bytes=16MiB",
-               "--set=disk.segment_bytes=4MiB"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        backend = backends(
-            fill(mha_pool("page_first"), 1),
-            socket=str(socket),
-            lookup_timeout_s=0.05,
-            load_timeout_s=0.1,
-            save_timeout_s=0.1,
-        )
+    small = ["host.bytes=16MiB", "host.extent_bytes=1MiB", "disk.bytes=16MiB", "disk.segment_bytes=4MiB"]
+    with NodeProcess(tmp_path, *small) as node:
+        limits = {"lookup_timeout_s": 0.05, "load_timeout_s": 0.1, "save_timeout_s": 0.1}
+        backend = backends(fill(mha_pool("page_first"), 1), socket=str(node.socket), **limits)
         wait(lambda: all(backend.batch_set_v1(hashes(2), slots(0, 1))))
-        os.kill(process.pid, signal.SIGSTOP)
-        assert backend.batch_exists(hashes(2)) == 0
-        assert backend.batch_get_v1(hashes(2), slots(2, 3)) == [False, False]
-        assert backend.batch_set_v1(hashes(2, 1), slots(0, 1)) == [False, False]
-        assert backend.recorder.counts["pages_missed:deadline"] == 3
-        assert backend.recorder.counts["pages_not_saved:deadline"] == 2
-        os.kill(process.pid, signal.SIGCONT)
+        process = node.status()["pid"]
+        before = dict(backend.recorder.counts)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            assert backend.batch_exists(hashes(2)) == 0
+            assert backend.batch_get_v1(hashes(2), slots(2, 3)) == [False, False]
+            assert backend.batch_set_v1(hashes(2, 1), slots(0, 1)) == [False, False]
+        finally:
+            os.kill(process, signal.SIGCONT)
+        counts = backend.recorder.counts
+        assert counts["pages_missed:deadline"] - before.get("pages_missed:deadline", 0) == 3
+        assert counts["pages_not_saved:deadline"] - before.get("pages_not_saved:deadline", 0) == 2
         wait(lambda: backend.batch_exists(hashes(2)) == 2)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_call_that_makes_no_sense_is_a_miss(backends: Backends) -> None:
