@@ -127,7 +127,7 @@ def resync_kind(site: Site) -> JobKind:
 
 def _replicator(site: Site) -> Any:
     assert site.topology is not None
-    return Replicator.open(site.topology, site.region)
+    return Replicator.open(site.topology, site.region, capacity=site.capacity)
 
 
 def _document(cycle: Cycle) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def plan(
     async def once() -> int:
         async with (
             site.open_catalog() as catalog,
-            Replicator.open(regions, region, catalog) as replicator,
+            Replicator.open(regions, region, catalog, capacity=site.capacity) as replicator,
         ):
             cycle = await replicator.plan()
         show_cycle(cycle, json, done=False)
@@ -129,7 +129,7 @@ def replicate(
     async def once() -> int:
         async with (
             site.open_catalog() as catalog,
-            Replicator.open(regions, region, catalog, most) as replicator,
+            Replicator.open(regions, region, catalog, most, site.capacity) as replicator,
         ):
             if regions.mode == "observe":
                 cycle = await replicator.plan()

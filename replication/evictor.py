@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from kvstore.catalog.base import Entry
 from kvstore.identity import BlockKey
 from kvstore.tiers.object.hotness import merged
 from replication.contents import Contents
 from replication.hotset import kept_manifests, read_snapshots
+from replication.links import Links
+from replication.manifest import HotBlock
 
 BEGIN_SHARE, END_SHARE = 3 / 32, 4 / 32
 """Parts of the cap: with less than the first free, blocks go until the second is."""
+NEWCOMER = 0.8
+"""What the score of a block that is not there yet counts for: one that is hardly better than another is not worth its way."""
 
 
 async def make_room(contents: Contents, capacity: int) -> int:
@@ -28,14 +32,37 @@ async def make_room(contents: Contents, capacity: int) -> int:
     used = await contents.used_bytes()
     if used is None or used <= capacity * (1 - BEGIN_SHARE):
         return 0
-    now = time.time()
-    scores = merged(await read_snapshots(contents.bucket), now)
-    for manifest in await kept_manifests(contents.bucket):
-        for block in manifest.blocks:
-            scores[block.key] = max(scores.get(block.key, 0.0), block.score)
+    scores = await known_scores(contents.bucket)
     blocks = await contents.blocks()
     excess = used - int(capacity * (1 - END_SHARE))
     return await contents.delete(await asyncio.to_thread(victims, blocks.values(), scores, excess))
+
+
+async def known_scores(bucket: Links) -> dict[BlockKey, float]:
+    """What the nodes of the region expect of their blocks, and the sources of theirs. Raises TierUnavailable."""
+    scores = merged(await read_snapshots(bucket), time.time())
+    for manifest in await kept_manifests(bucket):
+        for block in manifest.blocks:
+            scores[block.key] = max(scores.get(block.key, 0.0), block.score)
+    return scores
+
+
+def overflow(
+    blocks: Collection[Entry], scores: Mapping[BlockKey, float], coming: Sequence[HotBlock], capacity: int
+) -> set[BlockKey]:
+    """Those of the blocks to come (parents first) that would be given up as soon as they are there; pure.
+
+    Without them a copy into a bucket that is full comes to rest, in place of bringing the same blocks every round.
+    """
+    depths = {entry.key: entry.depth for entry in blocks}
+    arrivals = []
+    for block in coming:
+        depth = depths[block.key] = depths.get(block.parent, -1) + 1
+        arrivals.append(Entry(block.key, block.length, block.namespace, 0, depth, block.parent, stored=0))
+    together = [*blocks, *arrivals]
+    excess = sum(entry.envelope_bytes for entry in together) - int(capacity * (1 - END_SHARE))
+    reduced = {**scores, **{block.key: NEWCOMER * block.score for block in coming}}
+    return {entry.key for entry in victims(together, reduced, excess)} & {block.key for block in coming}
 
 
 def victims(blocks: Collection[Entry], scores: Mapping[BlockKey, float], nbytes: int) -> list[Entry]:

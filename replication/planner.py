@@ -33,6 +33,8 @@ class LeftOut(Enum):
     SCORE = "below_min_score"
     BYTES = "max_bytes"
     MONEY = "money"
+    ROOM = "bucket_full"
+    """Worth less than what the cap of the bucket leaves room for."""
     PARENT = "parent"
     """Of no use without an ancestor that is left out."""
 
@@ -68,6 +70,16 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
+
+    def without(self, keys: AbstractSet[BlockKey], reason: LeftOut) -> Plan:
+        """The plan less some blocks, none of which another one continues."""
+        tally = Tally()
+        for block in self.blocks:
+            if block.key in keys:
+                tally.add(block)
+        if not tally.blocks:
+            return self
+        return Plan([b for b in self.blocks if b.key not in keys], {**self.left_out, reason: tally})
 
 
 def plan(

@@ -20,6 +20,7 @@ from kvstore.tombstones import Tombstone
 from replication.contents import Contents
 from replication.copier import MEMORY_BYTES, Copied, Outcome, ServerSide, Streamed, Transfer, Window, copy
 from replication.cursor import Cursor, Ledger
+from replication.evictor import known_scores, overflow
 from replication.hotset import share_namespaces
 from replication.links import Links
 from replication.manifest import MAX_MANIFEST_BYTES, HotBlock, Label, Manifest, ManifestRefused, open_manifest
@@ -78,14 +79,21 @@ class Replicator:
     """Brings hot blocks to one region. Open it with ``Replicator.open``; all calls in one event loop."""
 
     def __init__(
-        self, topology: Topology, region: str, contents: Contents, far: Mapping[str, Links], budget: int | None = None
+        self,
+        topology: Topology,
+        region: str,
+        contents: Contents,
+        far: Mapping[str, Links],
+        budget: int | None = None,
+        capacity: int | None = None,
     ) -> None:
-        """``contents`` are the region's own, ``far`` leads to the buckets of all others; ``budget``: see ``open``."""
+        """``contents`` are the region's own, ``far`` leads to the buckets of all others; for the others see ``open``."""
         self.topology = topology
         self.region = region
         self.near = contents.bucket
         self._contents = contents
         self._budget = budget
+        self._capacity = capacity
         self._far = far
         self.sources = frozenset(far)
         """Regions that it hears of, for their tombstones at least."""
@@ -97,21 +105,31 @@ class Replicator:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, topology: Topology, region: str, catalog: Catalog | None = None, budget: int | None = None
+        cls,
+        topology: Topology,
+        region: str,
+        catalog: Catalog | None = None,
+        budget: int | None = None,
+        capacity: int | None = None,
     ) -> AsyncIterator[Self]:
         """Connect to the region and to every other one whose key is known. Raises ConfigError.
 
         ``catalog`` is the region's own, if there is one: what is copied and deleted is recorded in it at once. ``budget``
-        limits the bytes that one round copies, over all flows.
+        limits the bytes that one round copies, over all flows; ``capacity`` is the cap of the region's bucket in bytes.
         """
         async with Links.open(topology.links(region)) as near, Contents.open(near, catalog) as contents:
-            async with cls.beside(topology, region, contents, budget) as replicator:
+            async with cls.beside(topology, region, contents, budget, capacity) as replicator:
                 yield replicator
 
     @classmethod
     @asynccontextmanager
     async def beside(
-        cls, topology: Topology, region: str, contents: Contents, budget: int | None = None
+        cls,
+        topology: Topology,
+        region: str,
+        contents: Contents,
+        budget: int | None = None,
+        capacity: int | None = None,
     ) -> AsyncIterator[Self]:
         """As ``open``, for who has the region's contents open already."""
         async with AsyncExitStack() as stack:
@@ -120,7 +138,7 @@ class Replicator:
                 for name, table in topology.regions.items()
                 if name != region and table.public_key
             }
-            yield cls(topology, region, contents, far, budget)
+            yield cls(topology, region, contents, far, budget, capacity)
 
     async def plan(self) -> Cycle:
         """What a cycle would do now. Changes nothing. Raises TierUnavailable when the own bucket does not answer."""
@@ -185,7 +203,9 @@ class Replicator:
     # --- planning
 
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
-        have: set[BlockKey] = set(await self._contents.blocks())
+        held = await self._contents.blocks()
+        scores = {} if self._capacity is None else await known_scores(self.near)
+        have: set[BlockKey] = set(held)
         retired = await read_retired(self.near)
         now, left = time.time(), self._budget
         for flow in self.topology.flows_to(self.region):
@@ -201,6 +221,10 @@ class Replicator:
             buried = [*stones, *retired.stones(manifest.blocks)]
             wants = partial(self._wants, flow, retired)
             report.plan = plan(manifest.blocks, manifest.labels, have, limits, buried, wants)
+            if self._capacity is not None:
+                coming = [block for earlier in cycle.flows for block in earlier.plan.blocks]
+                lost = overflow(held.values(), scores, [*coming, *report.plan.blocks], self._capacity)
+                report.plan = report.plan.without(lost, LeftOut.ROOM)
             have.update(block.key for block in report.plan.blocks)
             left = None if left is None else left - report.plan.nbytes
             cycle.flows.append(report)

@@ -66,7 +66,9 @@ async def serve(
         contents = await stack.enter_async_context(site.open_contents())
         duties = _Duties(site, contents, registry)
         if site.topology is not None and site.topology.mode != "off":
-            duties.replicator = await stack.enter_async_context(Replicator.beside(site.topology, site.region, contents))
+            duties.replicator = await stack.enter_async_context(
+                Replicator.beside(site.topology, site.region, contents, capacity=site.capacity)
+            )
         wanted = list(duties.wanted(key, pace))
         log.info("regional service runs", region=site.region, duties=[duty.role for duty in wanted])
         metrics = DutyMetrics(registry)
@@ -87,7 +89,7 @@ async def beside_a_node(
 ) -> AsyncIterator[None]:
     """``serve`` in a thread with an event loop of its own, while the context lasts.
 
-    So its work never keeps the node's engines waiting, and whatever becomes of it, the node goes on. Raises ConfigError.
+    So its rounds do not hold up the node's event loop, and whatever becomes of it, the node goes on. Raises ConfigError.
     """
     _ = site.links  # credentials that cannot be used are known before anything starts
     loop, stop = asyncio.new_event_loop(), asyncio.Event()

@@ -37,6 +37,8 @@ class LocalRegion:
     node: NodeProcess
     """Not started yet."""
     public_key: str
+    settings: Sequence[str]
+    """Of its node and its service, as ``section.key=value``."""
     links: dict[str, ShapedLink] = field(default_factory=dict)
     """To its sources, by their names."""
 
@@ -50,9 +52,13 @@ class LocalRegion:
         return self.folder / "key.pem"
 
     def command(self, verb: str, *arguments: str) -> list[str]:
-        """``kvstore region VERB`` for this region."""
+        """``kvstore region VERB`` for this region, for verbs that take settings."""
         places = ["--topology", str(self.topology), "--region", self.name]
-        return [sys.executable, "-m", "kvstore", "region", verb, *places, *arguments]
+        return [sys.executable, "-m", "kvstore", "region", verb, *places, *self._options, *arguments]
+
+    @property
+    def _options(self) -> list[str]:
+        return [f"--set={text}" for text in self.settings]
 
     def publish(self) -> dict[str, Any]:
         """What the command says, with its exit status as ``status``."""
@@ -64,9 +70,8 @@ class LocalRegion:
 
     def warm(self, *arguments: str) -> dict[str, Any]:
         """Fill the node from the region's bucket, as ``publish``."""
-        settings = [f"--set={text}" for text in _bucket_settings(self.bucket)]
-        socket = ["--socket", str(self.node.socket)]
-        return _json([sys.executable, "-m", "kvstore", "warm", "--json", *socket, *settings, *arguments])
+        node = ["--socket", str(self.node.socket), f"--set=node.directory={self.node.data}", *self._options]
+        return _json([sys.executable, "-m", "kvstore", "warm", "--json", *node, *arguments])
 
     def damage(self, namespace: bytes, key: BlockKey) -> None:
         """Flip a bit of a block's payload in the bucket."""
@@ -76,10 +81,9 @@ class LocalRegion:
         obstore.put(store, name, bytes(body), use_multipart=False)
 
     @contextmanager
-    def replicating(self) -> Iterator[Daemon]:
-        """A replicator that goes on, round after round, until the block ends; its log is in ``folder``."""
-        argv = self.command("replicate", "--watch", "--interval", "0.5", "--json")
-        daemon = Daemon(argv, self.folder / "replicator.log", lambda: True)
+    def service(self) -> Iterator[Daemon]:
+        """``kvstore region run`` until the block ends."""
+        daemon = Daemon(self.command("run", "--key", str(self.key)), self.folder / "region.log", lambda: True)
         daemon.start()
         try:
             yield daemon
@@ -114,9 +118,10 @@ class LocalRegions:
             access_key_id=s3.access_key,
             secret_access_key=s3.secret_key,
         )
-        node = NodeProcess(folder, *_bucket_settings(where), "object.create_bucket=true", *settings)
+        settings = (*_bucket_settings(where), *settings)
+        node = NodeProcess(folder, "object.create_bucket=true", *settings)
         key = public_text(create_key(folder / "key.pem").public_key())
-        region = self.regions[name] = LocalRegion(name, folder, s3, where, node, key)
+        region = self.regions[name] = LocalRegion(name, folder, s3, where, node, key, settings)
         (self._folder / f"{name}.credentials").write_text(
             f'access_key_id = "{s3.access_key}"\nsecret_access_key = "{s3.secret_key}"\n'
         )

@@ -7,6 +7,7 @@ A few lines stand in for an engine; ``test_regions_engines.py`` has real ones.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import tempfile
 import time
@@ -162,40 +163,30 @@ def let_leases_lapse(region: LocalRegion) -> None:
 def test_a_cut_in_the_middle_of_a_copy(world: World) -> None:
     region = world.mirror("cut")
     link = region.links["na"]
-    with region.replicating() as replicator:
+    with region.service() as service:
         wait_for(lambda: arrived(region) >= TOTAL // 4)
         link.cut()
-        wait_for(lambda: b"link does not answer" in replicator.log.read_bytes())
+        wait_for(lambda: b"link does not answer" in service.log.read_bytes())
         assert arrived(region) < TOTAL
         world.assert_whole_prefixes(region)
         link.reset()
         link.heal()
         wait_for(lambda: arrived(region) == TOTAL)
-        wait_for(lambda: sum(rounds(replicator.log, "copied")) == TOTAL)  # not one was sent twice
+        wait_for(lambda: copied(service.log) == TOTAL)  # not one was sent twice
     assert world.assert_whole_prefixes(region) == world.served(region) == TOTAL
 
 
-def rounds(log: Path, outcome: str) -> list[int]:
-    """How many blocks had this outcome in each round that a replicator tells of."""
-    decoder, found = json.JSONDecoder(), []
-    text = log.read_text()
-    place = text.find("{\n")
-    while place >= 0:
-        try:
-            said, place = decoder.raw_decode(text, place)
-        except ValueError:
-            break
-        found += [flow["copied"].get(outcome, 0) for flow in said["flows"]]
-        place = text.find("{\n", place)
-    return found
+def copied(log: Path) -> int:
+    """How many blocks a service copied, by its own account of each round."""
+    return sum(int(count) for count in re.findall(r"copied (\d+) blocks", log.read_text()))
 
 
 def test_a_replicator_that_is_killed(world: World) -> None:
     region = world.mirror("kill")
     link = region.links["na"]
-    with region.replicating() as replicator:
+    with region.service() as service:
         wait_for(lambda: arrived(region) >= TOTAL // 2)
-        replicator.kill()
+        service.kill()
     link.reset()  # nobody waits for what is still on its way
     there = world.assert_whole_prefixes(region)
     let_leases_lapse(region)
@@ -315,3 +306,15 @@ def test_a_third_region_takes_from_the_second_what_the_first_may_not_send(world:
         "second": TOTAL - TOTAL // 3,
     }
     assert world.assert_whole_prefixes(third) == world.served(third) == TOTAL
+
+
+def test_a_bucket_with_a_cap_is_not_filled_again_and_again(world: World) -> None:
+    fits = TOTAL // 2
+    cap = f"object.bytes={fits * envelope_bytes(BLOCK_BYTES)}"
+    region = world.mirror("cap", cap, "host.extent_bytes=256KiB")  # a node keeps room for its largest block, too
+    said = region.replicate()["flows"][0]
+    assert fits // 2 < said["copied"]["copied"] <= fits
+    assert said["left_out"]["bucket_full"]["blocks"] == TOTAL - said["copied"]["copied"]
+    assert world.assert_whole_prefixes(region) == said["copied"]["copied"]
+    wait_for(lambda: region.node.blocks()["object"] == said["copied"]["copied"])  # by the catalog
+    assert region.replicate()["flows"][0]["planned"]["blocks"] == 0

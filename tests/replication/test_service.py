@@ -37,8 +37,9 @@ from kvstore.tombstones import Tombstone, end_of_second
 from replication import duties, lease
 from replication.contents import Contents
 from replication.duties import Duty, DutyMetrics, Keeper, Round, read_standing
-from replication.evictor import make_room, victims
+from replication.evictor import make_room, overflow, victims
 from replication.links import Links
+from replication.manifest import HotBlock
 from replication.publisher import entomb
 from replication.service import Pace, serve
 from replication.site import Site
@@ -392,6 +393,21 @@ class TestEvictor:
         left = {entry.key for entry in blocks} - {entry.key for entry in gone}
         assert sum(entry.envelope_bytes for entry in gone) >= wanted
         assert all(entry.parent == NO_PARENT or entry.parent in left for entry in blocks if entry.key in left)
+
+    def test_of_what_is_to_come_only_that_stays_out_which_would_go_at_once(self) -> None:
+        there = entries_of([5000] * 4)
+        size = there[0].envelope_bytes
+        room = 8 * size  # an eighth stays free: seven blocks fit
+        scores = {entry.key: 1.0 for entry in there}
+        new = [BlockKey(bytes([9, place]) * 8) for place in range(4)]
+
+        def coming(score: float) -> list[HotBlock]:
+            return [HotBlock(key, [NO_PARENT, *new][i], b"n" * 16, 5000, 0.0, score) for i, key in enumerate(new)]
+
+        assert overflow(there, scores, coming(1.0), 16 * size) == set()
+        assert overflow(there, scores, coming(1.0), room) == {new[3]}, "the tail"
+        assert overflow(there, scores, coming(1.1), 4 * size) == set(new), "hardly better than what is there"
+        assert overflow(there, scores, coming(9.0), 5 * size) == set(), "it displaces what is there"
 
     async def test_the_bucket_is_kept_under_its_cap_from_the_catalog(
         self, folder_bucket: ObjectSettings, tmp_path: Path
