@@ -12,7 +12,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvstore.admin.guard import WRITES
@@ -20,8 +21,8 @@ from kvstore.admin.problems import Problem
 
 MOST = 1024
 KEEP_SECONDS = 24 * 3600.0
-MAX_ANSWER_BYTES = 1 << 20
-"""An answer beyond it is not kept, and its write is done anew."""
+MAX_ANSWER_BYTES = 64 << 10
+"""An answer beyond it is not kept, and its write is done anew. Together they stay under 64 MiB."""
 
 
 @dataclass(slots=True)
@@ -46,7 +47,13 @@ class Idempotency:
         if key is None or scope["method"] not in WRITES:
             await self._app(scope, receive, send)
             return
-        body = await Request(scope, receive).body()
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
+        except HTTPException as error:  # from Guard: too large
+            await Problem(error.status_code, "body-too-large", str(error.detail)).response()(scope, receive, send)
+            return
         who = Headers(scope=scope).get("authorization", "")
         name = _digest(who, key)
         fingerprint = _digest(scope["method"], scope["path"], scope["query_string"], body)

@@ -194,8 +194,9 @@ def test_large_bodies_are_refused(shared_api: Site) -> None:
         head = f"POST /v1/lookup HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99999999\r\n\r\n"
         raw.sendall(head.encode())
         assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
-    endless = (b" " * (1 << 20) for _ in range(17))
-    assert shared_api.http.post("/v1/lookup", content=endless).status_code == 413
+    for headers in ({}, {"Idempotency-Key": "large"}):
+        endless = (b" " * (1 << 20) for _ in range(17))
+        assert shared_api.http.post("/v1/lookup", content=endless, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize(
