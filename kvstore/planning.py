@@ -97,7 +97,7 @@ class Planning:
         if decision.found:
             self._count(decision)
         told = load_everything(request, self.wait, Reason.OFF) if self.mode is Mode.OBSERVE else decision
-        self._follow(told, decision, keys[start:], runs, namespace.block_bytes)
+        self._follow(told, keys[start:], runs, namespace.block_bytes)
         return told
 
     def step(self, namespace: KnownNamespace, tokens: int, pairs: float, seconds: float) -> None:
@@ -147,7 +147,6 @@ class Planning:
     def _follow(
         self,
         told: Decision,
-        decision: Decision,
         keys: Sequence[BlockKey],
         runs: Sequence[tuple[Medium, int]],
         block_bytes: int,
@@ -164,6 +163,6 @@ class Planning:
         if told.background:
             later = keys[told.blocks : told.blocks + told.background]
             promoter.fetch_ahead([key for key in later if key not in arena])
-        if decision.blocks < decision.found and decision.load_all is not None and decision.recompute_all is not None:
-            estimates = (decision.load_all, decision.recompute_all)
-            self._store.history.record(What.RECOMPUTED, keys[decision.blocks : decision.found], estimates=estimates)
+        if told.blocks < told.found and told.load_all is not None and told.recompute_all is not None:
+            estimates = (told.load_all, told.recompute_all)
+            self._store.history.record(What.RECOMPUTED, keys[told.blocks : told.found], estimates=estimates)

@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.errors import BlockNotFound, ProtocolError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
-from kvstore.node.api import About, NewBlock
+from kvstore.node.api import About, NewBlock, Report
 from kvstore.node.client import Client
 from kvstore.node.protocol import join_keys
 from kvstore.testing.node import RunningNode
@@ -151,6 +151,24 @@ def test_what_admission_refused_names_the_rule(tmp_path: Path) -> None:
         (block,) = explain(client, tokens=packed(prompt(1, 1)), namespace=NAMESPACE.digest)["blocks"]
         assert block["why"] == "not_admitted"
         assert (block["causes"][0]["tier"], block["causes"][0]["rule"]) == ("object", "seen_once")
+
+
+@pytest.mark.parametrize("mode", ["enforce", "observe"])
+def test_what_the_planner_preferred_to_compute_has_both_estimates(tmp_path: Path, mode: str) -> None:
+    with RunningNode(tmp_path, "disk.enabled=false", f"policy.planner={mode}") as node, Client(node.socket) as client:
+        keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
+        keys = keys_of(keyring, prompt(1, 8))
+        save(client, keys)
+        steps = [(tokens, tokens * tokens / 2, tokens * 1e-6) for tokens in range(64, 2048, 64)]
+        client.report(Report(steps=steps, loads=[(count * BLOCK_BYTES, count * 1.0) for count in range(1, 40)]))
+        client.lookup(keys, about=About("slow"), waiting=0)
+        document = explain(client, request="slow")
+        if mode == "observe":
+            assert set(reasons(document)) == {"held"}, "it was told to load"
+            return
+        assert set(reasons(document)) == {"recompute_preferred"}
+        load, compute = document["blocks"][0]["causes"][0]["estimates"]
+        assert load > compute > 0
 
 
 OTHERS = [
