@@ -289,6 +289,25 @@ def test_other_pools_of_a_hybrid_model_have_pages_of_their_own(backends: Backend
     assert backend.batch_get_v2([PoolTransfer(name=PoolName.SWA, keys=keys[:1])]) == {PoolName.SWA: [False]}
 
 
+def test_states_of_recurrent_layers_are_kept_whole(backends: Backends) -> None:
+    """A Mamba pool's page is one state, in a piece for each of its tensors."""
+    mamba = pytest.importorskip("sglang.srt.mem_cache.pool_host.mamba")
+    info = pytest.importorskip("sglang.srt.mem_cache.device_pool_info")
+    states = torch.zeros(3, 8, 4, 16), (torch.zeros(3, 8, 20, dtype=torch.bfloat16),)
+    buffers = info.MambaStateBufferInfo(temporal=states[0], conv=states[1])
+    pool = mamba.MambaPoolHost(buffers, 2.0, 0, device_capacity=8, pin_memory=False, layout="page_first")
+    pool.temporal_buffer.normal_()
+    pool.conv_buffer[0].normal_()
+    backend = backends(fill(mha_pool("page_first"), 1), [("mamba", pool)])
+    keys = hashes(2)
+    save = PoolTransfer(name=PoolName.MAMBA, keys=keys, host_indices=torch.tensor([5, 1]))
+    assert backend.batch_set_v2([save]) == {PoolName.MAMBA: [True, True]}
+    load = PoolTransfer(name=PoolName.MAMBA, keys=keys, host_indices=torch.tensor([2, 7]))
+    assert backend.batch_get_v2([load]) == {PoolName.MAMBA: [True, True]}
+    for buffer in (pool.temporal_buffer, pool.conv_buffer[0]):
+        assert torch.equal(buffer[[2, 7]], buffer[[5, 1]])
+
+
 @pytest.mark.parametrize(
     ("policy", "keys", "held", "usable"),
     [
