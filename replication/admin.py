@@ -12,7 +12,8 @@ from pydantic import Field
 
 from kvstore.admin.auth import Principal, Role, authorize, reads, writes
 from kvstore.admin.cached import Cached
-from kvstore.admin.models import Check, Model, Wanted
+from kvstore.admin.models.base import Model, Wanted
+from kvstore.admin.models.status import Check
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import Site as ApiSite
 from kvstore.errors import ConfigError, KVStoreError

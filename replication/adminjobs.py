@@ -11,7 +11,7 @@ from pydantic import Field
 
 from kvstore.admin.jobs import JobKind, Running
 from kvstore.admin.kinds import NoOptions
-from kvstore.admin.models import Wanted
+from kvstore.admin.models.base import Wanted
 from kvstore.config import Config
 from kvstore.config.schema import Bytes
 from kvstore.errors import KVStoreError

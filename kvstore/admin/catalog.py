@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.admin.cached import Cached
-from kvstore.admin.models import CatalogInfo, ClaimInfo
+from kvstore.admin.models.status import CatalogInfo, ClaimInfo
 from kvstore.catalog.base import Catalog
 from kvstore.config import Config
 from kvstore.errors import ConfigError

@@ -9,35 +9,20 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import TypeAdapter
 
-from kvstore.admin.models import (
-    Block,
-    BlockInfo,
+from kvstore.admin.models.base import TierName
+from kvstore.admin.models.blocks import Block, BlockInfo, Deleted, Evicted, Pin, Pinned, Unpinned, Verified
+from kvstore.admin.models.jobs import Job, JobKindInfo, JobState
+from kvstore.admin.models.policy import DryRun, Mode, Policy
+from kvstore.admin.models.prompts import Explanation, HotPrompt, LookupAnswer, Prompt, RouterAnswer
+from kvstore.admin.models.status import (
     CatalogInfo,
-    Deleted,
-    DryRun,
-    Evicted,
-    Explanation,
-    HotPrompt,
-    Job,
-    JobKindInfo,
-    JobState,
-    LookupAnswer,
-    Mode,
     ModelInfo,
     NamespaceInfo,
     NodeInfo,
     NodeStatus,
-    Pin,
-    Pinned,
-    Policy,
-    Prompt,
     Readiness,
-    RouterAnswer,
     SettingInfo,
     Snapshot,
-    TierName,
-    Unpinned,
-    Verified,
     WarmthStatus,
 )
 from kvstore.errors import AdminRefused, NodeUnavailable

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from kvstore.admin.models import Job, JobProgress, JobState
+from kvstore.admin.models.jobs import Job, JobProgress, JobState
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError, KVStoreError
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from kvstore.admin.jobs import JobKind, Jobs, Running
-from kvstore.admin.models import TierName, Wanted
+from kvstore.admin.models.base import TierName, Wanted
 from kvstore.admin.node import WORK_SECONDS, NodeView
 from kvstore.config import Config
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from kvstore.admin.cached import Cached
-from kvstore.admin.models import HotPrompt, NamespaceInfo, NodeStatus, Prompt
+from kvstore.admin.models.prompts import HotPrompt, Prompt
+from kvstore.admin.models.status import NamespaceInfo, NodeStatus
 from kvstore.admin.problems import Problem
 from kvstore.identity import Keyring, chain_digests, chain_seed
 from kvstore.node.client import AsyncClient, Client

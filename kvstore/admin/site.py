@@ -15,7 +15,7 @@ from kvstore.admin.auth import Authenticate, everybody
 from kvstore.admin.cached import Cached
 from kvstore.admin.catalog import CatalogView
 from kvstore.admin.jobs import Jobs
-from kvstore.admin.models import Check, Snapshot
+from kvstore.admin.models.status import Check, Snapshot
 from kvstore.admin.node import NodeView
 from kvstore.admin.problems import Problem
 from kvstore.config import Config, Loaded

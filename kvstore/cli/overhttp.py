@@ -18,7 +18,7 @@ from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstore.admin.client import AdminClient
-    from kvstore.admin.models import Job
+    from kvstore.admin.models.jobs import Job
 
 Api = Annotated[str, typer.Option("--api", metavar="URL", help="The admin API; else api.listen.", envvar="KVSTORE_API")]
 Name = Annotated[str, typer.Argument(metavar="JOB", help="As kvstore jobs list shows it; its start is enough.")]
@@ -177,7 +177,7 @@ def set_policy(
     json: options.Json = False,
 ) -> None:
     """Switch admission, until the node stops; policy.admission says how it starts."""
-    from kvstore.admin.models import Mode
+    from kvstore.admin.models.policy import Mode
 
     with admin(api, config, overrides) as client:
         found = client.set_policy(Mode(mode.value))

@@ -14,7 +14,7 @@ from conftest import Pair
 from region_cases import KEY, LLAMA, PAYLOAD_BYTES, chain, store, stored
 
 from kvstore.admin.client import AdminClient
-from kvstore.admin.models import Job, JobState
+from kvstore.admin.models.jobs import Job, JobState
 from kvstore.errors import ConfigError
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode

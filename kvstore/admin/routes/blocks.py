@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 
 from kvstore.admin.auth import Role, reads, writes
-from kvstore.admin.models import (
+from kvstore.admin.models.base import Key, TierName
+from kvstore.admin.models.blocks import (
     Block,
     BlockInfo,
     BlockPage,
     Deleted,
     Evicted,
     Eviction,
-    Key,
     NewPin,
     Pin,
     Pinned,
@@ -22,7 +22,6 @@ from kvstore.admin.models import (
     PromptBlocks,
     PromptBlocksQuery,
     SomeBlocks,
-    TierName,
     Unpinned,
     Verified,
     VerifiedTier,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from kvstore.admin.auth import Role, reads
-from kvstore.admin.models import SettingInfo
+from kvstore.admin.models.status import SettingInfo
 from kvstore.admin.site import CurrentSite
 
 router = APIRouter(prefix="/v1", tags=["configuration"])

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from kvstore.admin.auth import reads
-from kvstore.admin.models import Snapshot
+from kvstore.admin.models.status import Snapshot
 from kvstore.admin.site import SNAPSHOT_SECONDS, CurrentSite, Site
 from kvstore.warmth import read_warmth
 

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter
 
 import kvstore
-from kvstore.admin.models import Check, Health, Readiness
+from kvstore.admin.models.status import Check, Health, Readiness
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import CurrentSite, Site
 from kvstore.errors import KVStoreError

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from kvstore.admin.auth import Role, reads, writes
-from kvstore.admin.models import Job, JobKindInfo, JobPage, JobState, NewJob
+from kvstore.admin.models.jobs import Job, JobKindInfo, JobPage, JobState, NewJob
 from kvstore.admin.paging import Cursor, Limit, page_of
 from kvstore.admin.problems import documented
 from kvstore.admin.site import CurrentSite

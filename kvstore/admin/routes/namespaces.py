@@ -8,7 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from kvstore.admin.auth import Role, reads, writes
-from kvstore.admin.models import DIGEST_EXAMPLE, Deleted, ModelInfo, NamespaceInfo, NamespacePage
+from kvstore.admin.models.base import DIGEST_EXAMPLE
+from kvstore.admin.models.blocks import Deleted
+from kvstore.admin.models.status import ModelInfo, NamespaceInfo, NamespacePage
 from kvstore.admin.node import WORK_SECONDS
 from kvstore.admin.paging import Cursor, Limit, page_of
 from kvstore.admin.problems import documented

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from kvstore.admin.auth import Role, reads, writes
-from kvstore.admin.models import DryRun, Policy, PolicyChange, Prompt, Run
+from kvstore.admin.models.policy import DryRun, Policy, PolicyChange, Run
+from kvstore.admin.models.prompts import Prompt
 from kvstore.admin.problems import documented
 from kvstore.admin.site import CurrentNode
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from kvstore.admin.auth import reads
-from kvstore.admin.models import (
+from kvstore.admin.models.prompts import (
     Explanation,
     HotPage,
     LookupAnswer,

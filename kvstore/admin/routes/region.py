@@ -7,7 +7,7 @@ import socket
 from fastapi import APIRouter
 
 from kvstore.admin.auth import reads
-from kvstore.admin.models import CatalogInfo, NodeInfo
+from kvstore.admin.models.status import CatalogInfo, NodeInfo
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import CurrentSite, Site
 from kvstore.errors import KVStoreError

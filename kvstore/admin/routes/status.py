@@ -9,7 +9,8 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvstore.admin.auth import reads
-from kvstore.admin.models import ClientStatus, NodeStatus, TierName, TierStatus, WarmthStatus
+from kvstore.admin.models.base import TierName
+from kvstore.admin.models.status import ClientStatus, NodeStatus, TierStatus, WarmthStatus
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import CurrentNode, CurrentSite
 from kvstore.warmth import read_warmth

@@ -9,7 +9,7 @@ import httpx
 from api_site import BLOCKS, TOKENS, save_chain
 
 from kvstore.admin.client import AdminClient
-from kvstore.admin.models import JobState
+from kvstore.admin.models.jobs import JobState
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode, wait_for
 

@@ -10,7 +10,10 @@ from api_site import BLOCKS, TOKENS, Site
 from typer.testing import CliRunner, Result
 
 from kvstore.admin.client import AdminClient
-from kvstore.admin.models import JobState, Mode, Prompt, TierName
+from kvstore.admin.models.base import TierName
+from kvstore.admin.models.jobs import JobState
+from kvstore.admin.models.policy import Mode
+from kvstore.admin.models.prompts import Prompt
 from kvstore.cli import app
 from kvstore.errors import AdminRefused, NodeUnavailable
 from kvstore.testing.servers import free_port

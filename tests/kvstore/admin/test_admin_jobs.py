@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from kvstore.admin import jobs as jobs_module
 from kvstore.admin.jobs import JobKind, Jobs, Running
-from kvstore.admin.models import JobState
+from kvstore.admin.models.jobs import JobState
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.testing.node import wait_for
