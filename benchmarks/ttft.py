@@ -1,8 +1,9 @@
 """Time to the first token in real vLLM: computed, from the GPU's prefix cache, and from the store's tiers.
 
-The geometry of Llama-3-8B with made-up weights, one request at a time, FlashAttention. Two engines are measured in interleaved
-rounds on one GPU: one with the store, one with vLLM's own CPU offloading. Then the first is replaced by a new one, and last the
-node is restarted, so that its blocks come from disk. Time is vLLM's own: from a request's arrival to its first token.
+The geometry of Llama-3-8B with made-up weights, one request at a time and eight at once, FlashAttention. Two engines are
+measured in interleaved rounds on one GPU: one with the store, one with vLLM's own CPU offloading. Then the first is replaced by
+a new one, the node is restarted, so that its blocks come from disk, and last a node without that disk takes them from the
+bucket. Time is vLLM's own: from a request's arrival to its first token.
 
 The physical limit of a hit in host memory is the time of a hit in the GPU's own prefix cache plus that of one pinned copy of
 the same bytes.
@@ -32,6 +33,9 @@ ROUNDS = 2
 """Fresh prompts of every length; all of them fit into host memory."""
 HITS = 4
 """Of each prompt in each round."""
+CROWD = 8
+"""Requests at once, of CROWD_TOKENS each; the mean of their times counts."""
+CROWD_TOKENS = 4096
 KV_BYTES = 128 << 10
 """Per token."""
 BLOCK_TOKENS = 64
@@ -53,10 +57,16 @@ ENGINE = {
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 OFFLOADING = {
     "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
-    "kv_connector_extra_config": {"cpu_bytes_to_use": 17 << 30},
+    "kv_connector_extra_config": {"cpu_bytes_to_use": 22 << 30},
 }  # fmt: skip
-NODE = {"host.bytes": "20GiB", "disk.bytes": "28GiB"}
-PIN_SECONDS = 12.0
+NODE = {
+    "host.bytes": "24GiB",
+    "disk.bytes": "24GiB",
+    "write.queue_bytes": "12GiB",
+    "policy.planner": "off",
+    "policy.prefetch": "wait_complete",
+}
+PIN_SECONDS = 15.0
 """To register such an arena with CUDA; hits are fast from then on."""
 SETTLE_SECONDS = 0.3
 """For vLLM's offloading, which does not say when it has stored."""
@@ -65,8 +75,9 @@ SETTLE_SECONDS = 0.3
 class Site:
     """A node and engines on this machine."""
 
-    def __init__(self, directory: Path, log: int) -> None:
+    def __init__(self, directory: Path, bucket: str, log: int) -> None:
         self.directory = directory
+        self.bucket = bucket
         self.socket = directory / "node.sock"
         self.model = directory / "llama-8b"
         self.model.mkdir()
@@ -74,12 +85,14 @@ class Site:
         self._log = log
 
     @contextmanager
-    def node(self) -> Iterator[None]:
-        settings = {"node.directory": self.directory / "data", "node.socket": self.socket, **NODE}
+    def node(self, data: str = "data", disk: bool = True) -> Iterator[None]:
+        """A node over the files in ``data``; without ``disk``, the bucket is all it has."""
+        settings = {"node.directory": self.directory / data, "node.socket": self.socket, "object.url": self.bucket}
+        settings |= {**NODE, "disk.enabled": str(disk).lower()}
         command = [sys.executable, "-m", "kvstore", "node", *(f"--set={k}={v}" for k, v in settings.items())]
         process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         try:
-            until("the node answers", lambda: process.poll() is not None or bool(self.status()))
+            until("the node answers", lambda: process.poll() is not None or bool(self.status()), 90)
             if process.poll() is not None:
                 raise SystemExit(f"the node ended with status {process.returncode}: see --log")
             yield
@@ -110,9 +123,9 @@ class Site:
         return sum(client["name"] == "vLLM" for client in self.status()["clients"]) == 2
 
     def saved(self, tokens: int) -> None:
-        """Wait until host memory holds ``tokens`` and all of it is on disk too."""
+        """Wait until host memory, disk and bucket hold ``tokens``."""
         blocks = tokens // BLOCK_TOKENS
-        until("prompts are saved", lambda: self.blocks("disk") >= self.blocks("host") >= blocks)
+        until("prompts are saved", lambda: min(map(self.blocks, ("host", "disk", "object"))) >= blocks)
 
 
 def until(what: str, condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -134,14 +147,19 @@ class Samples:
 
     def add(self, kind: str, engine: Any, prompt: Sequence[int]) -> None:
         """One request. What was to be a hit and is none, or the reverse, is told and left out."""
-        (answer,) = engine.generate([prompt], max_tokens=1)
-        found, length = answer.cached_tokens, len(prompt)
-        line = f"{kind} {length}: {answer.ttft_seconds * 1e3:.1f} ms, {found} tokens cached"
-        if found != 0 if kind.endswith("computed") else found < length - BLOCK_TOKENS:
+        self.add_crowd(kind, engine, [prompt])
+
+    def add_crowd(self, kind: str, engine: Any, prompts: Sequence[Sequence[int]]) -> None:
+        """Requests of one length that arrive together; the sample is their mean."""
+        answers = engine.generate(prompts, max_tokens=1)
+        length, found = len(prompts[0]), [answer.cached_tokens for answer in answers]
+        ms = statistics.mean(answer.ttft_seconds for answer in answers) * 1e3
+        line = f"{kind} {length}: {ms:.1f} ms, {found} tokens cached"
+        if any(found) if "computed" in kind else min(found) < length - BLOCK_TOKENS:
             print(f"{line}: left out", file=sys.stderr, flush=True)
             return
         print(line, file=sys.stderr, flush=True)
-        self._samples.setdefault(kind, {}).setdefault(length, []).append(round(answer.ttft_seconds * 1e3, 2))
+        self._samples.setdefault(kind, {}).setdefault(length, []).append(round(ms, 2))
         if self._path is not None:
             self._path.write_text(json.dumps(self._samples, indent=1))
 
@@ -209,6 +227,27 @@ def side_by_side(site: Site, samples: Samples, ours: Any, theirs: Any | None) ->
                     samples.add("vllm_native_gpu_hit", theirs, tokens)
 
 
+def crowd() -> list[list[int]]:
+    return [prompt(CROWD_TOKENS, 1000 + number) for number in range(CROWD)]
+
+
+def crowds(site: Site, samples: Samples, ours: Any, theirs: Any | None) -> None:
+    """Eight requests at once: computed, then hits, of both engines in turn."""
+    prompts = crowd()
+    samples.add_crowd("crowd_computed", ours, prompts)
+    site.saved(WARM_TOKENS + ROUNDS * sum(LENGTHS) + CROWD * CROWD_TOKENS)
+    if theirs is not None:
+        samples.add_crowd("crowd_vllm_native_computed", theirs, prompts)
+        time.sleep(SETTLE_SECONDS)
+    for _ in range(HITS):
+        ours.forget()
+        samples.add_crowd("crowd_host", ours, prompts)
+        samples.add_crowd("crowd_gpu_hit", ours, prompts)
+        if theirs is not None:
+            theirs.forget()
+            samples.add_crowd("crowd_vllm_native_host", theirs, prompts)
+
+
 def every_prompt(samples: Samples, kind: str, engine: Any) -> None:
     """Each stored prompt once: what an engine that never saw it, or a node that has it on disk only, answers in."""
     for seed in range(ROUNDS):
@@ -237,6 +276,7 @@ def measure(site: Site, samples: Samples, native: bool) -> float:
             time.sleep(PIN_SECONDS)
             gbps = bus_gbps()
             side_by_side(site, samples, ours, theirs)
+            crowds(site, samples, ours, theirs)
             tell_counters(ours)
             engines.close()
 
@@ -246,11 +286,16 @@ def measure(site: Site, samples: Samples, native: bool) -> float:
             warm_up(restarted, -2)
             time.sleep(PIN_SECONDS)
             every_prompt(samples, "restarted", restarted)
-            site.saved(2 * WARM_TOKENS + ROUNDS * sum(LENGTHS))
+            site.saved(2 * WARM_TOKENS + ROUNDS * sum(LENGTHS) + CROWD * CROWD_TOKENS)
         with site.node():
             until("the engine found the new node", site.linked)
             time.sleep(PIN_SECONDS)
             every_prompt(samples, "disk", restarted)
+        with site.node("fresh", disk=False):
+            until("the engine found the node without a disk", site.linked)
+            until("the bucket is listed", lambda: site.blocks("object") >= ROUNDS * sum(LENGTHS) // BLOCK_TOKENS)
+            time.sleep(PIN_SECONDS)
+            every_prompt(samples, "object", restarted)
             tell_counters(restarted)
             restarted.close()
     return gbps
@@ -261,7 +306,8 @@ def run(args: Any) -> Mapping[str, float]:
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         log = os.open(args.log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            gbps = measure(Site(Path(directory), log), samples, args.native)
+            bucket = args.bucket or f"file://{Path(directory).resolve()}/bucket"
+            gbps = measure(Site(Path(directory), bucket, log), samples, args.native)
         finally:
             os.close(log)
     return figures(samples, gbps)
@@ -275,13 +321,19 @@ def figures(samples: Samples, gbps: float) -> dict[str, float]:
         "host_ratio_to_physics": worst(medians["host"], limit),
         "restarted_ratio_to_physics": worst(medians["restarted"], limit),
         "disk_ratio_to_computed": worst(medians["disk"], medians["computed"]),
+        "object_ratio_to_computed": worst(medians["object"], medians["computed"]),
+        "crowd_host_ratio_to_computed": worst(medians["crowd_host"], medians["crowd_computed"]),
     }
     if "vllm_native_host" in medians:
         ratios["host_ratio_to_vllm_native"] = worst(medians["host"], medians["vllm_native_host"])
+    if "crowd_vllm_native_host" in medians:
+        ratios["crowd_ratio_to_vllm_native"] = worst(medians["crowd_host"], medians["crowd_vllm_native_host"])
     longest = max(LENGTHS)
     ratios["host_speedup_of_longest"] = medians["computed"][longest] / medians["host"][longest]
     times = {f"{kind}_ms_{n}": value for kind, values in medians.items() for n, value in values.items()}
-    return {**ratios, "pinned_copy_gbps": gbps, **times}
+    saved = {n: medians["computed"][n] - floor for n, floor in medians["gpu_hit"].items()}
+    break_even = {f"break_even_gbps_{n}": n * KV_BYTES / ms / 1e6 for n, ms in saved.items() if ms > 0}
+    return {**ratios, "pinned_copy_gbps": gbps, **break_even, **times}
 
 
 def worst(ours: Mapping[int, float], others: Mapping[int, float]) -> float:
@@ -289,7 +341,10 @@ def worst(ours: Mapping[int, float], others: Mapping[int, float]) -> float:
 
 
 def arguments(parser: Any) -> None:
-    parser.add_argument("--directory", type=Path, help="folder on a local disk with 28 GiB free")
+    parser.add_argument("--directory", type=Path, help="folder on a local disk with 24 GiB free")
+    parser.add_argument(
+        "--bucket", default="", help="object.url of the node, 21 GiB; a folder in --directory if not given"
+    )
     parser.add_argument("--samples", type=Path, help="keep every sample in this file as it comes")
     parser.add_argument("--log", type=Path, help="keep the output of engines and node in this file")
     parser.add_argument(
