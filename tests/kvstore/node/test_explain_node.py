@@ -21,6 +21,8 @@ from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 250_000
+PATIENCE = 30.0
+"""Seconds for an answer: other tests may have the machine."""
 NAMESPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
     block_tokens=16, layout="opaque:test",
@@ -63,7 +65,7 @@ def crowd_out(client: Client, keyring: Keyring, victim: BlockKey) -> BlockKey:
     """Save one block after the other until host memory gives the victim up; the last one saved."""
     for number in range(100, 200):
         (newcomer,) = keys_of(keyring, prompt(number, 1))
-        client.lookup([newcomer], about=About(f"request-{number}"))
+        client.lookup([newcomer], about=About(f"request-{number}"), timeout=PATIENCE)
         save(client, [newcomer])
         if "host" not in client.call("inspect", key=victim)["media"]:
             return newcomer
@@ -102,7 +104,7 @@ def test_an_evicted_block_names_the_block_that_took_its_place(client: Client) ->
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     first = keys_of(keyring, prompt(1, 1))
     save(client, first)
-    client.lookup(first)
+    client.lookup(first, timeout=PATIENCE)
     newcomer = crowd_out(client, keyring, first[0])
     (block,) = explain(client, tokens=packed(prompt(1, 1)), namespace=NAMESPACE.digest)["blocks"]
     assert block["why"] == "evicted"
@@ -117,7 +119,7 @@ def test_a_request_by_its_id_is_judged_as_of_then(client: Client) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     keys = keys_of(keyring, prompt(1, 3))
     save(client, keys[:1])
-    client.lookup(keys, about=About("cmpl-17-0-8c41"))
+    client.lookup(keys, about=About("cmpl-17-0-8c41"), timeout=PATIENCE)
     save(client, keys[1:])
     document = explain(client, request="cmpl-17")
     assert document["request"] == "cmpl-17-0-8c41"
@@ -135,7 +137,7 @@ def test_a_load_that_failed_is_told_apart_from_a_miss(tmp_path: Path) -> None:
         keys = keys_of(keyring, prompt(1, 2))
         save(client, keys, durable=Medium.DISK)
         client.call("evict", keys=join_keys(keys), medium="host")
-        client.lookup(keys, about=About("late"))
+        client.lookup(keys, about=About("late"), timeout=PATIENCE)
         assert client.acquire(keys, 0.0).offsets == ()
         assert reasons(explain(client, request="late")) == ["deadline", "deadline"]
 
@@ -145,7 +147,7 @@ def test_what_admission_refused_names_the_rule(tmp_path: Path) -> None:
     with RunningNode(tmp_path, *overrides) as node, Client(node.socket) as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keys_of(keyring, prompt(1, 1))
-        client.lookup(keys, about=About("first"))
+        client.lookup(keys, about=About("first"), timeout=PATIENCE)
         save(client, keys)
         crowd_out(client, keyring, keys[0])
         (block,) = explain(client, tokens=packed(prompt(1, 1)), namespace=NAMESPACE.digest)["blocks"]
@@ -161,7 +163,7 @@ def test_what_the_planner_preferred_to_compute_has_both_estimates(tmp_path: Path
         save(client, keys)
         steps = [(tokens, tokens * tokens / 2, tokens * 1e-6) for tokens in range(64, 2048, 64)]
         client.report(Report(steps=steps, loads=[(count * BLOCK_BYTES, count * 1.0) for count in range(1, 40)]))
-        client.lookup(keys, about=About("slow"), waiting=0)
+        client.lookup(keys, about=About("slow"), waiting=0, timeout=PATIENCE)
         document = explain(client, request="slow")
         if mode == "observe":
             assert set(reasons(document)) == {"held"}, "it was told to load"
@@ -197,7 +199,7 @@ def test_a_prompt_that_is_stored_for_an_adapter_says_so(client: Client) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     tokens, seed = prompt(1, 2), chain_seed(lora="d1gest")
     keys = keys_of(keyring, tokens, seed=seed)
-    client.lookup(keys, about=About("r", seed, "d1gest"))
+    client.lookup(keys, about=About("r", seed, "d1gest"), timeout=PATIENCE)
     save(client, keys)
     plain = explain(client, tokens=packed(tokens), namespace=NAMESPACE.digest)
     assert plain["elsewhere"][0]["differs"] == {"lora": ["", "d1gest"]}
@@ -234,7 +236,7 @@ def test_a_pinned_chain_outlives_traffic_and_a_restart(tmp_path: Path) -> None:
         assert (pinned["pinned"], pinned["held"]) == (3, {"host": 3})
         for number in range(2, 40):
             save(client, keys_of(keyring, prompt(number, 1)))
-        assert client.lookup(kept).blocks == 3, "a pinned chain is given up last"
+        assert client.lookup(kept, timeout=PATIENCE).blocks == 3, "a pinned chain is given up last"
         document = explain(client, key=kept[-1])
         assert [block["pinned_until"] for block in document["blocks"]] == [pytest.approx(time.time() + 600, abs=60)] * 3
     with RunningNode(tmp_path, "disk.enabled=false") as node, Client(node.socket) as client:
@@ -254,7 +256,7 @@ def test_pins_are_soft_and_have_an_end(client: Client) -> None:
         client.call("pin", tokens=packed(prompt(number, 1)), namespace=NAMESPACE.digest, seconds=60)
     newest = keys_of(keyring, prompt(50, 1))
     save(client, newest)
-    assert client.lookup(newest).blocks == 1
+    assert client.lookup(newest, timeout=PATIENCE).blocks == 1
     for seconds in (0, -1, 25 * 3600, "long", None):
         with pytest.raises(ProtocolError, match="seconds"):
             client.call("pin", key=newest[0], seconds=seconds)

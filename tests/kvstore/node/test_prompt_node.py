@@ -17,6 +17,9 @@ from kvstore.node.promptverbs import MOST_PROMPTS
 from kvstore.policy.content import pieces
 from kvstore.testing.node import RunningNode
 
+PATIENCE = 30.0
+"""Seconds for an answer: other tests may have the machine."""
+
 NAMESPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
     block_tokens=16, layout="opaque:test",
@@ -39,7 +42,7 @@ def describe(client: Client, name: str, tokens: list[int], preview: int = 0) -> 
     cut = pieces(tokens, b"secret")
     tail = tuple(tokens[-preview:]) if preview else ()
     description = Description(len(tokens), cut.starts.tobytes(), cut.hashes.tobytes(), tuple(tokens[:preview]), tail)
-    client.describe(About(name), description)
+    client.describe(About(name), description, PATIENCE)
 
 
 def test_a_date_at_the_beginning_is_found_in_traffic(client: Client) -> None:
@@ -77,7 +80,7 @@ def test_previews_of_prompts_that_a_block_is_in(client: Client) -> None:
     for name in ("one", "two"):
         tokens = system + text(name, 32)
         keys[name] = keyring.block_keys(chain_digests(tokens, NAMESPACE.block_tokens))
-        client.lookup(keys[name], about=About(name))
+        client.lookup(keys[name], about=About(name), timeout=PATIENCE)
         describe(client, name, tokens, preview=4)
     shared, last, unknown = keys["one"][1], keys["one"][-1], NO_PARENT
     previews = client.call("previews", keys=shared + last + unknown)
