@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
@@ -83,10 +83,15 @@ class Event:
     """Seconds to load and seconds to compute, as the planner saw them."""
 
 
+Listener = Callable[[What, Sequence[BlockKey], Medium | None], None]
+
+
 class History:
     """The ring. Owned by the node's event loop."""
 
     def __init__(self, events: int = EVENTS) -> None:
+        self.listener: Listener | None = None
+        """Told of everything that is recorded, at once; must not block or raise."""
         self._size = events
         self._written = 0
         self._began = time.time()
@@ -121,6 +126,8 @@ class History:
         keys = keys[-self._size :]
         if not keys:
             return
+        if self.listener is not None:
+            self.listener(what, keys, medium)
         place = self._places(what, keys)
         self._word[place] = _words(keys)
         self._at[place] = time.time()

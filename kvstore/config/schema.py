@@ -362,6 +362,24 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class EventsSection(_Section):
+    """KV cache events for routers, in vLLM's format."""
+
+    listen: str = Field(
+        "", description="ZeroMQ address to publish at, as tcp://127.0.0.1:5557 or ipc:///run/kvstore/events; empty: nowhere."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> EventsSection:
+        match = re.fullmatch(r"ipc:///.+|tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}", self.listen)
+        if self.listen and match is None:
+            raise _refuse("events.listen", "not tcp://host:port or ipc:///path", "Write it as tcp://127.0.0.1:5557.")
+        if match is not None and match[1] and not _is_loopback(match[1].strip("[]")):
+            problem = "others than this machine could listen, and it does not ask who they are"
+            raise _refuse("events.listen", problem, "Publish on 127.0.0.1 or ipc:///, and forward it over something that asks.")
+        return self
+
+
 class RegionSection(_Section):
     """The node's region, for what the admin API shows of replication."""
 
@@ -390,6 +408,7 @@ class Config(_Section):
     write: WriteSection = WriteSection()
     policy: PolicySection = PolicySection()
     api: ApiSection = ApiSection()
+    events: EventsSection = EventsSection()
     region: RegionSection = RegionSection()
 
     @property

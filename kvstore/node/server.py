@@ -23,6 +23,7 @@ from kvstore.assembly import open_store
 from kvstore.config import Config
 from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
+from kvstore.kvevents import KVEvents
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
@@ -74,7 +75,11 @@ class Node:
             demand = Demand(config.node.directory / "hotness.msgpack")
             store = await open_store(config, arena, namespaces, demand)
             node = cls(config, arena, store, namespaces, demand)
+            events: KVEvents | None = None
             try:
+                if config.events.listen:
+                    events = KVEvents(config.events.listen, store.host.stat)
+                    store.history.listener = events.tell
                 listener = _listen(path)
                 accepting = asyncio.create_task(node._accept(listener))
                 try:
@@ -91,6 +96,8 @@ class Node:
             finally:
                 await demand.close()
                 await store.close()
+                if events is not None:
+                    events.close()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,112 @@
+"""KV cache events on the wire, read with vLLM's own classes where vLLM is installed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from kvstore.config import load
+from kvstore.errors import ConfigError
+from kvstore.identity import NO_PARENT, BlockKey, Namespace
+from kvstore.node.api import NewBlock
+from kvstore.node.client import Client
+from kvstore.testing.node import RunningNode
+from kvstore.testing.servers import free_port
+from kvstore.tiers.base import Medium
+
+zmq = pytest.importorskip("zmq")
+
+BLOCK_BYTES = 10_000
+NAMESPACE = Namespace(
+    model="m", weights="1", dtype="float32", layers=1, kv_heads=1, head_dim=1, attention="gqa", rope="",
+    block_tokens=16, layout="opaque:test",
+)  # fmt: skip
+KEYS = [BlockKey(bytes([number]) * 16) for number in range(1, 4)]
+
+
+def save(client: Client) -> None:
+    client.open_namespace(NAMESPACE, BLOCK_BYTES)
+    blocks = [
+        NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(KEYS, [NO_PARENT, *KEYS], strict=False))
+    ]
+    client.reserve(NAMESPACE, blocks)
+    assert len(client.commit(KEYS, durable=Medium.DISK)) == len(KEYS)
+
+
+class Subscriber:
+    """Reads one node's events."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.connect(address)
+        self._socket.subscribe(b"")
+        self.numbers: list[int] = []
+        self.payloads: list[bytes] = []
+        time.sleep(0.3)  # a subscription takes a moment to arrive, and PUB does not wait for it
+
+    def until(self, enough: Callable[[list[Any]], bool]) -> list[Any]:
+        """All events so far, once they are enough."""
+        events: list[Any] = []
+        deadline = time.monotonic() + 20
+        while not enough(events):
+            assert self._socket.poll(1000) or time.monotonic() < deadline, f"only {events}"
+            while self._socket.poll(0):
+                _, number, payload = self._socket.recv_multipart()
+                self.numbers.append(int.from_bytes(number, "big"))
+                self.payloads.append(payload)
+                events += msgpack.unpackb(payload)[1]
+        return events
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+
+def test_saves_writes_and_deletions_are_published_in_order(tmp_path: Path) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with RunningNode(tmp_path, f"events.listen={address}") as node, Client(node.socket) as client:
+        subscriber = Subscriber(address)
+        save(client)
+        client.delete(KEYS[2:])
+        removed = {"disk", "host"}
+        events = subscriber.until(
+            lambda seen: {event["ownership"] for event in seen if event["type"] == "BlockRemoved"} == removed
+        )
+        subscriber.close()
+    stored = [event for event in events if event["type"] == "BlockStored"]
+    in_host = [event for event in stored if event["ownership"] == "host"]
+    assert [event["block_hashes"] for event in in_host] == [[key] for key in KEYS]
+    assert [event["parent_block_hash"] for event in in_host] == [None, *KEYS[:2]]
+    assert {event["block_size"] for event in stored} == {NAMESPACE.block_tokens}
+    assert {(event["ownership"], event["medium"], event["locality"]) for event in stored} == {
+        ("host", "CPU", "LOCAL"),
+        ("disk", "STORAGE", "LOCAL"),
+    }
+    assert all(event["block_hashes"] == KEYS[2:] for event in events if event["type"] == "BlockRemoved")
+    assert subscriber.numbers == list(range(len(subscriber.numbers)))
+
+
+def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
+    kv_events = pytest.importorskip("vllm.distributed.kv_events")
+    msgspec = pytest.importorskip("msgspec")
+    address = f"ipc://{tmp_path / 'events'}"
+    with RunningNode(tmp_path, f"events.listen={address}") as node, Client(node.socket) as client:
+        subscriber = Subscriber(address)
+        save(client)
+        client.delete(KEYS)
+        subscriber.until(lambda seen: any(event["type"] == "BlockRemoved" for event in seen))
+        subscriber.close()
+    decoder = msgspec.msgpack.Decoder(kv_events.KVEventBatch)
+    events = [event for payload in subscriber.payloads for event in decoder.decode(payload).events]
+    assert {type(event) for event in events} == {kv_events.BlockStored, kv_events.BlockRemoved}
+    assert all(isinstance(key, bytes) for event in events for key in event.block_hashes)
+
+
+@pytest.mark.parametrize("address", ["5557", "tcp://0.0.0.0:5557", "tcp://*:5557", "udp://127.0.0.1:1"])
+def test_addresses_that_cannot_be_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"events\.listen"):
+        load(None, [f"events.listen={address}"], environ={})
