@@ -49,7 +49,7 @@ class KVEvents:
         except ImportError:
             problem, remedy = "pyzmq is not installed", "Install llm-kvstore[events], or leave events.listen empty."
             raise ConfigError("events.listen", address, problem, remedy) from None
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
