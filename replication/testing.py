@@ -83,7 +83,9 @@ class LocalRegion:
     @contextmanager
     def service(self) -> Iterator[Daemon]:
         """``kvstore region run`` until the block ends."""
-        daemon = Daemon(self.command("run", "--key", str(self.key)), self.folder / "region.log", lambda: True)
+        daemon = Daemon(
+            self.command("run", "--key", str(self.key)), self.folder / "region.log", lambda: True, patience=15
+        )
         daemon.start()
         try:
             yield daemon

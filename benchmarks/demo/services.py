@@ -18,7 +18,10 @@ BUCKET = "kvstore-demo"
 ENGINE = {"max_num_seqs": 4, "max_model_len": 8192, "max_num_batched_tokens": 8192}
 Say = Callable[[str], None]
 """Hears what is going on."""
-NODE = ["host.bytes=1GiB", "disk.bytes=1GiB", "disk.segment_bytes=256MiB", "write.queue_bytes=256MiB"]
+NODE = [
+    "host.bytes=1GiB", "disk.bytes=1GiB", "disk.segment_bytes=256MiB", "write.queue_bytes=256MiB",
+    "policy.planner=off",  # shows every tier, whatever is faster
+]  # fmt: skip
 
 
 @contextmanager
