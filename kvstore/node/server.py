@@ -73,7 +73,11 @@ class Node:
             if not config.disk.enabled:
                 forget_warmth(config.node.directory)  # it was in the memory of the node that was here before
             demand = Demand(config.node.directory / "hotness.msgpack")
-            store = await open_store(config, arena, namespaces, demand)
+            try:
+                store = await open_store(config, arena, namespaces, demand)
+            except BaseException:
+                await demand.close()
+                raise
             node = cls(config, arena, store, namespaces, demand)
             events: KVEvents | None = None
             try:
