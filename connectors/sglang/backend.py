@@ -53,9 +53,9 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         self._attach(str(host_pool_name), host_pool)
 
     def close(self) -> None:
-        for pool in self._pools.values():
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
             pool.close()
-        self._pools.clear()
 
     def clear(self) -> None:
         """Delete this model's blocks from the node's tiers. One rank does it for all."""
@@ -73,13 +73,14 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
     # Pages of the KV pool: SGLang's storage threads
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        return self._pools[KV].prefix(keys, prefix_of(extra_info))
+        pool = self._pools.get(KV)
+        return pool.prefix(keys, prefix_of(extra_info)) if pool else 0
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        return self._pools[KV].load(keys, host_indices)
+        return self._load(KV, keys, host_indices)
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        return self._pools[KV].save(keys, host_indices, prefix_of(extra_info))
+        return self._save(KV, keys, host_indices, extra_info)
 
     # Pages of a hybrid model's other pools
 
@@ -87,23 +88,18 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: Any = None
     ) -> PoolTransferResult:
         kv_pages = self.batch_exists(keys, extra_info)
-        held = {
-            str(transfer.name): self._pools[str(transfer.name)].holds(keys[:kv_pages])
-            for transfer in pool_transfers or ()
-        }
+        held: dict[str, list[bool]] = {}
+        for transfer in pool_transfers or ():
+            pool = self._pools.get(str(transfer.name))
+            held[str(transfer.name)] = pool.holds(keys[:kv_pages]) if pool else [False] * kv_pages
         return usable_prefix(kv_pages, pool_transfers or (), held)
 
     def batch_get_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        return {
-            transfer.name: self._pools[str(transfer.name)].load(transfer.keys or [], transfer.host_indices)
-            for transfer in transfers
-        }
+        return {each.name: self._load(str(each.name), each.keys or [], each.host_indices) for each in transfers}
 
     def batch_set_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        prefix = prefix_of(extra_info)
         return {
-            transfer.name: self._pools[str(transfer.name)].save(transfer.keys or [], transfer.host_indices, prefix)
-            for transfer in transfers
+            each.name: self._save(str(each.name), each.keys or [], each.host_indices, extra_info) for each in transfers
         }
 
     # The page-by-page calls, which SGLang makes only without interface_v1
@@ -129,6 +125,15 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
     def _leads(self) -> bool:
         config = self._config
         return bool(config.tp_rank == config.pp_rank == getattr(config, "dp_rank", 0) == 0)
+
+    def _load(self, name: str, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
+        """A pool that was never registered, or is detached, has nothing."""
+        pool = self._pools.get(name)
+        return pool.load(keys, host_indices) if pool else [False] * len(keys)
+
+    def _save(self, name: str, keys: list[str], host_indices: torch.Tensor, extra_info: Any) -> list[bool]:
+        pool = self._pools.get(name)
+        return pool.save(keys, host_indices, prefix_of(extra_info)) if pool else [False] * len(keys)
 
     def _attach(self, name: str, pool: Any) -> None:
         if name in self._pools:

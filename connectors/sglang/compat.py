@@ -11,7 +11,7 @@ try:  # 0.5.17 and later
 except ImportError:
     from sglang.srt.server_args import get_global_server_args as server_args
 
-try:  # 0.5.20 and later: a page's hash covers LoRA adapter and cache salt
+try:  # 0.5.19 and later: a page's hash covers LoRA adapter and cache salt
     from sglang.srt.mem_cache.utils import storage_namespace_seed as _seed
 except ImportError:
     _seed = None
@@ -41,7 +41,7 @@ def model_config() -> Any:
     arguments = server_args()
     if hasattr(arguments, "get_model_config"):
         return arguments.get_model_config()
-    from sglang.srt.runtime_context import process_model_config  # 0.5.18 and later
+    from sglang.srt.runtime_context import process_model_config  # later versions
 
     return process_model_config()
 

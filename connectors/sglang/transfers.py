@@ -55,7 +55,7 @@ class PoolTransfers:
             keys = keyring.block_keys(map(bytes.fromhex, (*before, *hashes)))
             return self._client.lookup(keys, len(before), self._options.lookup_timeout_s).blocks
 
-        return self._asked(ask, 0)
+        return self._asked(ask, 0, len(hashes))
 
     def holds(self, hashes: Sequence[str]) -> list[bool]:
         """Which of ``hashes`` are stored, each by itself."""
@@ -64,7 +64,7 @@ class PoolTransfers:
             keys = keyring.block_keys(map(bytes.fromhex, hashes))
             return self._client.holds(keys, self._options.lookup_timeout_s, self._binding.namespace)
 
-        return self._asked(ask, [False] * len(hashes))
+        return self._asked(ask, [False] * len(hashes), len(hashes))
 
     def load(self, hashes: Sequence[str], host_indices: torch.Tensor) -> list[bool]:
         """Fill the pages at ``host_indices``; stops at the first page that cannot be had."""
@@ -187,11 +187,11 @@ class PoolTransfers:
         reason = next((miss.value for miss in refused.values()), None)
         return [at not in refused for at in range(len(blocks))], len(wanted), reason
 
-    def _asked(self, ask: Callable[[Keyring], T], nothing: T) -> T:
+    def _asked(self, ask: Callable[[Keyring], T], nothing: T, pages: int) -> T:
         try:
             return ask(self._keyring())
         except Exception as error:
-            self._recorder.count("pages_missed", self._reason(error))
+            self._recorder.count("pages_missed", self._reason(error), pages)
             return nothing
 
     def _keyring(self) -> Keyring:

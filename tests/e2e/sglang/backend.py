@@ -86,7 +86,7 @@ def test_page_hashes_are_our_chain() -> None:
     ours = [digest.hex() for digest in chain_digests(tokens, PAGE)]
     try:
         theirs = get_hash_str(tokens, None, page_size=PAGE)
-    except TypeError:  # one page a call, before 0.5.18
+    except TypeError:  # one page a call in 0.5.11
         theirs = []
         for page in range(10):
             theirs.append(get_hash_str(tokens[page * PAGE : (page + 1) * PAGE], theirs[-1] if theirs else None))
@@ -269,24 +269,24 @@ def test_models_that_cannot_be_served_are_refused_by_name(model: Path, monkeypat
 
 def test_other_pools_of_a_hybrid_model_have_pages_of_their_own(backends: Backends) -> None:
     kv, window = fill(mha_pool("page_first"), 1), fill(mha_pool("page_first", heads=2), 2)
-    backend = backends(kv, [("swa", window)])
+    backend = backends(kv, [("mamba", window)])
     keys = hashes(6)
-    swa = PoolTransfer(
-        name=PoolName.SWA, keys=keys[2:4], host_indices=slots(0, 1), hit_policy=PoolHitPolicy.TRAILING_PAGES
+    state = PoolTransfer(
+        name=PoolName.MAMBA, keys=keys[2:4], host_indices=slots(0, 1), hit_policy=PoolHitPolicy.TRAILING_PAGES
     )
     assert all(backend.batch_set_v1(keys, slots(*range(6))))
-    assert backend.batch_set_v2([swa], SimpleNamespace(prefix_keys=keys[:2])) == {PoolName.SWA: [True, True]}
+    assert backend.batch_set_v2([state], SimpleNamespace(prefix_keys=keys[:2])) == {PoolName.MAMBA: [True, True]}
 
-    found = backend.batch_exists_v2(keys, [swa])
-    assert (found.kv_hit_pages, found.extra_pool_hit_pages) == (4, {"kv": 6, "swa": 4})
+    found = backend.batch_exists_v2(keys, [state])
+    assert (found.kv_hit_pages, found.extra_pool_hit_pages) == (4, {"kv": 6, "mamba": 4})
     assert getattr(found, "restorable_prefix_pages", [4]) == [4]
-    whole = PoolTransfer(name=PoolName.SWA, keys=keys[:4], hit_policy=PoolHitPolicy.ALL_PAGES)
+    whole = PoolTransfer(name=PoolName.MAMBA, keys=keys[:4], hit_policy=PoolHitPolicy.ALL_PAGES)
     assert backend.batch_exists_v2(keys, [whole]).kv_hit_pages == 0
 
-    back = PoolTransfer(name=PoolName.SWA, keys=keys[2:5], host_indices=slots(3, 4, 5))
-    assert backend.batch_get_v2([back]) == {PoolName.SWA: [True, True, False]}
+    back = PoolTransfer(name=PoolName.MAMBA, keys=keys[2:5], host_indices=slots(3, 4, 5))
+    assert backend.batch_get_v2([back]) == {PoolName.MAMBA: [True, True, False]}
     assert torch.equal(content(window, 3, 4), content(window, 0, 1))
-    assert backend.batch_get_v2([PoolTransfer(name=PoolName.SWA, keys=keys[:1])]) == {PoolName.SWA: [False]}
+    assert backend.batch_get_v2([PoolTransfer(name=PoolName.MAMBA, keys=keys[:1])]) == {PoolName.MAMBA: [False]}
 
 
 def test_states_of_recurrent_layers_are_kept_whole(backends: Backends) -> None:
@@ -336,7 +336,7 @@ def test_without_a_node_everything_misses_until_one_comes(backends: Backends, tm
     assert backend.batch_exists(hashes(2)) == 0
     assert backend.batch_set_v1(hashes(2), slots(0, 1)) == [False, False]
     assert backend.batch_get_v1(hashes(2), slots(0, 1)) == [False, False]
-    assert backend.recorder.counts == {"pages_missed:unavailable": 3, "pages_not_saved:unavailable": 2}
+    assert backend.recorder.counts == {"pages_missed:unavailable": 4, "pages_not_saved:unavailable": 2}
     backend.clear()
     with RunningNode(tmp_path / "late"):
         wait(lambda: all(backend.batch_set_v1(hashes(2), slots(0, 1))))
@@ -360,7 +360,7 @@ def test_a_node_that_hangs_costs_no_more_than_the_deadlines(backends: Backends, 
         finally:
             os.kill(process, signal.SIGCONT)
         counts = backend.recorder.counts
-        assert counts["pages_missed:deadline"] - before.get("pages_missed:deadline", 0) == 3
+        assert counts["pages_missed:deadline"] - before.get("pages_missed:deadline", 0) == 4
         assert counts["pages_not_saved:deadline"] - before.get("pages_not_saved:deadline", 0) == 2
         wait(lambda: backend.batch_exists(hashes(2)) == 2)
 
@@ -396,6 +396,8 @@ def test_detached_and_attached_again(backends: Backends) -> None:
     first = backends(pool)
     first.batch_set_v1(hashes(2), slots(0, 1))
     first.close()
+    assert first.batch_exists(hashes(2)) == 0
+    assert first.batch_get_v1(hashes(2), slots(2, 3)) == first.batch_set_v1(hashes(2), slots(0, 1)) == [False, False]
     again = backends(pool)
     assert all(again.batch_get_v1(hashes(2), slots(2, 3)))
     assert torch.equal(content(pool, 2, 3), content(pool, 0, 1))

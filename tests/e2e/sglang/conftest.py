@@ -28,7 +28,7 @@ from kvstore.testing.node import RunningNode
 try:
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
-except ImportError:  # before 0.5.17
+except ImportError:  # 0.5.11
     from sglang.srt.mem_cache.memory_pool_host import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 
 sglang.srt.utils.get_device = sglang.srt.utils.common.get_device = lambda *_: "cpu"
@@ -76,7 +76,7 @@ def _host(kind: type, device: Any, info: str, layout: str, **options: Any) -> An
     common = {
         "host_to_device_ratio": 2.0, "host_size": 0, "page_size": PAGE, "layout": layout, "pin_memory": False, "device": "cpu",
     }  # fmt: skip
-    if not hasattr(device, info):  # before 0.5.18
+    if not hasattr(device, info):  # older versions take the device pool itself
         options.pop("target_layer_num", None)
         return kind(device, **common, **options)
     newer = {"device_capacity_tokens": PAGE * PAGES // 2, "start_layer": 0, "end_layer": LAYERS}
