@@ -1,0 +1,3 @@
+"""What is here for other interpreters."""
+
+collect_ignore = ["sglang"]
