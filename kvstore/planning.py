@@ -100,6 +100,11 @@ class Planning:
         self._follow(told, keys[start:], runs, namespace.block_bytes)
         return told
 
+    def prefill_seconds(self, namespace: KnownNamespace, start: int, tokens: int) -> float:
+        """What computing ``tokens`` behind ``start`` takes the namespace's engines; 0 while that is not known."""
+        engine = self._engines.get(namespace.digest)
+        return engine.prefill.seconds(start, tokens) if engine is not None and engine.prefill.known else 0.0
+
     def step(self, namespace: KnownNamespace, tokens: int, pairs: float, seconds: float) -> None:
         """An engine reports a step; see ``PrefillSpeed.observe``."""
         self._engine(namespace.digest).prefill.observe(tokens, pairs, seconds)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvstore import tracing
 from kvstore.envelope import Header, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError, TierUnavailable
 from kvstore.history import History, What
@@ -131,7 +132,8 @@ class Promoter:
             self._in_flight[tier.medium] += stat.length
             header = None
             try:
-                header = _plain(await tier.get(key, self._host.slot(offset)))
+                with tracing.span(f"{tier.medium.value} get", block=key, bytes=stat.length):
+                    header = _plain(await tier.get(key, self._host.slot(offset)))
             except BlockNotFound:
                 self._history.record(What.GONE, [key], tier.medium)
                 continue

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import structlog
 
+from kvstore import tracing
 from kvstore.envelope import Header
 from kvstore.errors import TierError
 from kvstore.history import History, What
@@ -94,7 +95,8 @@ class Writeback:
     async def _write(self, header: Header, offset: int) -> bool:
         medium = self.tier.medium.value
         try:
-            result = await self.tier.put(header, self._host.slot(offset)[: header.envelope_bytes])
+            with tracing.span(f"{medium} put", block=header.key, bytes=header.envelope_bytes):
+                result = await self.tier.put(header, self._host.slot(offset)[: header.envelope_bytes])
         except TierError as error:
             log.warning("block not written", tier=medium, block=header.key.hex(), error=str(error))
             self._metrics.written.labels(medium, "failed").inc()

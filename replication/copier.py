@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from kvstore import tracing
 from kvstore.envelope import HEADER_BYTES, Header, verify
 from kvstore.errors import BlockCorrupt, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
@@ -111,7 +112,9 @@ async def copy(
             if parent.done() and not parent.result():
                 outcome = Outcome.ORPHANED
             else:
-                outcome = await transfer(block, parent)
+                with tracing.span("replication copy", block=block.key, bytes=block.nbytes) as span:
+                    outcome = await transfer(block, parent)
+                    span.set(outcome=outcome.value)
             mine.set_result(outcome not in FAILED)
             if outcome in FAILED:
                 log.warning("block not copied", key=block.key.hex(), reason=outcome.value)

@@ -7,6 +7,15 @@ import sys
 
 import structlog
 
+from kvstore import tracing
+
+
+def _with_trace(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Name the trace that a message belongs to."""
+    if trace := tracing.trace_id():
+        event["trace_id"] = trace
+    return event
+
 
 def configure(level: str) -> None:
     """Log from ``level`` on to standard error: for people on a terminal, as JSON lines everywhere else."""
@@ -16,6 +25,7 @@ def configure(level: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _with_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import kvstore.errors
+from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable, ProtocolError
 from kvstore.identity import BlockKey, Keyring, Namespace
 from kvstore.node.api import (
@@ -95,6 +96,7 @@ class Client:
             more = {"request": about.request[:128], "seed": about.seed, "lora": about.lora}
         if waiting is not None:
             more["waiting"] = waiting
+        more |= _trace()
         blocks, runs, seconds, planned = self.call("lookup", timeout, keys=join_keys(keys), start=start, **more)
         plan = Plan(planned[0], Reason(planned[1]), Patience(*planned[2:])) if planned else None
         return Lookup(blocks, tuple((Medium(medium), count) for medium, count in runs), seconds, plan)
@@ -118,7 +120,10 @@ class Client:
     def acquire(self, keys: Sequence[BlockKey], timeout: float) -> Acquired:
         connection = self._connected()
         offsets, media, miss = connection.call(
-            "acquire", {"keys": join_keys(keys), "timeout": timeout}, timeout + GRACE_SECONDS, undo="release"
+            "acquire",
+            {"keys": join_keys(keys), "timeout": timeout, **_trace()},
+            timeout + GRACE_SECONDS,
+            undo="release",
         )
         return Acquired(connection.arena, tuple(offsets), tuple(map(Medium, media)), Miss(miss) if miss else None)
 
@@ -400,6 +405,12 @@ class _Connection:
             answered = waiter.done and waiter.answer[0] is None
         if answered:
             self.notify(verb, {"keys": keys})
+
+
+def _trace() -> dict[str, str]:
+    """The caller's span, for the node's to be its children."""
+    current = tracing.traceparent()
+    return {"traceparent": current} if current else {}
 
 
 def _readable(sock: socket.socket, timeout: float) -> bool:

@@ -33,6 +33,8 @@ from kvstore.planning import Planning
 from kvstore.requests import MAX_ID_CHARS, Asked, RecentRequests
 from kvstore.store import Session, Store
 from kvstore.tiers.base import Tier
+from kvstore.tracing import MAX_CHARS
+from kvstore.usage import Usage
 
 MAX_PARTS = 1024
 MAX_PAGE = 1000
@@ -77,6 +79,7 @@ class Verbs:
         self._epoch = epoch
         self._started = time.monotonic()
         self._requests = RecentRequests()
+        self._usage = Usage(store.metrics.registry)
         chains = Chains(store, namespaces, self._requests, tenant_secret)
         self.table: dict[str, Verb] = {
             "lookup": self.lookup,
@@ -105,12 +108,17 @@ class Verbs:
     # --- engines
 
     def lookup(self, caller: Caller, args: Arguments) -> Any:
-        keys = split_keys(args.get("keys"))
-        found = self._store.lookup(keys, integer_of(args, "start", 0, 1 << 31))
+        keys, start = split_keys(args.get("keys")), integer_of(args, "start", 0, 1 << 31)
+        request = text_of(args, "request", MAX_ID_CHARS)
+        with self._usage.lookup(_traceparent(args), request, max(len(keys) - start, 0)) as seen:
+            found = self._store.lookup(keys, start)
+            seen.found = found.blocks
+            plan = self._plan(caller, keys, found, args)
         self._observe(caller, keys, caller.namespace)
         self._remember(caller, keys, found.blocks, args)
+        self._count(caller, request, keys, start, found, found.blocks if plan is None else plan[0])
         runs = [(medium.value, count) for medium, count in found.runs]
-        return [found.blocks, runs, found.seconds, self._plan(caller, keys, found, args)]
+        return [found.blocks, runs, found.seconds, plan]
 
     def holds(self, caller: Caller, args: Arguments) -> bytes:
         """One byte a key, whether it is held; for engines whose blocks are of use without those before them.
@@ -121,11 +129,17 @@ class Verbs:
         held = self._store.holds(keys)
         if "namespace" in args:
             self._store.wanted(keys, held)
-            self._observe(caller, keys, self._namespaces.get(digest_of(args, "namespace")))
+            known = self._namespaces.get(digest_of(args, "namespace"))
+            self._observe(caller, keys, known)
+            if known is not None and self._usage.first(caller, "", keys):
+                blocks = sum(held)
+                self._usage.count_request(len(keys), self._store.peek(keys), blocks, known.fields.block_tokens, 0.0)
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
-        delivery = await self._store.acquire(caller.session, split_keys(args.get("keys")), seconds_of(args, "timeout"))
+        keys, timeout = split_keys(args.get("keys")), seconds_of(args, "timeout")
+        with self._usage.load(_traceparent(args), keys) as load:
+            load.delivery = delivery = await self._store.acquire(caller.session, keys, timeout)
         miss = delivery.miss.value if delivery.miss else None
         return [delivery.offsets, [medium.value for medium in delivery.media], miss]
 
@@ -201,6 +215,16 @@ class Verbs:
             digest, start = caller.namespace.digest, integer_of(args, "start", 0, 1 << 31)
             asked = Asked(name, caller.name, digest, join_keys(keys), start, found, time.time())
             self._requests.add(asked, bytes_of(args, "seed", DIGEST_BYTES), text_of(args, "lora", MAX_NAME))
+
+    def _count(
+        self, caller: Caller, request: str, keys: list[BlockKey], start: int, found: Lookup, offered: int
+    ) -> None:
+        known = caller.namespace
+        if known is None or not self._usage.first(caller, request, keys):
+            return
+        size = known.fields.block_tokens
+        spared = self._planning.prefill_seconds(known, start * size, offered * size)
+        self._usage.count_request(max(len(keys) - start, 0), found.runs, offered, size, spared)
 
     def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
         if known is not None and known.block_bytes is not None:
@@ -326,6 +350,10 @@ class Verbs:
 
     def _namespace_of(self, key: BlockKey) -> bytes | None:
         return next((stat.namespace for tier in self._store.tiers if (stat := tier.stat(key)) is not None), None)
+
+
+def _traceparent(args: Arguments) -> str:
+    return text_of(args, "traceparent", MAX_CHARS)
 
 
 async def _page(tier: Tier, args: Arguments) -> tuple[list[BlockKey], bytes]:

@@ -19,6 +19,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
+from kvstore import tracing
 from kvstore.errors import BlockTooLarge, ConfigError, TierRefused, TierUnavailable
 from kvstore.tiers.object.settings import ObjectSettings
 from kvstore.tiers.tasks import run
@@ -69,7 +70,8 @@ class Objects:
 
     async def put(self, name: str, body: memoryview | bytes, *, create: bool) -> bool:
         """Store an object in one request. With ``create``, False when it exists (if the server can tell)."""
-        return await self.run(_put, self.store, name, body, create)
+        with tracing.span("object PUT", name=name, bytes=len(body)):
+            return await self.run(_put, self.store, name, body, create)
 
     async def get(self, name: str, into: memoryview, check: Callable[[Found, memoryview], T]) -> T | None:
         """Fetch a whole object into the start of ``into`` and return what ``check`` says of it, or None if it is missing.
@@ -77,7 +79,8 @@ class Objects:
         ``check`` is given the object and its bytes, and runs in the same thread. Raises BlockTooLarge when the object does
         not fit; nothing was written then.
         """
-        return await self.run(_get, self.store, name, into, check)
+        with tracing.span("object GET", name=name):
+            return await self.run(_get, self.store, name, into, check)
 
     async def start_of(self, name: str, nbytes: int) -> bytes | None:
         """The first ``nbytes`` of an object, or None if it is missing."""
