@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.traces.replay import Keyed
-from kvstore.demand import prefill_seconds
+from benchmarks.traces.replay import Answers, Keyed
+from kvstore.demand import KEEP_EVERY_SECONDS, prefill_seconds
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
 from kvstore.policy.reuse import Traffic
@@ -105,20 +105,29 @@ class Birth:
     def by_learning(self, ahead: float = 0.0) -> list[int]:
         """As a node reports them and the planner sends them: what the older cluster expects back.
 
-        ``ahead``: seconds that the report is old by the time of the birth.
+        ``ahead``: seconds that the report is old by the time of the birth. Earlier ones are made because a node learns from what
+        follows each.
         """
         keys, headers = self.source.keys, self.source.headers
         traffic, index = Traffic(1 << 20), BlockIndex()
         until = self.time - ahead
+        answers = Answers(self.source, traffic)
+        reported = self.before[0].time
         for request in self.before:
             if request.time > until:
                 break
+            if request.time >= reported + KEEP_EVERY_SECONDS:
+                HotnessSnapshot.learnt(traffic, index, request.time, prefill_seconds)
+                reported = request.time
+            answers.until(request.time)
+            answers.begin(request)
             chain = [keys[block] for block in request.blocks]
             traffic.observe(chain, request.time)
             index.touch(chain, request.time)
             for block, key in zip(request.blocks, chain, strict=True):
                 if key not in index:
                     index.add(headers[block], 0, request.time)
+        answers.until(until)
         report = HotnessSnapshot.unpack(HotnessSnapshot.learnt(traffic, index, until, prefill_seconds).pack())
         scores = merged([report], self.time)
         return self.sent({block: scores[keys[block]] for block in self.seen if keys[block] in scores})

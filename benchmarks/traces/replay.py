@@ -92,19 +92,36 @@ class Cache:
             self.index.remove(self.evicted[-1])
 
 
+class Answers:
+    """Tells ``Traffic`` how long each answer was, when it has ended."""
+
+    def __init__(self, source: Keyed, traffic: Traffic) -> None:
+        self._source, self._traffic = source, traffic
+        self._running: list[tuple[float, int, Request]] = []
+        self._begun = 0
+
+    def begin(self, request: Request) -> None:
+        ends = request.time + request.output_tokens * SECONDS_PER_OUTPUT_TOKEN
+        heapq.heappush(self._running, (ends, self._begun, request))
+        self._begun += 1
+
+    def until(self, now: float) -> None:
+        while self._running and self._running[0][0] <= now:
+            done = heapq.heappop(self._running)[2]
+            self._traffic.answered([self._source.keys[block] for block in done.blocks], done.output_tokens)
+
+
 def policy_hits(source: Keyed, cache: Cache, traffic: Traffic | None = None, answers: bool = True) -> int:
     """Blocks hit when the product's policy runs the cache. ``answers``: engines tell how long their answers were."""
     hits = 0
-    running: list[tuple[float, int, Request]] = []
-    for number, request in enumerate(source.trace.requests):
-        while traffic and running and running[0][0] <= request.time:
-            done = heapq.heappop(running)[2]
-            traffic.answered([source.keys[block] for block in done.blocks], done.output_tokens)
+    told = Answers(source, traffic) if traffic and answers else None
+    for request in source.trace.requests:
+        if told:
+            told.until(request.time)
         chain = [source.keys[block] for block in request.blocks]
         if traffic:
             traffic.observe(chain, request.time)
         hits += cache.use(chain, [source.headers[block] for block in request.blocks], request.time)
-        if answers:
-            ends = request.time + request.output_tokens * SECONDS_PER_OUTPUT_TOKEN
-            heapq.heappush(running, (ends, number, request))
+        if told:
+            told.begin(request)
     return hits

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.traces.replay import SECONDS_PER_OUTPUT_TOKEN, Cache, Keyed
-from benchmarks.traces.trace import ROOT, Request
+from benchmarks.traces.replay import Answers, Cache, Keyed
+from benchmarks.traces.trace import ROOT
 from kvstore.policy.admission import AdmissionPolicy, Mode, Target
 from kvstore.policy.reuse import Reuse, Traffic
 
@@ -58,12 +57,10 @@ def run_tiers(source: Keyed, mode: Mode) -> Tally:
     tally = Tally()
     number_of = {key: block for block, key in enumerate(source.keys)}
     parent = source.trace.parent.tolist()
-    running: list[tuple[float, int, Request]] = []
-    for number, request in enumerate(source.trace.requests):
-        while running and running[0][0] <= request.time:
-            done = heapq.heappop(running)[2]
-            traffic.answered([source.keys[block] for block in done.blocks], done.output_tokens)
-        heapq.heappush(running, (request.time + request.output_tokens * SECONDS_PER_OUTPUT_TOKEN, number, request))
+    answers = Answers(source, traffic)
+    for request in source.trace.requests:
+        answers.until(request.time)
+        answers.begin(request)
         chain = [source.keys[block] for block in request.blocks]
         headers = [source.headers[block] for block in request.blocks]
         traffic.observe(chain, request.time)

@@ -95,7 +95,10 @@ class Foresight:
         self._uses = self._risk = np.zeros(0)
 
     def learn(self, uses: Floats, risk: Floats, shrink: float) -> Floats:
-        """Judge the last views by what came since, form new ones; the rates to believe."""
+        """Judge the last views by what came since, form new ones; the rates to believe.
+
+        A lead within ``shrink``, some prompts' blocks, says nothing: blocks of one prompt come and go together.
+        """
         if self._views is not None:
             came = uses - self._uses, risk - self._risk
             with_answers, without = (log_likelihood(view, *came) for view in self._views)
@@ -104,7 +107,7 @@ class Foresight:
         fewer_uses, fewer_risk = (column.reshape(-1, ANSWER, BINS).sum(1) for column in (uses, risk))
         without_answer = fit(fewer_uses, fewer_risk, _WITHOUT_ANSWER, shrink)
         self._views = fit(uses, risk, _TRAITS, shrink), without_answer.repeat(ANSWER, axis=0)
-        return _known_or_not(self._views[0] if self.ahead >= 0 else self._views[1], risk)
+        return _known_or_not(self._views[0] if self.ahead >= -shrink else self._views[1], risk)
 
     def forget(self) -> None:
         """The counts were changed: the next ones do not go on from the last."""
