@@ -33,6 +33,13 @@ def _as_bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_as_bytes)]
 
 
+def _as_items(value: object) -> object:
+    return [part for part in re.split(r"[,\s]+", value) if part] if isinstance(value, str) else value
+
+
+Uids = Annotated[tuple[Annotated[int, Field(ge=0, lt=(1 << 32) - 1)], ...], BeforeValidator(_as_items)]
+
+
 def _refuse(field: str, problem: str, remedy: str) -> PydanticCustomError:
     """An error of a rule that spans fields; ``field`` is the one to change."""
     return PydanticCustomError("kvstore", "{problem}", {"field": field, "problem": problem, "remedy": remedy})
@@ -63,6 +70,11 @@ class NodeSection(_Section):
         default_factory=default_socket, description="Unix socket that the node listens on and its clients connect to."
     )
     directory: Path = Field(default_factory=default_directory, description="Where the node keeps its files.")
+    allow_uids: Uids = Field(
+        (),
+        description="Users that may use the socket besides the node's own and root, as numbers: [1000, 1001], "
+        "or 1000,1001 in a text.",
+    )
     drain_seconds: float = Field(
         10.0,
         ge=0,

@@ -192,4 +192,6 @@ def _text(name: str, value: object) -> str:
         return str(value).lower()
     if isinstance(value, int) and "bytes" in name:
         return exact_bytes(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return str(value)

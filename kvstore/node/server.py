@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import inspect
-import os
 import secrets
 import signal
 import socket
@@ -28,6 +27,7 @@ from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
 from kvstore.node.launch import lock_path
+from kvstore.node.peers import check_peer, listen, make_folder
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.planning import Planning
@@ -59,6 +59,7 @@ class Node:
             config.identity.secret_bytes(),
             arena.epoch,
         )
+        self._allow_uids = frozenset(config.node.allow_uids)
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
 
@@ -67,6 +68,7 @@ class Node:
     async def open(cls, config: Config) -> AsyncIterator[Node]:
         """Start a node and stop it again, with what was saved written down as far as ``node.drain_seconds`` allow."""
         path = config.node.socket
+        make_folder(path, config.node.allow_uids)
         with _exclusive(path):
             namespaces = NamespaceBook(config.node.directory / "namespaces")
             arena = Arena.create(config.host.bytes, secrets.randbits(63) or 1)
@@ -84,7 +86,7 @@ class Node:
                 if config.events.listen:
                     events = KVEvents(config.events.listen, store.host.stat)
                     store.history.listener = events.tell
-                listener = _listen(path)
+                listener = listen(path, config.node.allow_uids)
                 accepting = asyncio.create_task(node._accept(listener))
                 try:
                     yield node
@@ -114,6 +116,7 @@ class Node:
     async def _welcome(self, client: socket.socket) -> None:
         client.setblocking(False)
         try:
+            check_peer(client, self._allow_uids)
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 caller = await self._handshake(client)
             loop = asyncio.get_running_loop()
@@ -236,7 +239,6 @@ async def serve(config: Config) -> None:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Any:
     """Hold the lock that makes this the only node at ``path``. Raises ConfigError when another one holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(lock_path(path), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,17 +247,3 @@ def _exclusive(path: Path) -> Any:
                 "node.socket", str(path), "another node is running there", "Stop it, or choose another socket."
             ) from None
         yield
-
-
-def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # left by a node that was killed: we hold the lock
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    except OSError as error:
-        raise ConfigError("node.socket", str(path), str(error), "A socket's path has at most 107 bytes.") from error
-    finally:
-        os.umask(mask)
-    listener.listen(128)
-    return listener
