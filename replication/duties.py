@@ -47,6 +47,8 @@ class Duty:
     seconds: float
     """From the end of a round to the next."""
     work: Callable[[], Awaitable[Round]]
+    standing_by: Callable[[], None] = lambda: None
+    """Told while another process does it."""
 
 
 @dataclass(slots=True)
@@ -77,6 +79,12 @@ class DutyMetrics:
             ("duty",),
             registry=registry,
         )
+        self.ended = Gauge(
+            "kvstore_region_round_timestamp_seconds",
+            "End of the last round that went well, seconds since the epoch",
+            ("duty",),
+            registry=registry,
+        )
 
 
 class Keeper:
@@ -103,6 +111,7 @@ class Keeper:
             except LeaseTaken as taken:
                 if str(taken) != standing_by:
                     standing_by = str(taken)
+                    self._duty.standing_by()
                     log.info("standing by", duty=self._duty.role, reason=standing_by)
                 await asyncio.sleep(STANDBY_SECONDS)
                 continue
@@ -132,6 +141,8 @@ class Keeper:
             standing.did, standing.did_at = done.did, standing.at
         outcome = "failed" if failed else "partly" if done.problem else "done"
         self._metrics.rounds.labels(self._duty.role, outcome).inc()
+        if not failed:
+            self._metrics.ended.labels(self._duty.role).set(standing.at)
         with suppress(TierUnavailable):  # shown again after the next round
             await self._bucket.put(duty_name(self._duty.role), json.dumps(asdict(standing)).encode(), create=False)
 

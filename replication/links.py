@@ -36,6 +36,11 @@ class Link:
         self._trying = False
 
     @property
+    def answers(self) -> bool:
+        """It did the last time."""
+        return not self._delay
+
+    @property
     def usable(self) -> bool:
         """It answered the last time, or it is time that one request tries it again."""
         return not self._delay or (not self._trying and time.monotonic() >= self._retry_at)

@@ -94,7 +94,7 @@ class Replicator:
         self._contents = contents
         self._budget = budget
         self._capacity = capacity
-        self._far = far
+        self.far = far
         self.sources = frozenset(far)
         """Regions that it hears of, for their tombstones at least."""
         self._settings = {name: topology.links(name) for name in (region, *far)}
@@ -177,7 +177,7 @@ class Replicator:
         async def pull(source: str) -> None:
             cursor = await Cursor.load(self.near, source)
             try:
-                raw = await self._far[source].read(manifest_name(source), MAX_MANIFEST_BYTES)
+                raw = await self.far[source].read(manifest_name(source), MAX_MANIFEST_BYTES)
                 if raw is None:
                     if source in self._sources:
                         cycle.problems[source] = "it has not published a manifest yet"
@@ -189,8 +189,8 @@ class Replicator:
                 cycle.problems[source] = str(error)
 
         pulled: dict[str, _Pulled] = {}
-        await asyncio.gather(*(pull(source) for source in self._far))
-        return {source: pulled[source] for source in self._far if source in pulled}
+        await asyncio.gather(*(pull(source) for source in self.far))
+        return {source: pulled[source] for source in self.far if source in pulled}
 
     async def _believe(self, source: str, pulled: _Pulled) -> None:
         """Remember the manifest: against replays, and as the hot set for warming nodes here."""
@@ -264,7 +264,7 @@ class Replicator:
         flow = next(flow for flow in self.topology.flows_to(self.region) if flow.identity == report.flow)
         started = time.monotonic()
         ledger = Ledger(self.near, cursor, flow.identity, _affordable(flow, cursor, time.time()))
-        far = self._far[flow.source]
+        far = self.far[flow.source]
         await share_namespaces(far, self.near, {block.namespace for block in report.plan.blocks})
 
         def done(block: HotBlock, outcome: Outcome) -> None:
@@ -283,10 +283,10 @@ class Replicator:
     def _transfer(self, source: str, pace: _Paced) -> Transfer:
         far, near = self._settings[source][0], self._settings[self.region][0]
         if not _same_provider(far, near):
-            return Streamed(self._far[source], self.near, pace, self._windows[source])
+            return Streamed(self.far[source], self.near, pace, self._windows[source])
         from kvstore.tiers.object.bucket import connect
 
-        return ServerSide(connect(near), self._far[source], far, self.near, near, pace)
+        return ServerSide(connect(near), self.far[source], far, self.near, near, pace)
 
 
 class Recorded:

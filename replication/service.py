@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from kvstore.units import human_bytes
 from replication import evictor
 from replication.contents import Contents
 from replication.copier import Outcome
 from replication.duties import Duty, DutyMetrics, Keeper, Round
+from replication.metrics import RegionMetrics
 from replication.publisher import publish
 from replication.replicator import Cycle, Replicator
 from replication.retiring import retire
@@ -66,8 +67,10 @@ async def serve(
         contents = await stack.enter_async_context(site.open_contents())
         duties = _Duties(site, contents, registry)
         if site.topology is not None and site.topology.mode != "off":
-            duties.replicator = await stack.enter_async_context(
-                Replicator.beside(site.topology, site.region, contents, capacity=site.capacity)
+            duties.replicate_with(
+                await stack.enter_async_context(
+                    Replicator.beside(site.topology, site.region, contents, capacity=site.capacity)
+                )
             )
         wanted = list(duties.wanted(key, pace))
         log.info("regional service runs", region=site.region, duties=[duty.role for duty in wanted])
@@ -118,15 +121,21 @@ class _Duties:
         self.replicator: Replicator | None = None
         self._site = site
         self._contents = contents
-        self._lag = Gauge("kvstore_region_lag_seconds", "How far behind a source", ("source",), registry=registry)
-        self._copied = Gauge("kvstore_region_copied_bytes", "Copied since the start", ("source",), registry=registry)
+        self._metrics = RegionMetrics(registry)
+        self._metrics.watch(site.region, contents.bucket)
+
+    def replicate_with(self, replicator: Replicator) -> None:
+        """Bring what is hot elsewhere with this one."""
+        self.replicator = replicator
+        for region, links in replicator.far.items():
+            self._metrics.watch(region, links)
 
     def wanted(self, key: Ed25519PrivateKey | None, pace: Pace) -> Iterator[Duty]:
         """Those that the topology and the configuration ask for."""
         if key is not None:
             yield Duty("publisher", pace.publish, lambda: self._publish(key))
         if self.replicator is not None and self.replicator.sources:
-            yield Duty("replicator", pace.replicate, self._replicate)
+            yield Duty("replicator", pace.replicate, self._replicate, self._metrics.standing_by)
         if self._site.capacity is not None and self._contents.catalog is not None:
             yield Duty("evictor", pace.evict, self._evict)
 
@@ -136,6 +145,7 @@ class _Duties:
 
     async def _publish(self, key: Ed25519PrivateKey) -> Round:
         manifest = await publish(self._contents, self._site.region, key)
+        self._metrics.published(manifest)
         size = human_bytes(sum(block.nbytes for block in manifest.blocks))
         return Round(f"published {len(manifest.blocks):,} blocks ({size}), sequence {manifest.sequence}")
 
@@ -143,22 +153,21 @@ class _Duties:
         assert self.replicator is not None
         enforce = self.replicator.topology.mode == "enforce"
         cycle = await (self.replicator.cycle() if enforce else self.replicator.plan())
-        for source, lag in cycle.lag.items():
-            if lag is not None:
-                self._lag.labels(source).set(lag)
-        for report in cycle.flows:
-            self._copied.labels(report.source).inc(report.copied.nbytes)
+        if enforce:
+            self._metrics.cycled(cycle)
         return Round(_told(cycle, enforce), "; ".join(f"{source}: {text}" for source, text in cycle.problems.items()))
 
     async def _evict(self) -> Round:
         assert self._site.capacity is not None
         evicted = await evictor.make_room(self._contents, self._site.capacity)
+        self._metrics.deleted("capacity", evicted)
         return Round(f"evicted {evicted:,} blocks" if evicted else "")
 
     async def _retire(self, topology: Topology) -> Round:
         enforce = topology.mode == "enforce"
         report = await retire(self._contents, topology.retention, enforce)
         count = report.blocks.total()
+        self._metrics.deleted("retention", count if enforce else 0)
         verb = "retired" if enforce else "would retire"
         return Round(f"{verb} {count:,} blocks ({human_bytes(report.nbytes)})" if count else "")
 

@@ -52,6 +52,7 @@ def run(
     import asyncio
     import signal
 
+    from kvstore import tracing
     from kvstore.admin.process import inside
     from kvstore.cli.logs import configure
     from replication.service import serve
@@ -67,8 +68,10 @@ def run(
         stop = asyncio.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-        async with inside(loaded):
-            await serve(site, private, stop, registry)
+        telemetry = settings.telemetry
+        with tracing.exporting("kvstore-region", telemetry.otlp_endpoint, telemetry.sample_ratio):
+            async with inside(loaded):
+                await serve(site, private, stop, registry)
 
     asyncio.run(main())
 

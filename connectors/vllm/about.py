@@ -6,6 +6,12 @@ from typing import Any
 
 from connectors.weights import weights_digest
 from kvstore.node.api import About
+from kvstore.tracing import MAX_CHARS
+
+
+def traceparent(request: Any) -> str:
+    """The trace that the engine's caller sent along; what is no such header is nobody's parent."""
+    return str((getattr(request, "trace_headers", None) or {}).get("traceparent", ""))[:MAX_CHARS]
 
 
 def about(request: Any, seed: bytes) -> About:

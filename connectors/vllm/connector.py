@@ -24,6 +24,7 @@ from connectors.vllm.plan import StepPlan
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing
 from connectors.vllm.worker import Mover
+from kvstore import tracing
 from kvstore.config import default_socket
 from kvstore.node.client import Client
 from kvstore.node.launch import launch
@@ -68,6 +69,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._options = Options.parse(transfer.kv_connector_extra_config)
         self._geometry = geometry(vllm_config, kv_cache_config, self._options)
         self._recorder = Recorder()
+        tracing.start("kvstore-vllm", self._options.otlp_endpoint, self._options.trace_sample_ratio)
         scheduler = role == KVConnectorRole.SCHEDULER
         self._link = connect(self._options, self._geometry, start_node=scheduler)
         self._planner: Planner | None = None
@@ -199,3 +201,4 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._mover.close()
         else:
             self._link.close()
+        tracing.stop()

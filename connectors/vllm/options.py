@@ -31,6 +31,11 @@ class Options:
     preview_tokens: int = 0
     """Tell the node this many of a prompt's first and last token ids, at most 256, for ``kvstore hot --tokenizer``."""
 
+    otlp_endpoint: str = ""
+    """Send spans of lookups and loads to this OpenTelemetry collector, as ``http://127.0.0.1:4318``; empty: none."""
+    trace_sample_ratio: float = 0.01
+    """Share of the requests without trace headers that are traced; those with are when their caller says so."""
+
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
         """Check settings that came from outside. Raises ConfigError naming the setting."""
@@ -53,4 +58,7 @@ class Options:
                 f"not from 0 to {MAX_PREVIEW_TOKENS}",
                 "Give it about 16.",
             )
+        if not 0 <= options.trace_sample_ratio <= 1:
+            name, value = "kv_connector_extra_config.trace_sample_ratio", options.trace_sample_ratio
+            raise ConfigError(name, value, "not from 0 to 1", "Give it about 0.01.")
         return options

@@ -24,6 +24,8 @@ class Load:
     """Page of the first block at which ``pages`` starts."""
     patience: Patience = ENDLESS
     """By when blocks have to be there; the engine computes those that are not."""
+    traceparent: str = ""
+    """The request's trace, when there is one."""
 
     def parts(self, pages_per_block: int) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
         """Per block: its key, the engine pages to fill, and the page of the block at which they start."""

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from connectors.vllm.about import about
+from connectors.vllm.about import about, traceparent
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, StepPlan
 from connectors.vllm.timing import Timing
+from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
 from kvstore.node.api import About, Lookup, Miss, Plan
@@ -149,6 +150,7 @@ class Planner:
                 tuple(page_ids[page] for page in pages),
                 pages.start - blocks.start * geometry.pages_per_block,
                 offer.plan.patience,
+                traceparent(request),
             )
         )
         self._timing.loading(request.request_id, len(blocks) * geometry.block_bytes, offer.media)
@@ -213,8 +215,11 @@ class Planner:
         if not self._extend(state, limit):
             return Lookup(0), Miss.UNAVAILABLE
         try:
-            behind = len(self._waiting - {state.request.request_id})
-            found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about, behind)
+            name, trace = state.request.request_id, traceparent(state.request)
+            behind = len(self._waiting - {name})
+            with tracing.span("connector lookup", trace, request=name, blocks=limit - first) as span:
+                found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about, behind)
+                span.set(found=found.blocks)
             self._forget(state.chain.keys[first + found.blocks : limit])
             return found, Miss.NOT_STORED
         except DeadlineExceeded:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 
 from connectors.paging.base import BlockCopy, Pager, Transfer
@@ -24,6 +25,7 @@ from connectors.vllm.keys import Geometry
 from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
+from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
 from kvstore.node.api import Acquired, Miss, Reserved
@@ -166,7 +168,12 @@ class Mover:
         self._pager.close()
 
     def _load(self, load: Load, begun: float) -> None:
-        """Copy block after block until one is missing. Never raises."""
+        """``_bring``, as part of the request's trace."""
+        with tracing.span("connector load", load.traceparent, request=load.request_id, blocks=len(load.keys)) as span:
+            span.set(loaded=self._bring(load, begun))
+
+    def _bring(self, load: Load, begun: float) -> int:
+        """Copy block after block until one is missing; how many came. Never raises."""
         started = time.perf_counter()
         parts = list(load.parts(self._geometry.pages_per_block))
         good, miss = 0, None
@@ -198,6 +205,7 @@ class Mover:
             self._received.add(load.request_id)
             self._loading -= 1
             self._load_ended.notify()
+        return good
 
     def _acquired(
         self, parts: Sequence[LoadPart], patience: Patience, begun: float
@@ -230,7 +238,7 @@ class Mover:
     def _begin_acquire(
         self, chunk: Sequence[LoadPart], deadline: float
     ) -> tuple[Sequence[LoadPart], Future[Acquired]] | None:
-        return chunk, self._acquires.submit(self._acquire, chunk, deadline)
+        return chunk, self._acquires.submit(copy_context().run, self._acquire, chunk, deadline)
 
     def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:
         left = deadline - time.monotonic()

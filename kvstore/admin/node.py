@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from kvstore.admin.cached import Cached
 from kvstore.admin.models.prompts import HotPrompt, Prompt
 from kvstore.admin.models.status import NamespaceInfo, NodeStatus
 from kvstore.admin.problems import Problem
-from kvstore.identity import Keyring, chain_digests, chain_seed
+from kvstore.identity import Keyring, chain_seed
 from kvstore.node.client import AsyncClient, Client
-from kvstore.node.protocol import join_keys
+from kvstore.promptkeys import PromptKeys
 
 STATUS_SECONDS = 0.25
 """How old a status may be: readers beyond four a second cost the node nothing."""
@@ -28,13 +29,22 @@ HOT_SECONDS = 1.0
 HOT_PROMPTS = 1000
 """As many as the node tells at a time."""
 CALL_SECONDS = 10.0
-DERIVED_AT_ONCE = 4096
-"""Tokens whose keys are derived in the event loop: some 100 us."""
 WORK_SECONDS = 600.0
 """For calls that read or delete many blocks."""
 
 Tokenize = Callable[[str, str], Awaitable[Sequence[int]]]
 """Token ids of a model's text. Raises Problem (422)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChain:
+    """The blocks of a prompt."""
+
+    namespace: str
+    """Digest, in hexadecimal."""
+    block_tokens: int
+    keys: bytes
+    """Joined, 16 bytes a block."""
 
 
 class NodeView:
@@ -44,10 +54,12 @@ class NodeView:
         self.socket = socket
         self._client = AsyncClient(Client(socket, name="admin API"))
         self._tokenize = tokenize
+        self._known = PromptKeys()
         self._keyrings: dict[tuple[str, str], Keyring | None] = {}
         self._kept: OrderedDict[tuple[object, ...], Cached[Any]] = OrderedDict()
         self.status = Cached(self._status, STATUS_SECONDS)
-        self.metrics = Cached(self._metrics, METRICS_SECONDS)
+        self.metrics = Cached(partial(self._metrics, False), METRICS_SECONDS)
+        self.openmetrics = Cached(partial(self._metrics, True), METRICS_SECONDS)
         self.hot = Cached(self._hot, HOT_SECONDS)
 
     async def read(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
@@ -109,22 +121,32 @@ class NodeView:
 
     async def peek(self, prompt: Prompt) -> dict[str, Any]:
         """What each tier could serve of a prompt, as the verb tells it. Raises Problem (404, 409)."""
-        if prompt.tokens is None and prompt.text is None:
+        chain = await self.chain(prompt)
+        if chain is None:
             return dict(await self.read("peek", **await self.about(prompt)))
+        found = await self.peek_keys(chain.keys)
+        return {**found, "namespace": chain.namespace, "block_tokens": chain.block_tokens}
+
+    async def peek_keys(self, keys: bytes, timeout: float = CALL_SECONDS) -> dict[str, Any]:
+        """The same of a chain by its joined keys."""
+        return dict(await self._client.call("peek", timeout, keys=keys))
+
+    async def chain(self, prompt: Prompt) -> PromptChain | None:
+        """The keys of a prompt named by tokens or text; None where this process may not derive them.
+
+        Raises Problem (404, 409).
+        """
+        if prompt.tokens is None and prompt.text is None:
+            return None
         space = await self.namespace(prompt.namespace)
         keyring = await self._keyring(space)
         if keyring is None:
-            return dict(await self.read("peek", **await self.about(prompt)))
+            return None
         tokens = prompt.tokens if prompt.tokens is not None else await self._tokenize(space.model, prompt.text or "")
         seed = chain_seed(cache_salt=prompt.cache_salt, lora=prompt.lora)
-
-        def derive() -> bytes:
-            return join_keys(keyring.block_keys(chain_digests(tokens, space.block_tokens, seed)))
-
-        # Here and not in the node, which has engines to serve; a long prompt takes milliseconds.
-        keys = derive() if len(tokens) <= DERIVED_AT_ONCE else await asyncio.to_thread(derive)
-        found = await self._client.call("peek", CALL_SECONDS, keys=keys)
-        return {**found, "namespace": space.digest, "block_tokens": space.block_tokens}
+        # Here and not in the node, which has engines to serve. In a thread: a long prompt takes milliseconds.
+        keys = await asyncio.to_thread(self._known.keys, tokens, space.block_tokens, keyring, seed)
+        return PromptChain(space.digest, space.block_tokens, keys)
 
     async def _keyring(self, space: NamespaceInfo) -> Keyring | None:
         """That turns digests into keys; None for a namespace that no client has opened, or of another tenant."""
@@ -142,8 +164,8 @@ class NodeView:
     async def _status(self) -> NodeStatus:
         return NodeStatus.model_validate(await self._client.call("status", CALL_SECONDS))
 
-    async def _metrics(self) -> bytes:
-        text: bytes = await self._client.call("metrics", CALL_SECONDS)
+    async def _metrics(self, openmetrics: bool) -> bytes:
+        text: bytes = await self._client.call("metrics", CALL_SECONDS, openmetrics=openmetrics)
         return text
 
     async def _hot(self) -> list[HotPrompt]:

@@ -33,6 +33,14 @@ def _as_bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_as_bytes)]
 
 
+def _as_texts(value: object) -> object:
+    return [text.strip() for text in value.split(",") if text.strip()] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+"""A list, or a text with commas."""
+
+
 def _as_items(value: object) -> object:
     return [part for part in re.split(r"[,\s]+", value) if part] if isinstance(value, str) else value
 
@@ -335,6 +343,12 @@ class ApiSection(_Section):
     client_ca: Path | None = Field(
         None, description="PEM file of the authority whose certificates clients must show; empty: none asked for."
     )
+    peers: Texts = Field(
+        (),
+        max_length=256,
+        description="APIs of other nodes that lookups for routers ask too, as http://10.0.0.2:7070; with commas between.",
+    )
+    peer_token: Path | None = Field(None, description="File with the token that peers are asked with; empty: none.")
 
     @property
     def url(self) -> str:
@@ -349,6 +363,9 @@ class ApiSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> ApiSection:
+        for peer in self.peers:
+            if not re.fullmatch(r"https?://[^/?#@\s]+", peer):
+                raise _refuse("api.peers", f"{peer!r} is not the address of an API", "Write it as http://10.0.0.2:7070.")
         if not self.listen:
             return self
         if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", self.listen) or self.address[1] > 65535:
@@ -378,7 +395,8 @@ class EventsSection(_Section):
     """KV cache events for routers, in vLLM's format."""
 
     listen: str = Field(
-        "", description="ZeroMQ address to publish at, as tcp://127.0.0.1:5557 or ipc:///run/kvstore/events; empty: nowhere."
+        "",
+        description="ZeroMQ address to publish at, as tcp://127.0.0.1:5557 or ipc:///run/kvstore/events; empty: nowhere.",
     )
 
     @model_validator(mode="after")
@@ -388,7 +406,30 @@ class EventsSection(_Section):
             raise _refuse("events.listen", "not tcp://host:port or ipc:///path", "Write it as tcp://127.0.0.1:5557.")
         if match is not None and match[1] and not _is_loopback(match[1].strip("[]")):
             problem = "others than this machine could listen, and it does not ask who they are"
-            raise _refuse("events.listen", problem, "Publish on 127.0.0.1 or ipc:///, and forward it over something that asks.")
+            raise _refuse(
+                "events.listen", problem, "Publish on 127.0.0.1 or ipc:///, and forward it over something that asks."
+            )
+        return self
+
+
+class TelemetrySection(_Section):
+    """Traces, sent to an OpenTelemetry collector."""
+
+    otlp_endpoint: str = Field(
+        "", description="OTLP over HTTP address that spans are sent to, as http://127.0.0.1:4318; empty: no traces."
+    )
+    sample_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of the traces that begin here which are recorded; what an engine's trace leads to is if that is.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TelemetrySection:
+        if self.otlp_endpoint and not re.fullmatch(r"https?://[^/@]+(/.*)?", self.otlp_endpoint):
+            problem = "not an http:// or https:// address"
+            raise _refuse("telemetry.otlp_endpoint", problem, "Write it as http://127.0.0.1:4318.")
         return self
 
 
@@ -421,6 +462,7 @@ class Config(_Section):
     policy: PolicySection = PolicySection()
     api: ApiSection = ApiSection()
     events: EventsSection = EventsSection()
+    telemetry: TelemetrySection = TelemetrySection()
     region: RegionSection = RegionSection()
 
     @property

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from kvstore.errors import ProtocolError
 from kvstore.node.arguments import Arguments, integer_of, medium_of
@@ -29,8 +30,9 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
     """The verbs by name. Called in the node's event loop; those about a prompt take it as ``Chains.named`` does."""
 
     def metrics(caller: Caller, args: Arguments) -> bytes:
-        """Every metric of the node, in Prometheus' text format."""
-        return generate_latest(store.metrics.registry)
+        """Every metric of the node, in Prometheus' text format, or with ``openmetrics`` in that one, with exemplars."""
+        render = openmetrics.generate_latest if args.get("openmetrics") is True else generate_latest
+        return bytes(render(store.metrics.registry))
 
     async def peek(caller: Caller, args: Arguments) -> Any:
         """For each tier ``[medium, blocks, seconds, held]``: the prefix of the prompt that it and the faster ones hold, how

@@ -361,7 +361,7 @@ class TestBreaks:
         topology = pair.write()
         pair.link.cut()
         async with Replicator.open(topology, "eu") as replicator:
-            for link in (replicator.near, *replicator._far.values()):
+            for link in (replicator.near, *replicator.far.values()):
                 link._patience = 0.0
             assert "na" in (await replicator.plan()).problems
         pair.link.heal()

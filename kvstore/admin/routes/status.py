@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from kvstore.admin.auth import reads
 from kvstore.admin.models.base import TierName
@@ -55,6 +56,8 @@ async def warmth(site: CurrentSite) -> WarmthStatus:
 
 
 @router.get("/metrics", tags=["observability"], response_class=Response)
-async def metrics(node: CurrentNode) -> Response:
+async def metrics(node: CurrentNode, request: Request) -> Response:
     """The node's metrics in Prometheus' text format."""
+    if "application/openmetrics-text" in request.headers.get("accept", ""):
+        return Response(await node.openmetrics(), media_type=openmetrics.CONTENT_TYPE_LATEST)
     return Response(await node.metrics(), media_type=CONTENT_TYPE_LATEST)
