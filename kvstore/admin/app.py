@@ -18,7 +18,7 @@ from kvstore.admin import kinds, problems
 from kvstore.admin.audit import Audit
 from kvstore.admin.guard import Guard
 from kvstore.admin.idempotency import Idempotency
-from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, events, health
+from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, dashboard, events, health
 from kvstore.admin.site import Site
 
 EXTENSIONS = "kvstore.admin"
@@ -47,7 +47,7 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="api"))
         yield
-        for opened in (site.node, site.catalog):
+        for opened in (site.node, site.catalog, site.peers):
             if opened is not None:
                 await opened.close()
 
@@ -67,6 +67,8 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     health.add_checks(site)
     events.add_parts(site)
     app.include_router(health.router)
+    app.include_router(dashboard.router)
+    app.mount("/dashboard", dashboard.files())
     for router in (*ROUTERS, *(NODE_ROUTERS if site.node is not None else ()), *extensions(site)):
         app.include_router(router, responses=problems.documented(400, 401, 403, 413, 422))
     app.add_middleware(Idempotency)

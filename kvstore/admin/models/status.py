@@ -16,6 +16,17 @@ class Health(Model):
     version: str = Field(examples=["0.1.0"])
 
 
+class WhoAmI(Model):
+    """Who asks, and whom."""
+
+    name: str = Field(description="Of the token.", examples=["on-call"])
+    role: str = Field(examples=["operator"])
+    token: bool = Field(description="Whether this API asks for tokens.")
+    site: str = Field(description="The node or service.", examples=["gpu-17-1f6a2b3c"])
+    region: str = Field(description="Empty when none is configured.", examples=["eu"])
+    version: str = Field(examples=["0.1.0"])
+
+
 class Check(Model):
     """One thing that readiness needs."""
 
@@ -118,7 +129,7 @@ class Snapshot(Model):
 
     time: float
     parts: dict[str, Any] = Field(
-        description="By name: node (as /v1/status), hot (as /v1/hot), jobs (as /v1/jobs), warmth, and what extensions add."
+        description="By name: node (as /v1/status), nodes, hot, pins and jobs (as those routes), warmth, and what extensions add."
     )
     problems: dict[str, str] = Field(description="Parts that could not be had, and why.")
 

@@ -12,9 +12,10 @@ from kvstore.admin.routes import (
     prompts,
     region,
     status,
+    whoami,
 )
 
-ROUTERS = (events.router, jobs.router, configuration.router, region.router)
+ROUTERS = (events.router, jobs.router, configuration.router, region.router, whoami.router)
 """Those of every service, beside those of health."""
 NODE_ROUTERS = (status.router, blocks.router, prompts.router, namespaces.router, policy.router)
 """Those that ask a node."""

@@ -12,6 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from kvstore.admin.auth import reads
 from kvstore.admin.models.status import Snapshot
+from kvstore.admin.routes import blocks, region
 from kvstore.admin.site import SNAPSHOT_SECONDS, CurrentSite, Site
 from kvstore.warmth import read_warmth
 
@@ -48,10 +49,16 @@ def add_parts(site: Site) -> None:
     async def hot() -> Any:
         return (await node.hot())[:SHOWN] if node is not None else []
 
+    async def pins() -> Any:
+        return (await blocks.list_pins(node))[:SHOWN] if node is not None else []
+
+    async def nodes() -> Any:
+        return await region.nodes(site)
+
     async def warmth() -> Any:
         found = await asyncio.to_thread(read_warmth, site.config.node.directory)
         return found and {**asdict(found), "share": found.share}
 
-    site.parts["jobs"] = jobs
+    site.parts |= {"jobs": jobs, "nodes": nodes}
     if node is not None:
-        site.parts |= {"node": node.status, "hot": hot, "warmth": warmth}
+        site.parts |= {"node": node.status, "hot": hot, "pins": pins, "warmth": warmth}

@@ -7,23 +7,21 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from kvstore.admin import routing
 from kvstore.admin.auth import reads
 from kvstore.admin.models.prompts import (
     Explanation,
     HotPage,
     LookupAnswer,
-    NodeLookup,
     Prompt,
-    RoutedPrompt,
     RouterAnswer,
     RouterLookup,
-    TierLookup,
+    RouterPeek,
+    RouterPeeked,
 )
-from kvstore.admin.node import NodeView
 from kvstore.admin.paging import Cursor, Limit, page_of
-from kvstore.admin.problems import Problem, documented
-from kvstore.admin.site import CurrentNode, CurrentSite, Site
-from kvstore.errors import KVStoreError
+from kvstore.admin.problems import documented
+from kvstore.admin.site import CurrentNode, CurrentSite
 
 router = APIRouter(prefix="/v1", tags=["prompts"], dependencies=reads(), responses=documented(422, 503, 504))
 
@@ -31,7 +29,7 @@ router = APIRouter(prefix="/v1", tags=["prompts"], dependencies=reads(), respons
 @router.post("/lookup", responses=documented(404, 409))
 async def lookup(prompt: Prompt, node: CurrentNode) -> LookupAnswer:
     """How much of a prompt each tier of this node could serve now, and how fast. Does not count as a use."""
-    return await _peek(node, prompt)
+    return await routing.of_node(node, prompt)
 
 
 @router.post("/explain", responses=documented(404, 409))
@@ -42,8 +40,18 @@ async def explain(prompt: Prompt, node: CurrentNode) -> Explanation:
 
 @router.post("/router/lookup")
 async def router_lookup(wanted: RouterLookup, site: CurrentSite, node: CurrentNode) -> RouterAnswer:
-    """For each prompt and node, how many tokens of its prefix each tier could serve, and how fast."""
-    return RouterAnswer(prompts=list(await asyncio.gather(*(_route(site, node, prompt) for prompt in wanted.prompts))))
+    """For each prompt and node, how many tokens of its prefix each tier could serve, and how fast.
+
+    Asks the nodes of `api.peers` too, all at once. Prompts named by a request or a key are looked up on this node alone.
+    """
+    return await routing.lookup(site, node, wanted)
+
+
+@router.post("/router/peek")
+async def router_peek(wanted: RouterPeek, site: CurrentSite, node: CurrentNode) -> RouterPeeked:
+    """What each tier of this node could serve of chains of blocks, given by their keys: what peers ask each other."""
+    found = await asyncio.gather(*(routing.peek(node, bytes.fromhex(chain)) for chain in wanted.chains))
+    return RouterPeeked(node=site.name, chains=list(found))
 
 
 @router.get("/hot", responses=documented(404, 409))
@@ -60,27 +68,3 @@ async def hot(
         prompts = [prompt for prompt in prompts if prompt.namespace == digest]
     items, after = page_of(prompts, lambda prompt: prompt.key, cursor, limit)
     return HotPage(items=items, cursor=after)
-
-
-async def _peek(node: NodeView, prompt: Prompt) -> LookupAnswer:
-    found = await node.peek(prompt)
-    tiers = [
-        TierLookup(
-            medium=medium,
-            usable_blocks=blocks,
-            usable_tokens=blocks * found["block_tokens"],
-            seconds=seconds,
-            held_blocks=held,
-        )
-        for medium, blocks, seconds, held in found["tiers"]
-    ]
-    return LookupAnswer.model_validate({**found, "tiers": tiers})
-
-
-async def _route(site: Site, node: NodeView, prompt: Prompt) -> RoutedPrompt:
-    try:
-        found = await _peek(node, prompt)
-    except (KVStoreError, Problem) as error:
-        return RoutedPrompt(blocks=0, block_tokens=0, nodes=[], problem=str(error))
-    here = NodeLookup(node=site.name, url=site.url, tiers=found.tiers)
-    return RoutedPrompt(blocks=found.blocks, block_tokens=found.block_tokens, nodes=[here])

@@ -1,0 +1,64 @@
+// Hit ratio by tier over time, as stacked columns.
+
+import { clock, count, percent } from "../format.js";
+import { TIERS } from "../samples.js";
+import { Panel } from "../ui.js";
+import { html, useState } from "../vendor/preact.js";
+
+const COLUMNS = 60;
+const SPANS = { "5 min": 5, "15 min": 15, "1 h": 60 };
+const WIDTH = 600;
+const HEIGHT = 150;
+
+export function Chart({ app: { samples } }) {
+  const [span, setSpan] = useState("5 min");
+  const bins = samples.lookups(SPANS[span], COLUMNS);
+  const choice = html`<div role="group" aria-label="Span of time" class="choice">
+    ${Object.keys(SPANS).map((name) => html`<button type="button" aria-pressed=${name === span} onClick=${() => setSpan(name)}>${name}</button>`)}
+  </div>`;
+  return html`<${Panel} title="Hit ratio by tier" name="chart" wide aside=${choice}>
+    <${Columns} bins=${bins} />
+    <div class="axis"><span>${clock(bins[0].start).slice(0, 5)}</span><${Legend} bins=${bins} /><span>now</span></div>
+  <//>`;
+}
+
+function Columns({ bins }) {
+  const step = WIDTH / bins.length;
+  return html`<svg class="chart" viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" role="img" aria-label=${summary(bins)}>
+    ${[0.25, 0.5, 0.75, 1].map((part) => html`<line class="rule" x1="0" x2=${WIDTH} y1=${HEIGHT * (1 - part)} y2=${HEIGHT * (1 - part)} />`)}
+    ${bins.map((bin, at) => html`<${Column} key=${bin.start} bin=${bin} x=${at * step} width=${step - 1.5} />`)}
+  </svg>`;
+}
+
+function Column({ bin, x, width }) {
+  let top = HEIGHT;
+  const parts = bin.looked
+    ? TIERS.map((tier) => {
+        const height = (HEIGHT * bin.found[tier]) / bin.looked;
+        top -= height;
+        return html`<rect class=${`fill ${tier}`} x=${x} y=${top} width=${width} height=${height} />`;
+      })
+    : null;
+  const title = bin.looked
+    ? `${clock(bin.start)}: ${count(bin.looked)} blocks looked up; ${TIERS.map((tier) => `${tier} ${percent(bin.found[tier] / bin.looked)}`).join(", ")}`
+    : `${clock(bin.start)}: ${bin.seen ? "nothing was looked up" : "this page was not open"}`;
+  const ground = bin.looked ? "miss" : bin.seen ? "idle" : "unknown";
+  return html`<g><title>${title}</title><rect class=${ground} x=${x} y=${bin.looked ? 0 : HEIGHT - 2} width=${width} height=${bin.looked ? HEIGHT : 2} />${parts}</g>`;
+}
+
+function Legend({ bins }) {
+  const looked = sum(bins, (bin) => bin.looked);
+  return html`<ul class="legend">
+    ${TIERS.map((tier) => html`<li><i class=${`swatch ${tier}`}></i>${tier} ${looked ? percent(sum(bins, (bin) => bin.found[tier] ?? 0) / looked) : ""}</li>`)}
+    <li><i class="swatch miss"></i>missed ${looked ? percent(1 - sum(bins, (bin) => TIERS.reduce((all, tier) => all + (bin.found[tier] ?? 0), 0)) / looked) : ""}</li>
+  </ul>`;
+}
+
+function summary(bins) {
+  const looked = sum(bins, (bin) => bin.looked);
+  if (!looked) return "Nothing was looked up in this time.";
+  const shares = TIERS.map((tier) => `${tier} ${percent(sum(bins, (bin) => bin.found[tier] ?? 0) / looked)}`);
+  return `Of ${count(looked)} blocks looked up, found in ${shares.join(", ")}.`;
+}
+
+const sum = (bins, of) => bins.reduce((all, bin) => all + of(bin), 0);
