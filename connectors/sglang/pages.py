@@ -1,7 +1,8 @@
 """Pages of SGLang's host pools, and the bytes of a block that they become.
 
 ``CanonicalPages`` sees through SGLang's memory layouts and moves a rank's heads to their place in a canonical
-block. ``OpaquePages`` moves a page as it is, piece by piece. Both copies release the interpreter lock.
+block. ``OpaquePages`` moves a page as it is, piece by piece. Both copy in the calling thread, with the interpreter lock released:
+torch would copy with threads of its own, which on a busy machine wait for each other longer than they copy.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvstore.errors import IdentityError
@@ -26,6 +29,8 @@ LAYOUTS = {
     "page_head": ("kv", "page", "head", "token", "layer"),
 }
 """SGLang's ``--hicache-mem-layout``: order of the axes in a host pool's buffer. ``page_head`` is our canonical order."""
+
+Bytes = npt.NDArray[np.uint8]
 
 Place = Any
 """Where a page is in its pool; only the ``Pages`` that made it reads it."""
@@ -57,7 +62,7 @@ class CanonicalPages(Pages):
         """The pool holds ``heads`` of each block. Raises IdentityError when it does not."""
         self.block_bytes = layout.nbytes
         self._page_tokens = layout.tokens
-        self._view = page_view(pool)
+        self._view: Bytes = page_view(pool).numpy()
         self._shape = (layout.kv, layout.kv_heads, layout.tokens, layout.layers, layout.head_dim * layout.itemsize)
         self._heads = slice(*heads)
         have = (self._view.shape[0], *self._view.shape[2:])
@@ -78,18 +83,18 @@ class CanonicalPages(Pages):
         return places
 
     def save(self, place: Place, payload: memoryview) -> None:
-        self._share(payload).copy_(self._view[:, place])
+        np.copyto(self._share(payload), self._view[:, place])
 
     def load(self, place: Place, payload: memoryview) -> None:
-        self._view[:, place].copy_(self._share(payload))
+        np.copyto(self._view[:, place], self._share(payload))
 
     @property
     def _slots(self) -> int:
         return int(self._view.shape[1]) * self._page_tokens
 
-    def _share(self, payload: memoryview) -> torch.Tensor:
+    def _share(self, payload: memoryview) -> Bytes:
         """This rank's ``[kv, head, token, layer, byte]`` of a block. An MLA block has one "head" and only one "kv"."""
-        return torch.frombuffer(payload, dtype=torch.uint8).view(self._shape)[:, self._heads]
+        return np.frombuffer(payload, np.uint8).reshape(self._shape)[:, self._heads]
 
 
 class OpaquePages(Pages):
