@@ -168,24 +168,25 @@ class _Lane:
     def _hand_over(self, job: _Job) -> list[Any]:
         """Enqueue a whole job; returns the events behind it."""
         pinned = self._pin(job.arena)
-        pages = self._pages.view_pages(job.copies, self._block.tokens, self._whole)
-        offsets = self._offsets(job)
-        pinned.wait(int(offsets.max(initial=-self._block.nbytes)) + self._block.nbytes)
-        for start in range(0, len(offsets), self._group):
-            group = slice(start, start + self._group)
+        # Group by group from the start: were all of a large job prepared first, the bus would stand idle for a millisecond.
+        for start in range(0, len(job.copies), self._group):
+            copies = job.copies[start : start + self._group]
+            pages = self._pages.view_pages(copies, self._block.tokens, self._whole)
+            offsets = self._offsets(job.arena, copies)
+            pinned.wait(int(offsets.max()) + self._block.nbytes)
             mark = self._marks[0]
             mark.synchronize()
-            self._ring[0](self._streams, pinned, offsets[group], pages[group], job.engine)
+            self._ring[0](self._streams, pinned, offsets, pages, job.engine)
             self._streams.kernels.record(mark)
             self._marks.rotate(-1)
             self._ring.rotate(-1)
         streams = (self._streams.kernels, self._streams.copies)
         return [stream.record(cupy.cuda.Event(disable_timing=True)) for stream in streams]
 
-    def _offsets(self, job: _Job) -> Column:
+    def _offsets(self, arena: Arena, copies: Sequence[BlockCopy]) -> Column:
         """Of each block in the arena. Checked: a kernel that leaves the arena, or is misaligned, costs the engine its GPU."""
-        offsets = np.array([copy.offset for copy in job.copies], np.int64)
-        outside = (offsets < 0) | (offsets > job.arena.nbytes - self._block.nbytes)
+        offsets = np.array([copy.offset for copy in copies], np.int64)
+        outside = (offsets < 0) | (offsets > arena.nbytes - self._block.nbytes)
         if outside.any() or (offsets % ALIGNMENT).any():
             raise IdentityError(
                 f"not every block at {offsets.tolist()} is inside the arena and aligned to {ALIGNMENT} bytes"
