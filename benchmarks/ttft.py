@@ -60,12 +60,8 @@ OFFLOADING = {
     "kv_connector_extra_config": {"cpu_bytes_to_use": 22 << 30},
 }  # fmt: skip
 NODE = {
-    "host.bytes": "24GiB",
-    "disk.bytes": "24GiB",
-    "write.queue_bytes": "12GiB",
-    "policy.planner": "off",
-    "policy.prefetch": "wait_complete",
-}
+    "host.bytes": "24GiB", "disk.bytes": "24GiB", "policy.planner": "off", "policy.prefetch": "wait_complete"
+}  # fmt: skip
 PIN_SECONDS = 15.0
 """To register such an arena with CUDA; hits are fast from then on."""
 SETTLE_SECONDS = 0.3
