@@ -83,6 +83,9 @@ class Event:
     """Seconds to load and seconds to compute, as the planner saw them."""
 
 
+BAD_REMEMBERED = 50
+"""Bad blocks, the latest."""
+
 Listener = Callable[[What, Sequence[BlockKey], Medium | None], None]
 
 
@@ -92,6 +95,8 @@ class History:
     def __init__(self, events: int = EVENTS) -> None:
         self.listener: Listener | None = None
         """Told of everything that is recorded, at once; must not block or raise."""
+        self.bad: deque[tuple[float, BlockKey, Medium | None]] = deque(maxlen=BAD_REMEMBERED)
+        """Blocks that did not verify: when, which, and in which tier. Latest last; the ring forgets sooner when there is traffic."""
         self._size = events
         self._written = 0
         self._began = time.time()
@@ -128,6 +133,8 @@ class History:
             return
         if self.listener is not None:
             self.listener(what, keys, medium)
+        if what is What.CORRUPT:
+            self.bad.extend((time.time(), key, medium) for key in keys)
         place = self._places(what, keys)
         self._word[place] = _words(keys)
         self._at[place] = time.time()

@@ -18,6 +18,7 @@ import kvstore
 from kvstore.demand import Demand
 from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
+from kvstore.history import What
 from kvstore.identity import DIGEST_BYTES, KEY_BYTES, BlockKey, Namespace
 from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.adminverbs import admin_verbs
@@ -244,6 +245,10 @@ class Verbs:
             "tiers": [{**asdict(stats), "medium": stats.medium.value} for stats in self._stats()],
             "queued_bytes": {medium.value: size for medium, size in self._store.queued_bytes.items()},
             "counters": self._store.metrics.snapshot(),
+            "bad_blocks": [
+                {"at": at, "key": key, "tier": medium and medium.value}
+                for at, key, medium in reversed(self._store.history.bad)
+            ],
             "clients": [
                 {
                     "name": client.name,
@@ -294,6 +299,7 @@ class Verbs:
                 continue
             except BlockCorrupt as error:
                 bad.append({"key": key, "reason": str(error)})
+                self._store.history.record(What.CORRUPT, [key], tier.medium)
             finally:
                 self._store.host.discard(offset)
             checked += 1

@@ -2,13 +2,18 @@
 
 const KEPT_SECONDS = 3660;
 
-/** A node's counter by name and labels, as the API names it: labels in alphabetical order. 0 when it was never counted. */
-export function counter(node, name, labels = {}) {
+/** A metric of a node by name and labels, as the API names it: labels in alphabetical order. 0 when there is none. */
+export function gauge(node, name, labels = {}) {
   const text = Object.keys(labels).sort().map((label) => `${label}=${labels[label]}`).join(",");
-  return node.counters[text ? `kvstore_${name}_total{${text}}` : `kvstore_${name}_total`] ?? 0;
+  return node.counters[text ? `kvstore_${name}{${text}}` : `kvstore_${name}`] ?? 0;
 }
 
-/** The sum over all labels, and each series as `[labels, value]`. */
+export const counter = (node, name, labels) => gauge(node, `${name}_total`, labels);
+
+/** "closed", "open" or "half_open"; a tier without a breaker is closed. */
+export const breakerOf = (node, tier) => ["open", "half_open"].find((state) => gauge(node, "breaker_state", { state, tier })) ?? "closed";
+
+/** Each series of a counter, as `[labels, value]`. */
 export function series(node, name) {
   const start = `kvstore_${name}_total`;
   return Object.entries(node.counters)
@@ -28,13 +33,14 @@ export const TIERS = ["host", "disk", "object"];
 /** What is drawn over time, taken from a node's status. */
 function read(node) {
   const values = {
-    looked: counter(node, "looked_up_blocks"),
+    asked: counter(node, "asked_tokens"),
+    requests: counter(node, "requests"),
     published: counter(node, "published_blocks"),
     delivered: total(node, "delivered_blocks"),
-    saved: counter(node, "prefill_saved_seconds"),
+    spared: counter(node, "spared_prefill_seconds"),
   };
   for (const tier of TIERS) {
-    values[`found ${tier}`] = counter(node, "found_blocks", { tier });
+    values[`found ${tier}`] = counter(node, "found_tokens", { tier });
     values[`get ${tier}`] = counter(node, "tier_bytes", { tier, operation: "get" });
     values[`put ${tier}`] = counter(node, "tier_bytes", { tier, operation: "put" });
   }
@@ -68,16 +74,16 @@ export class Samples {
     return grown && grown.by / grown.over;
   }
 
-  /** Blocks looked up and found by tier, in `count` steps of `step` seconds, oldest first; null where nothing was seen. */
+  /** Tokens asked for and found by tier, in `count` steps of `step` seconds, oldest first; null where nothing was seen. */
   lookups(step, count) {
     const end = Math.floor((this.rows.at(-1)?.time ?? 0) / step) + 1;
-    const bins = Array.from({ length: count }, (_, at) => ({ start: (end - count + at) * step, seen: false, looked: 0, found: {} }));
+    const bins = Array.from({ length: count }, (_, at) => ({ start: (end - count + at) * step, seen: false, asked: 0, found: {} }));
     for (let at = 1; at < this.rows.length; at += 1) {
       const [before, row] = [this.rows[at - 1], this.rows[at]];
       const bin = bins[Math.floor(row.time / step) - (end - count)];
       if (!bin || before.epoch !== row.epoch) continue;
       bin.seen = true;
-      bin.looked += row.values.looked - before.values.looked;
+      bin.asked += row.values.asked - before.values.asked;
       for (const tier of TIERS) {
         const name = `found ${tier}`;
         bin.found[tier] = (bin.found[tier] ?? 0) + row.values[name] - before.values[name];

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kvstore.admin.models.base import DIGEST_EXAMPLE, Hex, Model, TierName
+from kvstore.admin.models.base import DIGEST_EXAMPLE, KEY_EXAMPLE, Hex, Model, TierName
 
 
 class Health(Model):
@@ -97,6 +97,14 @@ class NamespaceInfo(Model):
         return int(self.fields["block_tokens"])
 
 
+class BadBlock(Model):
+    """A copy of a block that was read and did not verify. It was dropped; engines computed anew."""
+
+    at: float
+    key: Hex = Field(examples=[KEY_EXAMPLE])
+    tier: TierName | None
+
+
 class NodeStatus(Model):
     """A node: its tiers, clients, namespaces and counters."""
 
@@ -110,6 +118,7 @@ class NodeStatus(Model):
     tiers: list[TierStatus]
     clients: list[ClientStatus]
     namespaces: list[NamespaceInfo]
+    bad_blocks: list[BadBlock] = Field([], description="The latest, newest first.")
     counters: dict[str, float] = Field(
         description="Samples of the node's metrics.", examples=[{"kvstore_looked_up_blocks_total": 128.0}]
     )

@@ -32,33 +32,33 @@ function Columns({ bins }) {
 
 function Column({ bin, x, width }) {
   let top = HEIGHT;
-  const parts = bin.looked
+  const parts = bin.asked
     ? TIERS.map((tier) => {
-        const height = (HEIGHT * bin.found[tier]) / bin.looked;
+        const height = (HEIGHT * bin.found[tier]) / bin.asked;
         top -= height;
         return html`<rect class=${`fill ${tier}`} x=${x} y=${top} width=${width} height=${height} />`;
       })
     : null;
-  const title = bin.looked
-    ? `${clock(bin.start)}: ${count(bin.looked)} blocks looked up; ${TIERS.map((tier) => `${tier} ${percent(bin.found[tier] / bin.looked)}`).join(", ")}`
-    : `${clock(bin.start)}: ${bin.seen ? "nothing was looked up" : "this page was not open"}`;
-  const ground = bin.looked ? "miss" : bin.seen ? "idle" : "unknown";
-  return html`<g><title>${title}</title><rect class=${ground} x=${x} y=${bin.looked ? 0 : HEIGHT - 2} width=${width} height=${bin.looked ? HEIGHT : 2} />${parts}</g>`;
+  const title = bin.asked
+    ? `${clock(bin.start)}: ${count(bin.asked)} tokens asked for; ${TIERS.map((tier) => `${tier} ${percent(bin.found[tier] / bin.asked)}`).join(", ")}`
+    : `${clock(bin.start)}: ${bin.seen ? "nobody asked" : "this page was not open"}`;
+  const ground = bin.asked ? "miss" : bin.seen ? "idle" : "unknown";
+  return html`<g><title>${title}</title><rect class=${ground} x=${x} y=${bin.asked ? 0 : HEIGHT - 2} width=${width} height=${bin.asked ? HEIGHT : 2} />${parts}</g>`;
 }
 
 function Legend({ bins }) {
-  const looked = sum(bins, (bin) => bin.looked);
+  const asked = sum(bins, (bin) => bin.asked);
   return html`<ul class="legend">
-    ${TIERS.map((tier) => html`<li><i class=${`swatch ${tier}`}></i>${tier} ${looked ? percent(sum(bins, (bin) => bin.found[tier] ?? 0) / looked) : ""}</li>`)}
-    <li><i class="swatch miss"></i>missed ${looked ? percent(1 - sum(bins, (bin) => TIERS.reduce((all, tier) => all + (bin.found[tier] ?? 0), 0)) / looked) : ""}</li>
+    ${TIERS.map((tier) => html`<li><i class=${`swatch ${tier}`}></i>${tier} ${asked ? percent(sum(bins, (bin) => bin.found[tier] ?? 0) / asked) : ""}</li>`)}
+    <li><i class="swatch miss"></i>missed ${asked ? percent(1 - sum(bins, (bin) => TIERS.reduce((all, tier) => all + (bin.found[tier] ?? 0), 0)) / asked) : ""}</li>
   </ul>`;
 }
 
 function summary(bins) {
-  const looked = sum(bins, (bin) => bin.looked);
-  if (!looked) return "Nothing was looked up in this time.";
-  const shares = TIERS.map((tier) => `${tier} ${percent(sum(bins, (bin) => bin.found[tier] ?? 0) / looked)}`);
-  return `Of ${count(looked)} blocks looked up, found in ${shares.join(", ")}.`;
+  const asked = sum(bins, (bin) => bin.asked);
+  if (!asked) return "Nobody asked for anything in this time.";
+  const shares = TIERS.map((tier) => `${tier} ${percent(sum(bins, (bin) => bin.found[tier] ?? 0) / asked)}`);
+  return `Of ${count(asked)} tokens asked for, found in ${shares.join(", ")}.`;
 }
 
 const sum = (bins, of) => bins.reduce((all, bin) => all + of(bin), 0);

@@ -1,16 +1,17 @@
 // The tiers: how full, how fast, and whether they answer.
 
 import { bytes, count, percent, rate } from "../format.js";
+import { breakerOf } from "../samples.js";
 import { Badge, Meter, Panel } from "../ui.js";
 import { html } from "../vendor/preact.js";
 
 export function Store({ app: { node, samples } }) {
   return html`<${Panel} title="Tiers" name="tiers">
-    <ul class="store">${node.tiers.map((tier) => html`<${Tier} key=${tier.medium} tier=${tier} samples=${samples} />`)}</ul>
+    <ul class="store">${node.tiers.map((tier) => html`<${Tier} key=${tier.medium} tier=${tier} breaker=${breakerOf(node, tier.medium)} samples=${samples} />`)}</ul>
   <//>`;
 }
 
-function Tier({ tier, samples }) {
+function Tier({ tier, breaker, samples }) {
   const { medium, capacity_bytes: capacity, used_bytes: used } = tier;
   const read = samples.rate(`get ${medium}`);
   const written = samples.rate(`put ${medium}`);
@@ -23,7 +24,7 @@ function Tier({ tier, samples }) {
   return html`<li data-tier=${medium}>
     <div class="line">
       <span class=${`tier ${medium}`}>${medium}</span>
-      ${tier.answering === false && html`<${Badge} kind="bad">does not answer<//>`}
+      ${breaker !== "closed" && html`<${Badge} kind="bad">${breaker === "open" ? "does not answer" : "is tried again"}<//>`}
       ${tier.quarantined > 0 && html`<${Badge} kind="warn">${count(tier.quarantined)} bad<//>`}
       <span class="fillup">${bytes(used)}${capacity ? html` <span class="dim">of ${bytes(capacity)}</span> ${percent(used / capacity)}` : ""}</span>
     </div>

@@ -2,9 +2,10 @@
 
 import { bytes, count, percent, seconds } from "../format.js";
 import { TIERS, counter, total } from "../samples.js";
-import { html } from "../vendor/preact.js";
+import { html, useState } from "../vendor/preact.js";
 
 const LATELY = 300;
+const GPUS = "kvstore-gpus";
 
 export function Tiles({ app }) {
   return html`<section class="tiles" aria-label="At a glance">
@@ -17,22 +18,30 @@ function Tile({ name, title, value, note }) {
 }
 
 function HitRatio({ app: { node, samples } }) {
-  const found = TIERS.map((tier) => counter(node, "found_blocks", { tier }));
-  const looked = counter(node, "looked_up_blocks");
-  const ever = looked ? found.reduce((sum, value) => sum + value, 0) / looked : null;
-  const asked = samples.growth("looked", LATELY)?.by ?? 0;
+  const everAsked = counter(node, "asked_tokens");
+  const ever = everAsked ? total(node, "found_tokens") / everAsked : null;
+  const asked = samples.growth("asked", LATELY)?.by ?? 0;
   const lately = asked ? TIERS.reduce((sum, tier) => sum + samples.growth(`found ${tier}`, LATELY).by, 0) / asked : null;
-  const note = looked ? `${percent(ever)} since the node started` : "nothing was looked up yet";
-  return html`<${Tile} name="hits" title="Hit ratio, 5 min" value=${percent(lately ?? ever)} note=${lately === null && looked ? `${note}; idle now` : note} />`;
+  const note = everAsked ? `of tokens · ${percent(ever)} since the node started` : "nobody asked for a prompt yet";
+  return html`<${Tile} name="hits" title="Hit ratio, 5 min" value=${percent(lately ?? ever)} note=${lately === null && everAsked ? `${note}; idle now` : note} />`;
 }
 
+/** Engines report how fast they compute; what that is in GPU-hours depends on how many GPUs compute a prompt together. */
 function Saved({ app: { node, samples } }) {
-  const saved = counter(node, "prefill_saved_seconds");
-  const lately = samples.growth("saved", LATELY)?.by;
-  const hours = saved / 3600;
-  const value = hours >= 0.1 ? `${hours >= 100 ? count(hours) : hours.toFixed(1)} GPU-h` : seconds(saved);
-  const parts = [hours >= 0.1 ? `${count(saved)} s of prefill` : `of prefill, ${hours < 0.001 && saved ? "<0.001" : hours.toFixed(3)} GPU-h`, lately ? `${seconds(lately)} in the last 5 min` : "since the node started"];
-  return html`<${Tile} name="saved" title="Prefill saved" value=${value} note=${parts.join(" · ")} />`;
+  const [gpus, setGpus] = useState(() => Number(localStorage.getItem(GPUS)) || 1);
+  const spared = counter(node, "spared_prefill_seconds");
+  const lately = samples.growth("spared", LATELY)?.by;
+  const change = (event) => {
+    const wanted = Math.max(1, Math.round(Number(event.target.value)) || 1);
+    localStorage.setItem(GPUS, wanted);
+    setGpus(wanted);
+  };
+  const hours = (spared * gpus) / 3600;
+  const note = !spared
+    ? counter(node, "offered_tokens") ? "no engine has reported its speed yet" : "nothing was loaded yet"
+    : html`${hours < 0.01 ? hours.toFixed(4) : hours < 10 ? hours.toFixed(2) : count(hours)} GPU-h with
+        <input class="tiny" type="number" min="1" max="1024" value=${gpus} onChange=${change} aria-label="GPUs of an engine" /> GPU each`;
+  return html`<${Tile} name="saved" title=${`Prefill saved${lately ? `, ${seconds(lately)} in 5 min` : ""}`} value=${seconds(spared)} note=${note} />`;
 }
 
 function Served({ app: { node, samples } }) {

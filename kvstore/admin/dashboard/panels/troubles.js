@@ -1,7 +1,7 @@
 // What went wrong lately: bad blocks, tiers that do not answer, and why blocks were missed.
 
 import { ago, count, short } from "../format.js";
-import { series } from "../samples.js";
+import { breakerOf, series } from "../samples.js";
 import { Badge, Empty, Panel, Tiers } from "../ui.js";
 import { html } from "../vendor/preact.js";
 
@@ -16,7 +16,7 @@ const REASONS = {
 export function Troubles({ app }) {
   const { node, now } = app;
   const bad = node.bad_blocks ?? [];
-  const silent = node.tiers.filter((tier) => tier.answering === false);
+  const silent = node.tiers.filter((tier) => breakerOf(node, tier.medium) !== "closed");
   const failed = series(node, "tier_operations").filter(([{ outcome }, value]) => value && ["unavailable", "error"].includes(outcome));
   const missed = series(node, "missed_blocks").filter(([, value]) => value).sort((one, other) => other[1] - one[1]);
   const calm = !bad.length && !silent.length && !failed.length;
@@ -25,7 +25,7 @@ export function Troubles({ app }) {
     <h3>Bad blocks</h3>
     ${bad.length
       ? html`<ul class="list compact">${bad.slice(0, 6).map((block) => html`<li key=${block.key + block.at}><div class="line">
-          <button type="button" class="link mono" onClick=${() => app.openPrompt(block.key)}>${short(block.key)}</button><${Tiers} media=${[block.tier]} /><span class="dim small right">${ago(block.at, now)}</span>
+          <button type="button" class="link mono" onClick=${() => app.openPrompt(block.key)}>${short(block.key)}</button><${Tiers} media=${block.tier ? [block.tier] : []} /><span class="dim small right">${ago(block.at, now)}</span>
         </div></li>`)}</ul>`
       : html`<${Empty}>Every block that was read verified.<//>`}
     <h3>Operations that failed</h3>
