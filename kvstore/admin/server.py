@@ -18,6 +18,7 @@ from kvstore.admin.catalog import CatalogView
 from kvstore.admin.guard import LOOPBACK
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
+from kvstore.admin.peers import Peers
 from kvstore.admin.site import Site
 from kvstore.admin.tokenizers import Tokenizers
 from kvstore.admin.tokens import BearerTokens
@@ -96,6 +97,7 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
         name=node_name(config.node.directory) if node else config.region.name,
         url=config.api.url,
+        peers=Peers(config.api.peers, config.api.peer_token),
         catalog=CatalogView(config) if config.catalog.url else None,
         authenticate=BearerTokens(config.api.tokens) if config.api.tokens else everybody,
     )

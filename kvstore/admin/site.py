@@ -17,6 +17,7 @@ from kvstore.admin.catalog import CatalogView
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.models.status import Check, Snapshot
 from kvstore.admin.node import NodeView
+from kvstore.admin.peers import Peers
 from kvstore.admin.problems import Problem
 from kvstore.config import Config, Loaded
 from kvstore.errors import KVStoreError
@@ -37,6 +38,8 @@ class Site:
     """Of the node, or of the service."""
     url: str
     """Where this API is, as others on this machine reach it."""
+    peers: Peers = field(default_factory=Peers)
+    """Other nodes, for routers."""
     catalog: CatalogView | None = None
     """The region's, if one is configured."""
     authenticate: Authenticate = everybody

@@ -31,6 +31,14 @@ MAX_TOKENS = 1 << 19
 MAX_TEXT = 4 << 20
 
 
+MAX_BATCH = 64
+"""Prompts of one question."""
+
+
+MAX_KEY_BYTES = 1 << 19
+"""Of one chain: 32,768 blocks."""
+
+
 _MAX_NAME = 512
 
 
@@ -75,14 +83,19 @@ class Found(Model):
     blocks: int = Field(description="Whole blocks of the prompt.", examples=[32])
 
 
-class TierLookup(Model):
-    """What a tier could serve of a prompt."""
+class PeekedTier(Model):
+    """What a tier could serve of a chain of blocks."""
 
     medium: TierName
     usable_blocks: int = Field(description="The prefix that this tier and the faster ones hold.")
-    usable_tokens: int
     seconds: float = Field(description="Until that prefix is in host memory, estimated from what loads took lately.")
     held_blocks: int = Field(description="Blocks of the prompt in this tier alone, wherever they are in it.")
+
+
+class TierLookup(PeekedTier):
+    """What a tier could serve of a prompt."""
+
+    usable_tokens: int
 
 
 class LookupAnswer(Found):
@@ -94,7 +107,8 @@ class LookupAnswer(Found):
 class RouterLookup(Wanted):
     """Many prompts at once."""
 
-    prompts: list[Prompt] = Field(min_length=1, max_length=64)
+    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_BATCH)
+    timeout_seconds: float = Field(0.1, gt=0, le=10, description="What nodes have to answer; the others go without.")
 
 
 class NodeLookup(Model):
@@ -114,10 +128,33 @@ class RoutedPrompt(Model):
     problem: str = Field("", description="Why nothing can be said of this prompt.")
 
 
+class Unanswered(Model):
+    """A node that did not say what it holds."""
+
+    url: str = Field(description="Its API.", examples=["http://10.0.0.2:7070"])
+    problem: str = Field(examples=["no answer in 0.1 s"])
+
+
 class RouterAnswer(Model):
     """In the order of the question."""
 
     prompts: list[RoutedPrompt]
+    unanswered: list[Unanswered] = Field([], description="Nodes of which nothing is known now.")
+
+
+class RouterPeek(Wanted):
+    """Chains of blocks, by their keys."""
+
+    chains: list[Annotated[str, Field(pattern="^([0-9a-f]{32})*$", max_length=2 * MAX_KEY_BYTES)]] = Field(
+        min_length=1, max_length=MAX_BATCH, description="Each is the keys of a prompt's blocks in order, joined."
+    )
+
+
+class RouterPeeked(Model):
+    """What one node could serve of each chain, in the order of the question."""
+
+    node: str = Field(description="Its name.", examples=["gpu-17-1f6a2b3c"])
+    chains: list[list[PeekedTier]]
 
 
 class BlockEvent(Model):

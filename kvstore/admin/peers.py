@@ -1,0 +1,84 @@
+"""Other nodes' APIs, asked side by side what they hold of chains of blocks.
+
+Keys are the same on all nodes of a tenant, so a peer is sent keys, never tokens: 32 bytes of text a block, and nothing to hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+from pydantic import ValidationError
+
+from kvstore.admin.models.prompts import RouterPeeked, Unanswered
+from kvstore.errors import ConfigError
+
+REST_SECONDS = 1.0
+"""A peer that did not answer is asked again at most this often, so that not every request of a router waits for it."""
+MAX_TOKEN_BYTES = 4096
+
+
+class Peers:
+    """In one event loop."""
+
+    def __init__(self, urls: Sequence[str] = (), token_file: Path | None = None) -> None:
+        """``urls`` as ``http://10.0.0.2:7070``. Raises ConfigError when the token cannot be read."""
+        self.urls = tuple(dict.fromkeys(urls))
+        self._headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file else {}
+        self._http: httpx.AsyncClient | None = None
+        self._resting: dict[str, tuple[float, str]] = {}
+        """Until when, and why."""
+
+    async def ask(self, chains: Sequence[bytes], timeout: float) -> list[tuple[str, RouterPeeked | Unanswered]]:
+        """What each peer could serve of ``chains`` of joined keys, by its address. Returns within ``timeout`` seconds."""
+        if not self.urls or not chains:
+            return []
+        if self._http is None:
+            self._http = httpx.AsyncClient(headers=self._headers, timeout=None)
+        body = {"chains": [chain.hex() for chain in chains]}
+        answers = await asyncio.gather(*(self._ask(self._http, url, body, timeout) for url in self.urls))
+        return list(zip(self.urls, answers, strict=True))
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def _ask(
+        self, http: httpx.AsyncClient, url: str, body: dict[str, list[str]], timeout: float
+    ) -> RouterPeeked | Unanswered:
+        until, problem = self._resting.get(url, (0.0, ""))
+        if time.monotonic() < until:
+            return Unanswered(url=url, problem=problem)
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await http.post(f"{url}/v1/router/peek", json=body)
+            if answer.is_success:
+                peeked = RouterPeeked.model_validate_json(answer.content)
+                if len(peeked.chains) == len(body["chains"]):
+                    return peeked
+                problem = "its answer is not one"
+            else:
+                problem = f"it answered {answer.status_code}"
+        except TimeoutError:
+            problem = f"no answer in {timeout:g} s"
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = str(error) or type(error).__name__
+        except ValidationError:
+            problem = "its answer is not one"
+        self._resting[url] = time.monotonic() + REST_SECONDS, problem
+        return Unanswered(url=url, problem=problem)
+
+
+def _token(path: Path) -> str:
+    remedy = "Write a token of a viewer into it, as kvstore token create prints it."
+    try:
+        with path.open() as file:
+            token = file.read(MAX_TOKEN_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("api.peer_token", str(path), str(error), remedy) from error
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError("api.peer_token", str(path), "there is no token in it", remedy)
+    return token
