@@ -96,7 +96,7 @@ class History:
         self.listener: Listener | None = None
         """Told of everything that is recorded, at once; must not block or raise."""
         self.bad: deque[tuple[float, BlockKey, Medium | None]] = deque(maxlen=BAD_REMEMBERED)
-        """Blocks that did not verify: when, which, and in which tier. Latest last; the ring forgets sooner when there is traffic."""
+        """Blocks that did not verify: when, which, and in which tier. Latest last."""
         self._size = events
         self._written = 0
         self._began = time.time()
