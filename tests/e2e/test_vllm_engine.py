@@ -32,7 +32,9 @@ OUTPUT = 24
 ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 200}
 TIGHT = {**ENGINE, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 82}
 """Several chunks per prompt, and too few pages for what is asked at a time."""
-NODE = ["host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
+SIZES = ["host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
+NODE = [*SIZES, "policy.planner=off", "policy.prefetch=wait_complete"]
+"""So small a model may be computed faster than it is loaded, and what is stored is to be loaded here."""
 
 WORDS = [
     "river",
