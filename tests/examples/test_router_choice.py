@@ -1,0 +1,44 @@
+"""Where the example router sends a request, as a table: the real thing is in ``tests/e2e/test_router_engines.py``."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples.router import Engine, choose
+
+SPEED = 10_000.0
+ONE, TWO = "http://one", "http://two"
+
+
+def tier(usable_tokens: int, seconds: float = 0.0) -> dict[str, float]:
+    return {"usable_tokens": usable_tokens, "seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("held", "waiting", "first", "compute"),
+    [
+        ({}, (0, 0), ONE, 8000),
+        ({}, (1, 0), TWO, 8000),
+        ({ONE: [tier(640)], TWO: [tier(6400)]}, (0, 0), TWO, 1600),
+        ({TWO: [tier(8000)]}, (0, 0), TWO, 1),
+        # prefill of what waits there takes longer than prefill of it all elsewhere
+        ({TWO: [tier(6400)]}, (0, 9000), ONE, 8000),
+        ({TWO: [tier(6400)]}, (0, 6000), TWO, 1600),
+        # what is slow to load is computed
+        ({TWO: [tier(6400, seconds=0.7)]}, (0, 0), ONE, 8000),
+        ({ONE: [tier(640), tier(6400, seconds=0.3)], TWO: [tier(6400, seconds=0.2)]}, (0, 0), TWO, 1600),
+        ({ONE: [tier(3200), tier(6400, seconds=0.4)]}, (0, 0), ONE, 4800),
+    ],
+)
+def test_the_engine_that_is_ready_first(
+    held: dict[str, list[dict[str, float]]], waiting: tuple[int, int], first: str, compute: int
+) -> None:
+    engines = [Engine(ONE, ONE, tokens=waiting[0]), Engine(TWO, TWO, tokens=waiting[1])]
+    choices = choose(engines, 8000, held, SPEED)
+    assert (choices[0].engine.url, choices[0].compute) == (first, compute)
+    assert {choice.engine.url for choice in choices} == {ONE, TWO}, "the other one is the way out"
+
+
+def test_of_a_prompt_of_which_nothing_is_known_the_engine_with_fewest_requests() -> None:
+    engines = [Engine(ONE, ONE, requests=2), Engine(TWO, TWO, requests=1)]
+    assert choose(engines, 0, {}, SPEED)[0].engine.url == TWO

@@ -1,0 +1,114 @@
+"""Lookups for routers over several nodes: real APIs, and peers that do not answer."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from api_site import BLOCKS, NAMESPACE, TOKENS, save_chain
+
+from kvstore.admin.auth import Role
+from kvstore.admin.client import AdminClient
+from kvstore.admin.models.prompts import Prompt
+from kvstore.admin.tokens import TokenBook
+from kvstore.config import load
+from kvstore.errors import ConfigError
+from kvstore.testing.admin import RunningApi
+from kvstore.testing.node import RunningNode
+from kvstore.testing.servers import free_port
+
+SHORT = 3
+PROMPT = Prompt(namespace=NAMESPACE.model, tokens=TOKENS)
+
+
+@contextmanager
+def node_and_api(*overrides: str, blocks: int) -> Iterator[RunningApi]:
+    """A node that holds the first ``blocks`` blocks of the prompt."""
+    with tempfile.TemporaryDirectory(prefix="kvp-") as name, ExitStack() as stack:
+        node = stack.enter_context(RunningNode(Path(name)))
+        save_chain(node.socket, TOKENS[: blocks * NAMESPACE.block_tokens])
+        yield stack.enter_context(RunningApi(Path(name), *overrides))
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """The address of a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_every_node_answers_and_one_that_does_not_is_named() -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    with ExitStack() as stack:
+        mute = stack.enter_context(silent())
+        peer = stack.enter_context(node_and_api(blocks=SHORT))
+        peers = ",".join([dead, peer.url, mute])
+        here = stack.enter_context(node_and_api(f"api.peers={peers}", blocks=BLOCKS))
+        client = stack.enter_context(AdminClient(here.url))
+        other = PROMPT.model_copy(update={"tokens": [*TOKENS[: NAMESPACE.block_tokens], *TOKENS]})
+        answer = client.router_lookup([PROMPT, other])
+        for prompt, usable in zip(answer.prompts, [(BLOCKS, SHORT), (1, 1)], strict=True):
+            found = {node.url: node.tiers[0].usable_tokens for node in prompt.nodes}
+            assert found == {here.url: usable[0] * 16, peer.url: usable[1] * 16}
+            assert len({node.node for node in prompt.nodes}) == 2
+        problems = {one.url: one.problem for one in answer.unanswered}
+        assert problems.keys() == {dead, mute}
+        assert problems[mute] == "no answer in 0.1 s"
+
+
+def test_a_peer_that_did_not_answer_is_left_alone_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with silent() as mute, node_and_api(f"api.peers={mute}", blocks=BLOCKS) as here, httpx.Client() as http:
+        body = {"prompts": [PROMPT.model_dump(exclude_defaults=True)], "timeout_seconds": 0.5}
+        monkeypatch.setattr("kvstore.admin.peers.REST_SECONDS", 3600.0)
+        for _ in range(2):
+            started = time.monotonic()
+            answer = http.post(f"{here.url}/v1/router/lookup", json=body).json()
+            waited = time.monotonic() - started
+            assert [one["url"] for one in answer["unanswered"]] == [mute]
+            assert answer["prompts"][0]["nodes"][0]["tiers"][0]["usable_blocks"] == BLOCKS
+        assert waited < 0.5, "it was not asked again"
+
+
+def test_peers_with_tokens_are_asked_with_one(tmp_path: Path) -> None:
+    tokens, right, wrong = tmp_path / "tokens", tmp_path / "right", tmp_path / "wrong"
+    right.write_text(TokenBook(tokens).create("peer", Role.VIEWER)[1] + "\n")
+    wrong.write_text("kvs_wrong")
+    with node_and_api(f"api.tokens={tokens}", blocks=SHORT) as peer:
+        for file, answered in ((right, True), (wrong, False)):
+            overrides = (f"api.peers={peer.url}", f"api.peer_token={file}")
+            with node_and_api(*overrides, blocks=BLOCKS) as here, AdminClient(here.url) as client:
+                answer = client.router_lookup([PROMPT])
+                assert (peer.url in {node.url for node in answer.prompts[0].nodes}) == answered
+                assert [one.problem for one in answer.unanswered] == ([] if answered else ["it answered 401"])
+
+
+def test_a_node_that_is_gone_is_named_and_peers_still_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.admin.node.STATUS_SECONDS", 3600.0)  # its namespaces stay known
+    with node_and_api(blocks=SHORT) as peer, tempfile.TemporaryDirectory(prefix="kvp-") as name:
+        with RunningNode(Path(name)) as node, RunningApi(Path(name), f"api.peers={peer.url}") as here:
+            save_chain(node.socket, TOKENS)
+            with AdminClient(here.url) as client:
+                assert client.router_lookup([PROMPT]).unanswered == []
+                node.__exit__()
+                answer = client.router_lookup([PROMPT])
+    assert [one.url for one in answer.unanswered] == [here.url]
+    assert [each.url for each in answer.prompts[0].nodes] == [peer.url]
+
+
+@pytest.mark.parametrize("peers", ["10.0.0.2:7070", "http://10.0.0.2:7070/", "http://user@host:1", "ftp://host"])
+def test_addresses_that_are_none_are_refused(peers: str) -> None:
+    with pytest.raises(ConfigError, match=r"api\.peers"):
+        load(None, [f"api.peers={peers}"], environ={})
+
+
+def test_peers_may_be_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "kvstore.toml"
+    file.write_text('[api]\npeers = ["http://10.0.0.2:7070", "http://10.0.0.3:7070"]\n')
+    listed = load(file, environ={}).config.api.peers
+    assert listed == load(None, ["api.peers=http://10.0.0.2:7070, http://10.0.0.3:7070"], environ={}).config.api.peers
