@@ -12,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
-SOURCES := kvstore connectors replication benchmarks tests docs .ci
+SOURCES := kvstore connectors replication benchmarks tests docs examples .ci
 
 .PHONY: demo demo-regions test check docs lint constraints clean
 
@@ -22,7 +22,7 @@ demo: .venv/engine.stamp
 demo-regions: .venv/engine.stamp
 	@$(BIN)/python -m benchmarks.demo.regions $(ARGS)
 
-test: .venv/engine.stamp lint
+test: .venv/engine.stamp .venv-sglang/installed lint
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/base.stamp lint
@@ -30,6 +30,7 @@ check: .venv/base.stamp lint
 
 docs: .venv/base.stamp
 	PYTHONPATH=. $(BIN)/python docs/generate.py
+	$(BIN)/python -m kvstore.admin.openapi docs/openapi.json
 
 lint: .venv/base.stamp
 	$(BIN)/ruff check $(SOURCES)
@@ -51,9 +52,12 @@ lint: .venv/base.stamp
 	@$(BIN)/python .ci/name_vllm.py
 	@touch $@
 
+.venv-sglang/installed: .ci/sglang.txt .ci/install-sglang
+	@.ci/install-sglang
+
 # After a deliberate upgrade in .venv.
 constraints:
 	$(BIN)/pip freeze --all --exclude-editable --exclude vllm --exclude pip > constraints.txt
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-sglang .mypy_cache .ruff_cache .pytest_cache
