@@ -105,8 +105,8 @@ class Birth:
     def by_learning(self, ahead: float = 0.0) -> list[int]:
         """As a node reports them and the planner sends them: what the older cluster expects back.
 
-        ``ahead``: seconds that the report is old by the time of the birth. Earlier ones are made because a node learns from what
-        follows each.
+        ``ahead``: seconds that the report is old by the time of the birth. Estimates are made all along, as for earlier reports,
+        because a node judges each by what follows it.
         """
         keys, headers = self.source.keys, self.source.headers
         traffic, index = Traffic(1 << 20), BlockIndex()
@@ -117,7 +117,7 @@ class Birth:
             if request.time > until:
                 break
             if request.time >= reported + KEEP_EVERY_SECONDS:
-                HotnessSnapshot.learnt(traffic, index, request.time, prefill_seconds)
+                traffic.values(b"", np.zeros(0, dtype=np.intp), np.zeros(0))
                 reported = request.time
             answers.until(request.time)
             answers.begin(request)
