@@ -96,9 +96,9 @@ class Usage:
             yield seen
             span.set(found=seen.found)
             self._lookup_seconds.observe(time.perf_counter() - started, tracing.exemplar())
+            log.debug("looked up", request=request, blocks=asked, found=seen.found)
         outcome = "hit" if seen.found >= asked else "partial" if seen.found else "miss"
         self._lookups.labels(outcome).inc()
-        log.debug("looked up", request=request, blocks=asked, found=seen.found)
 
     @contextmanager
     def load(self, parent: str, keys: Sequence[BlockKey]) -> Iterator[Load]:

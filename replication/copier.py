@@ -117,7 +117,7 @@ async def copy(
                     span.set(outcome=outcome.value)
             mine.set_result(outcome not in FAILED)
             if outcome in FAILED:
-                log.warning("block not copied", key=block.key.hex(), reason=outcome.value)
+                log.warning("block not copied", block=block.key.hex(), reason=outcome.value)
             done(block, outcome)
 
     try:
@@ -168,7 +168,7 @@ class Streamed:
             try:
                 header = await self._source.get(name, into, lambda found, body: checked(block, found, body))
             except (BlockCorrupt, BlockTooLarge) as error:
-                log.warning("bad bytes from the source", key=block.key.hex(), attempt=attempt, error=str(error))
+                log.warning("bad bytes from the source", block=block.key.hex(), attempt=attempt, error=str(error))
             else:
                 self._window.learn(block.nbytes, time.monotonic() - started)
                 return Outcome.GONE if header is None else None

@@ -205,7 +205,7 @@ class DiskTier(Tier):
     def _quarantine(self, key: BlockKey, reason: str) -> None:
         self._quarantined += 1
         self._bad.append(BadBlock(key, reason, time.time()))
-        _log.warning("bad block dropped", key=key.hex(), reason=reason)
+        _log.warning("bad block dropped", block=key.hex(), reason=reason)
         self._spawn(self._drop([self._unlist(key)], sync=False))
 
     # Writing

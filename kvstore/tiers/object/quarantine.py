@@ -59,7 +59,7 @@ class Quarantine:
         """Count a bad block that is in no index any more, and start to move it aside."""
         self.count += 1
         self.last.append(BadBlock(key, namespace, reason, time.time()))
-        log.warning("bad block", namespace=namespace.hex(), key=key.hex(), reason=reason)
+        log.warning("bad block", namespace=namespace.hex(), block=key.hex(), reason=reason)
         self._bad.add(key)
         if key not in self._moves and len(self._moves) < PENDING:
             task = self._moves[key] = asyncio.create_task(self._move(namespace, key, etag))
@@ -83,6 +83,6 @@ class Quarantine:
         try:
             await self._objects.move(block_name(namespace, key), target, etag)
         except TierUnavailable as error:
-            log.warning("bad block stays in place", key=key.hex(), error=str(error))
+            log.warning("bad block stays in place", block=key.hex(), error=str(error))
         else:
             self._bad.discard(key)
