@@ -29,6 +29,7 @@ from kvstore.policy.pins import PinnedLast
 from kvstore.policy.reuse import Reuse
 from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
+from kvstore.tenancy import OneTenant
 from kvstore.tiers.base import Tier
 from kvstore.tiers.encryption import Encrypting
 from kvstore.tiers.host import HostTier
@@ -68,7 +69,8 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
             bucket = await open_object(config, sharing, eviction)
             bucket.on_evict = history.evicted
             assert undertaker is not None
-            lower.append(Metered(Breaker(undertaker.attend(bucket)), measured))
+            own = OneTenant(bucket, config.identity.tenant, namespaces, bucket.namespace)
+            lower.append(Metered(Breaker(undertaker.attend(own)), measured))
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)

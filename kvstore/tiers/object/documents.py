@@ -6,7 +6,7 @@ import json
 
 import structlog
 
-from kvstore.errors import IdentityError
+from kvstore.errors import BlockTooLarge, IdentityError
 from kvstore.identity import Namespace
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import NAMESPACES, hotness_name, namespace_name, parse_namespace_name
@@ -32,15 +32,23 @@ async def read_namespaces(objects: Objects) -> dict[bytes, Namespace]:
             digest = parse_namespace_name(found.name)
             if digest is None or found.size > MAX_NAMESPACE_BYTES or len(known) >= MAX_NAMESPACES:
                 continue
-            body = await objects.get(found.name, memoryview(bytearray(found.size)), lambda _, text: bytes(text))
-            try:
-                namespace = Namespace.from_dict(json.loads(body or b""))
-            except (ValueError, IdentityError) as error:
-                log.warning("unreadable namespace", name=found.name, error=str(error))
-                continue
-            if namespace.digest == digest:
+            if (namespace := await read_namespace(objects, digest)) is not None:
                 known[digest] = namespace
     return known
+
+
+async def read_namespace(objects: Objects, digest: bytes) -> Namespace | None:
+    """The namespace of this digest; None when it was not written down, or cannot be read. Raises TierUnavailable."""
+    name = namespace_name(digest)
+    try:
+        body = await objects.get(name, memoryview(bytearray(MAX_NAMESPACE_BYTES)), lambda _, text: bytes(text))
+        if body is None:
+            return None
+        namespace = Namespace.from_dict(json.loads(body))
+    except (ValueError, IdentityError, BlockTooLarge) as error:
+        log.warning("unreadable namespace", name=name, error=str(error))
+        return None
+    return namespace if namespace.digest == digest else None
 
 
 async def write_hotness(objects: Objects, node: str, snapshot: HotnessSnapshot) -> None:

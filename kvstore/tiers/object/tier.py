@@ -20,7 +20,7 @@ from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.object.bucket import Bucket
 from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.contents import Contents, plausible_size
-from kvstore.tiers.object.documents import read_namespaces, write_hotness, write_namespace
+from kvstore.tiers.object.documents import read_namespace, read_namespaces, write_hotness, write_namespace
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found, Objects
@@ -253,6 +253,10 @@ class ObjectTier(Tier):
     async def namespaces(self) -> dict[bytes, Namespace]:
         """Namespaces that were written down, by digest; unreadable ones are left out. Raises TierUnavailable."""
         return await read_namespaces(self._objects)
+
+    async def namespace(self, digest: bytes) -> Namespace | None:
+        """The namespace of this digest, if it was written down. Raises TierUnavailable."""
+        return await read_namespace(self._objects, digest)
 
     # --- writing
 
