@@ -18,7 +18,7 @@ from kvstore.identity import BlockKey
 from kvstore.namespaces import KnownNamespace
 from kvstore.policy.admission import Mode
 from kvstore.policy.planner import Decision, Prefetch, Reason, Request, Run, Speed, Wait, load_everything, plan
-from kvstore.policy.prefill import PrefillSpeed
+from kvstore.policy.prefill import Crowd, PrefillSpeed
 from kvstore.policy.speed import SpeedMeter
 from kvstore.promotion import WINDOW
 from kvstore.store import Store
@@ -36,6 +36,7 @@ class _Engine:
     """What is known of the engines of one namespace."""
 
     prefill: PrefillSpeed
+    crowd: Crowd
     pages: SpeedMeter
     """From the arena to the engine's pages."""
 
@@ -86,7 +87,7 @@ class Planning:
             start=start * size,
             tokens=len(keys) * size,
             block_tokens=size,
-            waiting=waiting,
+            waiting=self._engine(namespace.digest).crowd.behind(waiting),
         )
         if self.mode is Mode.OFF:
             decision = load_everything(request, self.wait, Reason.OFF)
@@ -127,7 +128,7 @@ class Planning:
         }
 
     def _engine(self, digest: bytes) -> _Engine:
-        engine = self._engines.pop(digest, None) or _Engine(PrefillSpeed(), SpeedMeter(Medium.HOST, WINDOW))
+        engine = self._engines.pop(digest, None) or _Engine(PrefillSpeed(), Crowd(), SpeedMeter(Medium.HOST, WINDOW))
         self._engines[digest] = engine
         if len(self._engines) > MOST_ENGINES:
             del self._engines[next(iter(self._engines))]

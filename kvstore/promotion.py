@@ -172,6 +172,12 @@ class Measurement:
         self._lengths = lengths
         self._ahead = ahead
         self._started = time.monotonic()
+        self._first: float | None = None
+
+    def arrived(self, key: BlockKey) -> None:
+        """A block is here. How long the first one took tells a tier's latency from its bandwidth."""
+        if self._first is None and any(key in lengths for lengths in self._lengths.values()):
+            self._first = time.monotonic() - self._started
 
     def end(self, delivered: Sequence[BlockKey], late: bool = False) -> None:
         """``delivered`` are here now; ``late``: the one behind them was awaited as long. Of two tiers nothing is learnt."""
@@ -180,10 +186,13 @@ class Measurement:
         seconds = time.monotonic() - self._started
         ((medium, lengths),) = self._lengths.items()
         came = sum(lengths.get(key, 0) for key in delivered)
+        one = next(iter(lengths.values()))
         if came:
+            if came > one and self._first is not None:
+                self._meters[medium].observe(self._ahead[medium] + one, self._first)
             self._meters[medium].observe(self._ahead[medium] + came, seconds)
         elif late:
-            self._meters[medium].at_least(self._ahead[medium] + next(iter(lengths.values())), seconds)
+            self._meters[medium].at_least(self._ahead[medium] + one, seconds)
 
 
 def _plain(header: Header) -> Header:

@@ -158,6 +158,7 @@ class Store:
                         miss = outcome
                         break
                     medium, offset = outcome
+                    measurement.arrived(key)
                     session.leases.setdefault(key, []).append(offset)
                     media.append(medium)
                     offsets.append(offset + HEADER_BYTES)

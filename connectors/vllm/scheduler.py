@@ -73,7 +73,7 @@ class Planner:
         self._epoch = 0
         self._states: dict[str, _State] = {}
         self._waiting: set[str] = set()
-        """Requests that have not been admitted yet."""
+        """Requests that have not been computed on yet: not admitted, or loading."""
         self._loads: list[Load] = []
         self._stored: OrderedDict[BlockKey, None] = OrderedDict()
         """Blocks that we saved or saw in the store lately: not worth offering again."""
@@ -108,8 +108,8 @@ class Planner:
         size = self._geometry.block_tokens
         limit = request.num_tokens // size
         first = computed // size
-        if limit * size <= computed or state.loaded_in == request.num_preemptions:
-            return 0
+        if limit * size - computed < size or state.loaded_in == request.num_preemptions:
+            return 0  # a part of a block is computed in the step that the prompt's last token needs anyway
         found, miss = self._lookup(state, first, limit)
         plan = found.plan or Plan(found.blocks, Reason.OFF, ENDLESS)
         tokens = max((first + plan.blocks) * size - computed, 0) if plan.blocks else 0
@@ -126,7 +126,6 @@ class Planner:
 
     def admit(self, request: Any, page_ids: Sequence[int], tokens: int) -> None:
         """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""
-        self._waiting.discard(request.request_id)
         state = self._states.get(request.request_id)
         if state is None or state.offer is None:
             return
@@ -173,6 +172,7 @@ class Planner:
         overwritten = {page for load in loads for page in load.pages}
         for request_id, computed, fresh, replace in _scheduled(output):
             overwritten.update(fresh)
+            self._waiting.discard(request_id)
             chunks.append((computed, output.num_scheduled_tokens.get(request_id, 0)))
             state = self._states.get(request_id)
             if state is None:

@@ -1,8 +1,8 @@
 """Online regression for timings: seconds = sum of non-negative coefficients x features, learnt from a few observations.
 
 Least squares of the *relative* error, because a plan needs 10 % of 50 ms as much as 10 % of 5 s. Old observations fade. One
-that is far off (a pause, a busy neighbour) weighs what Huber's loss gives it; several in a row that are off to one side are
-no outliers but a change, and what was known before is dropped. The prior is a shape: its scale is learnt first, and a
+that is far off (a pause, a busy neighbour) hardly counts; several in a row that are off to one side are no outliers but a
+change, and what was known before is dropped. The prior is a shape: its scale is learnt first, and a
 coefficient that the observations do not tell from the others keeps its share of that shape.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-HUBER = 2.0
+FAR = 2.0
 """Residuals beyond so many times the usual one are far off."""
 CHANGE = 3
 """So many far ones in a row, all above or all below, are a change."""
@@ -22,6 +22,7 @@ PRIOR_WEIGHT = 0.3
 _LEAST_SPREAD, _FIRST_SPREAD, _MOST_SPREAD = 0.02, 0.3, 1.0
 _SPREAD_GAIN = 0.1
 _ROUNDS = 30
+_LARGEST = 1e18
 
 _Floats = npt.NDArray[np.float64]
 
@@ -53,14 +54,14 @@ class OnlineFit:
         return float(self._coefficients @ np.asarray(features, dtype=np.float64))
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Learn from one timing. One that is not positive and finite is left out."""
+        """Learn from one timing. One that cannot be is left out."""
         x = np.asarray(features, dtype=np.float64)
-        if not (np.isfinite(x).all() and np.isfinite(seconds) and seconds > 0 and self._prior @ x > 0):
+        if not (x.min() >= 0 and 0 < x.max() <= _LARGEST and 1 / _LARGEST <= seconds <= _LARGEST):
             return
-        expected = max(float(self._coefficients @ x), 1e-12) if self.observations else seconds
+        expected = max(float(self._coefficients @ x), 1e-18) if self.observations else seconds
         self.observations += 1
         off = float(np.log(seconds / expected))
-        far = HUBER * self._spread
+        far = FAR * self._spread
         self._spread += _SPREAD_GAIN * (min(abs(off), 2 * far) - self._spread)
         self._spread = min(max(self._spread, _LEAST_SPREAD), _MOST_SPREAD)
         if abs(off) <= far:
@@ -71,7 +72,7 @@ class OnlineFit:
                 self._far.clear()
             self._far.append((np.append(x, seconds), off))
             if len(self._far) < CHANGE:
-                self._add(x, seconds, expected, far / abs(off))
+                self._add(x, seconds, expected, (far / off) ** 2)
             else:
                 self._forget()
                 for row, _ in self._far:

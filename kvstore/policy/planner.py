@@ -13,13 +13,16 @@ the grace. Pure functions; the measuring is in ``kvstore.policy.speed`` and ``kv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from kvstore.tiers.base import Medium
 
 GRACE = 0.05
 """Share of the time of computing everything that a load may be late, before its beginning counts as failed."""
+
+TRIAL = 0.25
+"""The same for the first load from a tier, of which nothing is known."""
 
 LEAST_PATIENCE = 0.01
 """Seconds. Threads and engine steps are late by so much without a tier being slow."""
@@ -137,8 +140,8 @@ class Request:
     tokens: int
     """Tokens of the prompt, ``start`` included."""
     block_tokens: int
-    waiting: int = 0
-    """Requests of this engine that wait to be computed: they wait for what this one computes as well."""
+    waiting: float = 0.0
+    """Requests of this engine that wait to be computed, or that will come while it is computed: they wait for it too."""
 
     @property
     def found(self) -> int:
@@ -184,7 +187,7 @@ def plan(request: Request, speeds: Mapping[Medium, Speed], prefill: Prefill | No
     """
     if not request.found:
         return Decision(0, 0, Reason.NOT_STORED)
-    if prefill is None or any(medium not in speeds for medium in {run.medium for run in request.runs}):
+    if prefill is None:
         return load_everything(request, wait, Reason.UNMEASURED)
 
     def first_token(blocks: int, load: float) -> float:
@@ -196,6 +199,11 @@ def plan(request: Request, speeds: Mapping[Medium, Speed], prefill: Prefill | No
         return prefill(have, request.tokens - have)
 
     recompute_all = rest(0)
+    if any(run.medium not in speeds for run in request.runs):
+        unknown = load_everything(request, wait, Reason.UNMEASURED)
+        saved = (recompute_all - rest(unknown.blocks)) / max(unknown.blocks, 1)
+        first = max(TRIAL * recompute_all, LEAST_PATIENCE)
+        return replace(unknown, patience=Patience(first, saved, unknown.patience.limit))
     candidates = [(0, 0.0)]
     reason = Reason.RECOMPUTE
     best = 0

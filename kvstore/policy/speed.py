@@ -8,8 +8,8 @@ from kvstore.policy.fit import OnlineFit
 from kvstore.policy.planner import Speed
 from kvstore.tiers.base import Medium
 
-MEMORY = 20.0
-"""Transfers. A disk or a network changes within seconds, and an engine asks for several transfers a second."""
+MEMORY = 40.0
+"""Timings. A disk or a network changes within seconds, and an engine asks for several transfers a second."""
 
 PRIORS = {Medium.HOST: (0.002, 1 / 10e9), Medium.DISK: (0.001, 1 / 2e9), Medium.OBJECT: (0.03, 1 / 1e9)}
 """Seconds, and seconds per byte: only their ratio is used, until transfers of several sizes tell the two apart."""

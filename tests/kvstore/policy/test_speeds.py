@@ -1,0 +1,131 @@
+"""Speeds are learnt from few timings, in spite of outliers, and anew when they change."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.policy.fit import OnlineFit
+from kvstore.policy.prefill import PrefillSpeed, attention
+from kvstore.policy.speed import SpeedMeter
+from kvstore.tiers.base import Medium
+
+
+def truth(start: int, tokens: int) -> float:
+    """A GPU a good deal slower than the prior, with dearer attention."""
+    return 0.02 + 1e-4 * tokens + 2e-9 * attention(start, tokens)
+
+
+CASES = [(0, 512), (0, 8192), (30_000, 8192), (100_000, 1000)]
+
+
+def teach(speed: PrefillSpeed, steps: int, seed: int = 1, outliers: float = 0.1) -> None:
+    rng = random.Random(seed)
+    for _ in range(steps):
+        tokens, start = rng.choice([100, 512, 2048, 8192]), rng.choice([0, 1000, 30_000])
+        seconds = truth(start, tokens) * rng.lognormvariate(0, 0.05)
+        if rng.random() < outliers:
+            seconds *= rng.choice([0.3, 5, 20])
+        speed.observe(tokens, attention(start, tokens), seconds)
+
+
+@pytest.mark.parametrize("steps", [60, 300])
+@pytest.mark.parametrize("seed", range(5))
+def test_prefill_speed_is_learnt_in_spite_of_outliers(seed: int, steps: int) -> None:
+    speed = PrefillSpeed()
+    teach(speed, steps, seed)
+    for start, tokens in CASES:
+        assert speed.seconds(start, tokens) == pytest.approx(truth(start, tokens), rel=0.35 if steps < 100 else 0.15)
+
+
+def test_short_prompts_alone_say_what_long_ones_take_by_the_shape_of_the_prior() -> None:
+    speed, prior = PrefillSpeed(), PrefillSpeed()
+    for _ in range(20):
+        speed.observe(512, attention(0, 512), 10 * prior.seconds(0, 512))
+    assert speed.seconds(0, 512) == pytest.approx(10 * prior.seconds(0, 512), rel=0.05)
+
+
+def test_a_batch_of_requests_teaches_what_they_would_one_by_one() -> None:
+    speed, rng = PrefillSpeed(), random.Random(2)
+    for _ in range(200):
+        chunks = [(rng.randrange(20_000), rng.randrange(1, 2000)) for _ in range(rng.randrange(1, 6))]
+        tokens = sum(count for _, count in chunks)
+        pairs = sum(attention(*chunk) for chunk in chunks)
+        speed.observe(tokens, pairs, 0.02 + 1e-4 * tokens + 2e-9 * pairs)
+    assert speed.seconds(10_000, 1500) == pytest.approx(truth(10_000, 1500), rel=0.05)
+
+
+def test_decoding_teaches_nothing_of_prefill() -> None:
+    speed = PrefillSpeed()
+    for _ in range(100):
+        speed.observe(8, 8 * 4000.0, 0.02)
+    assert not speed.known
+
+
+def test_a_prompt_longer_than_any_step_takes_several() -> None:
+    speed = PrefillSpeed()
+    for tokens in (64, 512, 2048) * 20:
+        speed.observe(tokens, attention(0, tokens), truth(0, tokens))
+    fourfold = sum(truth(start, 2048) for start in range(0, 8192, 2048))
+    assert speed.seconds(0, 8192) == pytest.approx(fourfold, rel=0.1)
+
+
+def latest(meter: SpeedMeter, nbytes: int) -> float:
+    speed = meter.speed()
+    return speed.latency + nbytes / speed.bandwidth
+
+
+def test_a_tier_is_known_after_a_few_transfers_and_anew_after_a_change() -> None:
+    meter, rng = SpeedMeter(Medium.DISK, 16), random.Random(3)
+    assert not meter.known
+
+    def transfer(slower: float) -> None:
+        nbytes = rng.choice([1, 4, 16, 16]) * 8 << 20
+        meter.observe(nbytes, slower * (0.01 + nbytes / 1.5e9) * rng.lognormvariate(0, 0.1))
+
+    window = 128 << 20
+    for slower in (1.0, 10.0, 1.0):
+        for _ in range(30):
+            transfer(slower)
+        assert latest(meter, window) == pytest.approx(slower * (0.01 + window / 1.5e9), rel=0.3)
+
+
+def test_a_change_counts_after_three_transfers_that_show_it() -> None:
+    meter = SpeedMeter(Medium.OBJECT, 16)
+    for _ in range(50):
+        meter.observe(1 << 27, 0.1)
+    meter.observe(1 << 27, 2.0)
+    assert latest(meter, 1 << 27) < 0.2, "one may be an outlier"
+    for _ in range(3):
+        meter.observe(1 << 27, 2.0)
+    assert latest(meter, 1 << 27) == pytest.approx(2.0, rel=0.2)
+
+
+def test_what_never_came_teaches_that_the_tier_is_slow() -> None:
+    meter = SpeedMeter(Medium.OBJECT, 16)
+    for _ in range(10):
+        meter.observe(1 << 27, 0.1)
+    meter.at_least(1 << 27, 0.05)
+    assert latest(meter, 1 << 27) == pytest.approx(0.1, rel=0.1)
+    for _ in range(4):
+        meter.at_least(1 << 27, 5.0)
+    assert latest(meter, 1 << 27) > 2
+
+
+timings = st.lists(
+    st.tuples(st.floats(-1, 1e6), st.floats(-1, 1e12), st.floats(allow_nan=True, allow_infinity=True)), max_size=30
+)
+
+
+@settings(deadline=None)
+@given(timings)
+def test_whatever_is_reported_predictions_are_finite_and_not_negative(rows: list[tuple[float, float, float]]) -> None:
+    fit = OnlineFit((0.005, 33e-6, 1e-9), 100)
+    for tokens, pairs, seconds in rows:
+        fit.observe((1.0, tokens, pairs), seconds)
+    assert all(value >= 0 and math.isfinite(value) for value in fit.coefficients)
+    assert math.isfinite(fit.seconds((1, 1000, 1e6)))
