@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from sglang_process import HERE, ROOT, environment, sglang_python
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def test_in_sglangs_environment() -> None:

@@ -21,7 +21,7 @@ from kvstore.node.client import Client
 from kvstore.testing.model import make_model
 from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PAGE = 64
 LAYERS, KV_HEADS, HEAD_DIM = 4, 4, 64
