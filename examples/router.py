@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,9 +24,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-TOKENIZE_SECONDS = 0.5
-LOOKUP_SECONDS = 0.1
-"""What the nodes have to answer; a request waits at most about twice that for them."""
 CONNECT_SECONDS = 2.0
 HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 
@@ -73,10 +71,12 @@ def choose(engines: Sequence[Engine], tokens: int, held: Mapping[str, Tiers], sp
 class Router:
     """Forwards requests. In one event loop."""
 
-    def __init__(self, engines: Sequence[Engine], speed: float, token: str = "") -> None:
-        """``token``: for the nodes' APIs, if they ask for one."""
+    def __init__(self, engines: Sequence[Engine], speed: float, patience: float, token: str = "") -> None:
+        """``speed``: of prefill, tokens per second. ``patience``: seconds that tokenizing and looking up may take, each, before
+        a request goes on without. ``token``: for the nodes' APIs, if they ask for one."""
         self.engines = engines
         self._speed = speed
+        self._patience = patience
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         # Without limits: how many requests there are is for the engines to bound.
         self.http = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=httpx.Limits())
@@ -117,7 +117,7 @@ class Router:
         question = {name: body[name] for name in names if body.get(name) is not None}
         keys = {"Authorization": headers["authorization"]} if "authorization" in headers else {}
         for engine in sorted(self.engines, key=lambda each: each.requests):
-            found = await self._ask(engine.url + "/tokenize", question, TOKENIZE_SECONDS, keys)
+            found = await self._ask(engine.url + "/tokenize", question, keys)
             if found:
                 return list(found["tokens"])
         return []
@@ -125,17 +125,17 @@ class Router:
     async def _held(self, model: str, tokens: list[int], salt: str) -> dict[str, Tiers]:
         """What each node holds, by the address of its API; empty when nobody answers."""
         prompt = {"namespace": model, "tokens": tokens, "cache_salt": salt}
-        question = {"prompts": [prompt], "timeout_seconds": LOOKUP_SECONDS}
+        question = {"prompts": [prompt], "timeout_seconds": self._patience / 2}
         for engine in sorted(self.engines, key=lambda each: each.requests):
-            found = await self._ask(engine.api + "/v1/router/lookup", question, 2 * LOOKUP_SECONDS, self._headers)
+            found = await self._ask(engine.api + "/v1/router/lookup", question, self._headers)
             if found and found["prompts"][0]["nodes"]:
                 return {node["url"]: node["tiers"] for node in found["prompts"][0]["nodes"]}
         return {}
 
-    async def _ask(self, url: str, question: Any, seconds: float, headers: Mapping[str, str]) -> Any:
+    async def _ask(self, url: str, question: Any, headers: Mapping[str, str]) -> Any:
         """None when there is no good answer in time."""
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(self._patience):
                 answer = await self.http.post(url, json=question, headers=dict(headers))
             return answer.json() if answer.is_success else None
         except (TimeoutError, ValueError, httpx.HTTPError):
@@ -172,9 +172,13 @@ def main() -> None:
     parser.add_argument("--engine", action="append", required=True, metavar="ENGINE=API", help="may be repeated")
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--prefill-tokens-per-second", type=float, default=20_000, help="of one engine, about")
+    parser.add_argument("--patience", type=float, default=0.5, help="seconds for tokenizing and for the lookup, each")
+    parser.add_argument("--token-file", type=Path, help="with a token for the nodes' APIs, if they ask for one")
     options = parser.parse_args()
+    token = options.token_file.read_text().strip() if options.token_file else ""
     engines = [Engine(*pair.partition("=")[::2]) for pair in options.engine]
-    uvicorn.run(create_app(Router(engines, options.prefill_tokens_per_second)), port=options.port, log_level="warning")
+    router = Router(engines, options.prefill_tokens_per_second, options.patience, token)
+    uvicorn.run(create_app(router), port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

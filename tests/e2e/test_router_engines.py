@@ -127,7 +127,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         port = free_port()
         argv = [sys.executable, str(ROOT / "examples" / "router.py"), "--port", str(port)]
         argv += [f"--engine={place.url}={place.api}" for place in places]
-        argv += ["--prefill-tokens-per-second=1000"]
+        argv += ["--prefill-tokens-per-second=1000", "--patience=10"]
         url = f"http://127.0.0.1:{port}"
         router = Daemon(argv, folder / "router.log", lambda: answers(url + "/openapi.json"))
         stack.callback(router.stop)
