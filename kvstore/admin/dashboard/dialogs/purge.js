@@ -1,5 +1,6 @@
 import { call } from "../api.js";
 import { count } from "../format.js";
+import { TIERS } from "../samples.js";
 import { ConfirmByName } from "../ui.js";
 import { html } from "../vendor/preact.js";
 
@@ -17,4 +18,4 @@ export function PurgeDialog({ app, space, onClose }) {
 
 /** What `deleted` of an answer says. */
 export const describe = (deleted) =>
-  Object.entries(deleted).map(([tier, blocks]) => `${count(blocks)} blocks from ${tier}`).join(", ") || "no tier held a block";
+  TIERS.filter((tier) => deleted[tier]).map((tier) => `${count(deleted[tier])} blocks from ${tier}`).join(", ") || "no tier held a block";

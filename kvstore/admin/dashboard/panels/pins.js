@@ -2,6 +2,7 @@
 
 import { call } from "../api.js";
 import { ago, count, short } from "../format.js";
+import { TIERS } from "../samples.js";
 import { Panel, Table } from "../ui.js";
 import { html } from "../vendor/preact.js";
 
@@ -19,7 +20,7 @@ export function Pins({ app }) {
     cells: [
       html`<button type="button" class="link mono" onClick=${() => app.openPrompt(pin.key)} aria-label=${`Open prompt ${short(pin.key)}`}>${short(pin.key)}</button>`,
       count(pin.blocks),
-      Object.entries(pin.held).map(([tier, held]) => `${tier} ${count(held)}`).join(" · "),
+      TIERS.filter((tier) => pin.held[tier]).map((tier) => `${tier} ${count(pin.held[tier])}`).join(" · "),
       `ends ${ago(pin.until, app.now)}`,
       html`<button type="button" class="small" disabled=${!app.can("operator")} onClick=${() => unpin(pin.key)} aria-label=${`Unpin ${short(pin.key)}`}>Unpin</button>`,
     ],
