@@ -1,7 +1,8 @@
 """The disk tier against fio: the same bytes, the same parallelism, the same disk, in alternating rounds.
 
 The tier does what a node does: it sums and seals each block, evicts an old one, writes the slot, journals it and syncs; a read
-verifies the checksum. fio writes and reads a preallocated, already written file with O_DIRECT and syncs nothing.
+verifies the checksum. fio writes and reads a preallocated, already written file with O_DIRECT and syncs nothing. A second tier
+beside the first encrypts what it writes and decrypts what it reads: ``encrypted_*_ratio`` is its speed by that of the first.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.study import Study
+from kvstore.encryption import TenantKeys, new_key
 from kvstore.envelope import Header, crc32c, envelope_bytes, payload
 from kvstore.identity import KEY_BYTES, BlockKey
 from kvstore.testing.blocks import NAMESPACE
-from kvstore.tiers.base import PutResult
+from kvstore.tiers.base import PutResult, Tier
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.encryption import Encrypting
 
 SIZES_MIB = (2, 8, 20)
 THREADS = 4
@@ -83,6 +86,8 @@ def run(args: Any) -> Mapping[str, float]:
     for direction in ("write", "read"):
         ratios = [figures[f"{direction}_ratio_to_fio_{mib}mib"] for mib in SIZES_MIB]
         figures[f"{direction}_ratio_to_fio"] = statistics.median(ratios)
+        ratios = [figures[f"encrypted_{direction}_ratio_{mib}mib"] for mib in SIZES_MIB]
+        figures[f"encrypted_{direction}_ratio"] = statistics.median(ratios)
     return dict(sorted(figures.items()))
 
 
@@ -92,19 +97,25 @@ Samples = Mapping[tuple[str, Direction], Sequence[Sample]]
 def _figures(samples: Samples, size: str) -> dict[str, float]:
     figures = {}
     for direction in ("write", "read"):
-        tier, fio = samples["tier", direction], samples["fio", direction]
-        ratios = [ours.gb_per_second / theirs.gb_per_second for ours, theirs in zip(tier, fio, strict=True)]
-        figures[f"{direction}_ratio_to_fio_{size}"] = statistics.median(ratios)
-        for name, of in (("tier", tier), ("fio", fio)):
+        tier, fio, encrypted = (samples[name, direction] for name in ("tier", "fio", "encrypted"))
+        figures[f"{direction}_ratio_to_fio_{size}"] = _ratio(tier, fio)
+        figures[f"encrypted_{direction}_ratio_{size}"] = _ratio(encrypted, tier)
+        for name, of in (("tier", tier), ("fio", fio), ("encrypted", encrypted)):
             figures[f"{direction}_gb_per_s_{name}_{size}"] = statistics.median(s.gb_per_second for s in of)
             figures[f"{direction}_cpu_s_per_gb_{name}_{size}"] = statistics.median(s.cpu_per_gb for s in of)
     return figures
 
 
+def _ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
+    """Median over the rounds."""
+    return statistics.median(a.gb_per_second / b.gb_per_second for a, b in zip(ours, theirs, strict=True))
+
+
 async def _compare(fio: str, directory: Path, block: int, total: int, rounds: int) -> Samples:
-    """Rounds of both contestants; the first round fills files and is not counted."""
+    """Rounds of all contestants; the first round fills files and is not counted."""
     count = max(IN_FLIGHT, total // envelope_bytes(block))
     ours = await _TierContestant.open(directory / "tier", block, count)
+    encrypted = await _TierContestant.open(directory / "encrypted", block, count, TenantKeys(new_key(), "study"))
     theirs = _Fio(fio, directory / "fio", envelope_bytes(block), count)
     samples: dict[tuple[str, Direction], list[Sample]] = defaultdict(list)
     try:
@@ -112,6 +123,7 @@ async def _compare(fio: str, directory: Path, block: int, total: int, rounds: in
             for direction in ("write", "read"):
                 contestants: list[tuple[str, Callable[[Direction], Awaitable[Sample]]]] = [
                     ("tier", ours.measure),
+                    ("encrypted", encrypted.measure),
                     ("fio", theirs.measure),
                 ]
                 for name, measure in contestants if number % 2 else contestants[::-1]:
@@ -123,13 +135,14 @@ async def _compare(fio: str, directory: Path, block: int, total: int, rounds: in
                 print(f"{block >> 20} MiB, round {number}: {last} GB/s", file=sys.stderr)
     finally:
         await ours.close()
+        await encrypted.close()
     return samples
 
 
 class _TierContestant:
     """Writes new blocks to a full tier, and reads those back."""
 
-    def __init__(self, tier: DiskTier, block: int, count: int) -> None:
+    def __init__(self, tier: Tier, block: int, count: int) -> None:
         self._tier = tier
         self._count = count
         self._keys: list[BlockKey] = []
@@ -144,15 +157,12 @@ class _TierContestant:
         self._header = Header(key=key, namespace=NAMESPACE, index=0, tokens=64, length=block, crc=0)
 
     @classmethod
-    async def open(cls, directory: Path, block: int, count: int) -> _TierContestant:
+    async def open(cls, directory: Path, block: int, count: int, keys: TenantKeys | None = None) -> _TierContestant:
         """A tier with room for the blocks of a round and, since it evicts ahead, for a quarter more."""
         segment_bytes = -(-count // 4) * envelope_bytes(block)
         capacity = 5 * segment_bytes + segment_bytes // 2  # half of one for journal and headers
-        return cls(
-            await DiskTier.open(directory, capacity, segment_bytes=segment_bytes, threads=THREADS),
-            block,
-            count,
-        )
+        tier = await DiskTier.open(directory, capacity, segment_bytes=segment_bytes, threads=THREADS)
+        return cls(tier if keys is None else Encrypting(tier, keys), block, count)
 
     async def measure(self, direction: Direction) -> Sample:
         if direction == "write":

@@ -1,9 +1,10 @@
 """PUT and GET of blocks through the object tier, beside the fastest raw client on the same server.
 
-The server is nginx on tmpfs, which neither signs nor hashes, so that the clients are measured and not the server. All three
+The server is nginx on tmpfs, which neither signs nor hashes, so that the clients are measured and not the server. All four
 clients keep the same number of requests in flight and take turns in every round:
 
 * tier: ``ObjectTier``, from and to page-aligned memory; each GET is verified (crc32c and identity)
+* encrypted: the same, with encryption at rest; ``encrypted_*_ratio`` is its speed by that of the tier
 * raw: ``http.client`` from and to the same kind of memory, without signatures, retries or checks: nothing in Python is
   faster
 * boto3: with its defaults, for comparison
@@ -30,9 +31,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.study import Study
+from kvstore.encryption import TenantKeys, new_key
 from kvstore.identity import BlockKey
 from kvstore.testing.blocks import SealedBlock, aligned_buffer, random_key, seal
 from kvstore.testing.servers import nginx_webdav
+from kvstore.tiers.base import Tier
+from kvstore.tiers.encryption import Encrypting
 from kvstore.tiers.object import ObjectSettings, ObjectTier, ServerFeatures
 from kvstore.tiers.object.objects import Objects
 
@@ -75,7 +79,7 @@ class TierClient(Client):
         self._loop = asyncio.new_event_loop()
         self._tier = self._loop.run_until_complete(self._open(settings))
 
-    async def _open(self, settings: ObjectSettings) -> ObjectTier:
+    async def _open(self, settings: ObjectSettings) -> Tier:
         """Without ``ObjectTier.open``: nginx can be written to and read, but neither listed nor asked conditionally."""
         tier = ObjectTier(Objects.connect(settings), settings)
         tier.features = ServerFeatures(conditional_put=True, ranged_get=True, checksums=False)
@@ -109,6 +113,13 @@ class TierClient(Client):
             await asyncio.gather(*(worker(todo, buffer) for buffer in buffers))
 
         self._loop.run_until_complete(all_workers())
+
+
+class EncryptedTierClient(TierClient):
+    name = "encrypted"
+
+    async def _open(self, settings: ObjectSettings) -> Tier:
+        return Encrypting(await super()._open(settings), TenantKeys(new_key(), "study"))
 
 
 class ThreadedClient(Client):
@@ -224,7 +235,7 @@ def run(args: Any) -> Mapping[str, float]:
     turns: dict[tuple[str, str, int], list[Turn]] = defaultdict(list)
     source = random.Random(1)
     with nginx_webdav() as url:
-        clients = [TierClient(url), RawClient(url), Boto3Client(url)]
+        clients = [TierClient(url), EncryptedTierClient(url), RawClient(url), Boto3Client(url)]
         for size in SIZES_MIB:
             payload = os.urandom((size << 20) - 4096)
             sealed = seal(random_key(source), payload)
@@ -257,11 +268,16 @@ def fresh(sealed: SealedBlock, source: random.Random) -> SealedBlock:
     return SealedBlock(header, envelope)
 
 
+def ratio(ours: Sequence[Turn], theirs: Sequence[Turn]) -> float:
+    """Median over the rounds."""
+    return statistics.median(a.gigabytes_per_second / b.gigabytes_per_second for a, b in zip(ours, theirs, strict=True))
+
+
 def figures(turns: Mapping[tuple[str, str, int], Sequence[Turn]]) -> dict[str, float]:
     """Medians of all rounds; a ratio is taken within each round first, and the lower of both sizes counts."""
     found: dict[str, float] = {}
-    for verb in ("put", "get"):
-        ratios = []
+    for verb, direction in (("put", "write"), ("get", "read")):
+        ratios, encrypted = [], []
         for size in SIZES_MIB:
             for (name, other, mib), done in turns.items():
                 if (other, mib) == (verb, size):
@@ -269,10 +285,11 @@ def figures(turns: Mapping[tuple[str, str, int], Sequence[Turn]]) -> dict[str, f
                     found[f"{verb}_{name}_cpu_s_per_gb_{size}m"] = statistics.median(
                         t.cpu_seconds_per_gigabyte for t in done
                     )
-            pairs = zip(turns["tier", verb, size], turns["raw", verb, size], strict=True)
-            ratios.append(statistics.median(t.gigabytes_per_second / r.gigabytes_per_second for t, r in pairs))
+            ratios.append(ratio(turns["tier", verb, size], turns["raw", verb, size]))
+            encrypted.append(ratio(turns["encrypted", verb, size], turns["tier", verb, size]))
             found[f"{verb}_ratio_to_raw_{size}m"] = ratios[-1]
         found[f"{verb}_ratio_to_raw"] = min(ratios)
+        found[f"encrypted_{direction}_ratio"] = min(encrypted)
     for name, value in found.items():
         print(f"{name:32} {value:.3f}", file=sys.stderr)
     return found
