@@ -6,23 +6,29 @@
 Each engine comes with the API of the node beside it. One API is asked what all nodes hold of a prompt (``/v1/router/lookup``;
 the nodes name each other in ``api.peers``), and the request goes to the engine that will have its prompt ready first: what waits
 there already, then the load of what its node holds, then prefill of the rest. When nothing is known it goes to the engine with
-least to do. Needs fastapi, httpx and uvicorn. Listens on loopback, and asks nobody who they are.
+least to do. With ``--events`` it follows what nodes publish instead of asking. Needs llm-kvstore[admin], and [events] to follow.
+Listens on loopback, and asks nobody who they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from kvstore.identity import Namespace, chain_seed
+from kvstore.node.protocol import split_keys
+from kvstore.promptkeys import PromptKeys
 
 CONNECT_SECONDS = 2.0
 HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -68,29 +74,110 @@ def choose(engines: Sequence[Engine], tokens: int, held: Mapping[str, Tiers], sp
     return [choice for *_, choice in sorted(map(ready, engines), key=lambda each: each[:2])]
 
 
+Held = Callable[[str, list[int], str], Awaitable[Mapping[str, Tiers]]]
+"""What each node holds of a prompt, by the address of its API: of a model, token ids and a cache salt. Never raises."""
+
+
+async def ask(http: httpx.AsyncClient, url: str, question: Any, headers: Mapping[str, str], patience: float) -> Any:
+    """None when there is no good answer within ``patience`` seconds."""
+    try:
+        async with asyncio.timeout(patience):
+            answer = await http.post(url, json=question, headers=dict(headers))
+        return answer.json() if answer.is_success else None
+    except (TimeoutError, ValueError, httpx.HTTPError):
+        return None
+
+
+class Asking:
+    """Asks one API for all nodes, the next one if it does not answer."""
+
+    def __init__(self, http: httpx.AsyncClient, apis: Sequence[str], patience: float, token: str = "") -> None:
+        """``token``: for the APIs, if they ask for one."""
+        self._http, self._apis, self._patience = http, apis, patience
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def __call__(self, model: str, tokens: list[int], salt: str) -> Mapping[str, Tiers]:
+        prompt = {"namespace": model, "tokens": tokens, "cache_salt": salt}
+        question = {"prompts": [prompt], "timeout_seconds": self._patience / 2}
+        for api in self._apis:
+            found = await ask(self._http, api + "/v1/router/lookup", question, self._headers, self._patience)
+            if found and found["prompts"][0]["nodes"]:
+                return {node["url"]: node["tiers"] for node in found["prompts"][0]["nodes"]}
+        return {}
+
+
+class Following:
+    """Follows the events of all nodes instead: asks nobody on a request's way, but does not know what loading costs."""
+
+    def __init__(self, namespaces: Sequence[Namespace], secret: bytes) -> None:
+        """``namespaces``: those of the models, as ``/v1/namespaces`` shows them. ``secret``: that of the nodes."""
+        self._spaces = {space.model: (space.block_tokens, space.keyring(secret)) for space in namespaces}
+        self._known = PromptKeys()
+        self.blocks: dict[str, dict[bytes, set[str]]] = {}
+        """By API and key: the tiers that hold the block."""
+
+    async def follow(self, api: str, address: str) -> None:
+        """Read one node's events until cancelled. ``api``: the address by which the node is known."""
+        import zmq
+        import zmq.asyncio
+
+        socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
+        socket.connect(address)
+        socket.subscribe(b"kv-events")
+        held, expected = self.blocks.setdefault(api, {}), 0
+        try:
+            while True:
+                _, number, payload = await socket.recv_multipart()
+                if int.from_bytes(number, "big") != expected:
+                    held.clear()  # what was missed may have been removals
+                expected = int.from_bytes(number, "big") + 1
+                for event in msgpack.unpackb(payload)[1]:
+                    for key in event["block_hashes"]:
+                        if event["type"] == "BlockStored":
+                            held.setdefault(key, set()).add(event["ownership"])
+                        elif key in held:
+                            held[key].discard(event["ownership"])
+                            if not held[key]:
+                                del held[key]
+        finally:
+            socket.close(0)
+
+    async def __call__(self, model: str, tokens: list[int], salt: str) -> Mapping[str, Tiers]:
+        if model not in self._spaces:
+            return {}
+        block_tokens, keyring = self._spaces[model]
+        seed = chain_seed(cache_salt=salt)
+        keys = split_keys(await asyncio.to_thread(self._known.keys, tokens, block_tokens, keyring, seed))
+        found = {}
+        for api, held in self.blocks.items():
+            usable = next((at for at, key in enumerate(keys) if key not in held), len(keys))
+            found[api] = [{"usable_tokens": usable * block_tokens, "seconds": 0.0}]
+        return found
+
+
 class Router:
     """Forwards requests. In one event loop."""
 
-    def __init__(self, engines: Sequence[Engine], speed: float, patience: float, token: str = "") -> None:
-        """``speed``: of prefill, tokens per second. ``patience``: seconds that tokenizing and looking up may take, each, before
-        a request goes on without. ``token``: for the nodes' APIs, if they ask for one."""
+    def __init__(
+        self, http: httpx.AsyncClient, engines: Sequence[Engine], speed: float, patience: float, held: Held
+    ) -> None:
+        """``speed``: of prefill, tokens per second. ``patience``: seconds that tokenizing may take. ``held``: what nodes hold."""
         self.engines = engines
         self._speed = speed
         self._patience = patience
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        # Without limits: how many requests there are is for the engines to bound.
-        self.http = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=httpx.Limits())
+        self._held = held
+        self._http = http
 
     async def forward(self, request: Request) -> Response:
         """Send a completion to the best engine, and to the next best while none answers: it may safely be begun anew."""
         body = await request.body()
         headers = {name: value for name, value in request.headers.items() if name not in HOP_BY_HOP}
-        for choice in await self.order(await request.json(), headers):
+        for choice in await self.order(body, headers):
             engine = choice.engine
-            wanted = self.http.build_request("POST", engine.url + request.url.path, content=body, headers=headers)
+            wanted = self._http.build_request("POST", engine.url + request.url.path, content=body, headers=headers)
             engine.requests, engine.tokens = engine.requests + 1, engine.tokens + choice.compute
             try:
-                answer = await self.http.send(wanted, stream=True)
+                answer = await self._http.send(wanted, stream=True)
             except BaseException as error:
                 engine.requests, engine.tokens = engine.requests - 1, engine.tokens - choice.compute
                 if isinstance(error, httpx.TransportError):
@@ -102,10 +189,15 @@ class Router:
             )
         return JSONResponse({"error": {"message": "no engine can be reached", "type": "unavailable"}}, 503)
 
-    async def order(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> list[Choice]:
-        """The engines, best first."""
-        tokens = await self._tokenize(body, headers)
-        held = await self._held(str(body.get("model", "")), tokens, str(body.get("cache_salt") or "")) if tokens else {}
+    async def order(self, body: bytes, headers: Mapping[str, str]) -> list[Choice]:
+        """The engines, best first. What is no request is for an engine to refuse."""
+        try:
+            wanted = json.loads(body)
+            tokens = await self._tokenize(wanted, headers)
+            model, salt = str(wanted.get("model", "")), str(wanted.get("cache_salt") or "")
+        except (ValueError, AttributeError):
+            tokens = []
+        held = await self._held(model, tokens, salt) if tokens else {}
         return choose(self.engines, len(tokens), held, self._speed)
 
     async def _tokenize(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> list[int]:
@@ -117,29 +209,10 @@ class Router:
         question = {name: body[name] for name in names if body.get(name) is not None}
         keys = {"Authorization": headers["authorization"]} if "authorization" in headers else {}
         for engine in sorted(self.engines, key=lambda each: each.requests):
-            found = await self._ask(engine.url + "/tokenize", question, keys)
+            found = await ask(self._http, engine.url + "/tokenize", question, keys, self._patience)
             if found:
                 return list(found["tokens"])
         return []
-
-    async def _held(self, model: str, tokens: list[int], salt: str) -> dict[str, Tiers]:
-        """What each node holds, by the address of its API; empty when nobody answers."""
-        prompt = {"namespace": model, "tokens": tokens, "cache_salt": salt}
-        question = {"prompts": [prompt], "timeout_seconds": self._patience / 2}
-        for engine in sorted(self.engines, key=lambda each: each.requests):
-            found = await self._ask(engine.api + "/v1/router/lookup", question, self._headers)
-            if found and found["prompts"][0]["nodes"]:
-                return {node["url"]: node["tiers"] for node in found["prompts"][0]["nodes"]}
-        return {}
-
-    async def _ask(self, url: str, question: Any, headers: Mapping[str, str]) -> Any:
-        """None when there is no good answer in time."""
-        try:
-            async with asyncio.timeout(self._patience):
-                answer = await self.http.post(url, json=question, headers=dict(headers))
-            return answer.json() if answer.is_success else None
-        except (TimeoutError, ValueError, httpx.HTTPError):
-            return None
 
     async def _relay(self, answer: httpx.Response, choice: Choice) -> AsyncIterator[bytes]:
         waiting = True
@@ -156,12 +229,7 @@ class Router:
 
 
 def create_app(router: Router) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await router.http.aclose()
-
-    app = FastAPI(title="KV-aware router", lifespan=lifespan)
+    app = FastAPI(title="KV-aware router")
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.add_api_route(path, router.forward, methods=["POST"])
     return app
@@ -174,11 +242,43 @@ def main() -> None:
     parser.add_argument("--prefill-tokens-per-second", type=float, default=20_000, help="of one engine, about")
     parser.add_argument("--patience", type=float, default=0.5, help="seconds for tokenizing and for the lookup, each")
     parser.add_argument("--token-file", type=Path, help="with a token for the nodes' APIs, if they ask for one")
+    parser.add_argument(
+        "--events", action="append", metavar="API=ADDRESS", help="follow a node's events; for every node"
+    )
+    parser.add_argument("--secret-file", type=Path, help="with the nodes' identity.secret, to follow events")
     options = parser.parse_args()
+    if options.events and options.secret_file is None:
+        parser.error("--events needs --secret-file: without the secret nobody can tell which blocks a prompt has")
     token = options.token_file.read_text().strip() if options.token_file else ""
     engines = [Engine(*pair.partition("=")[::2]) for pair in options.engine]
-    router = Router(engines, options.prefill_tokens_per_second, options.patience, token)
-    uvicorn.run(create_app(router), port=options.port, log_level="warning")
+    asyncio.run(serve(options, engines, token))
+
+
+async def serve(options: argparse.Namespace, engines: Sequence[Engine], token: str) -> None:
+    # Without limits: how many requests there are is for the engines to bound.
+    http = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=httpx.Limits())
+    async with http:
+        held: Held = Asking(http, [engine.api for engine in engines], options.patience, token)
+        following = []
+        if options.events:
+            held = Following(await namespaces(http, engines, token), options.secret_file.read_bytes().strip())
+            pairs = (pair.partition("=")[::2] for pair in options.events)
+            following = [asyncio.create_task(held.follow(api, address)) for api, address in pairs]
+        router = Router(http, engines, options.prefill_tokens_per_second, options.patience, held)
+        server = uvicorn.Server(uvicorn.Config(create_app(router), port=options.port, log_level="warning"))
+        await server.serve()
+        for task in following:
+            task.cancel()
+
+
+async def namespaces(http: httpx.AsyncClient, engines: Sequence[Engine], token: str) -> list[Namespace]:
+    """Of all models that engines have opened. Raises httpx.HTTPError."""
+    found: dict[str, Namespace] = {}
+    for engine in engines:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        answer = (await http.get(engine.api + "/v1/namespaces", headers=headers)).raise_for_status()
+        found |= {item["digest"]: Namespace.from_dict(item["fields"]) for item in answer.json()["items"]}
+    return list(found.values())
 
 
 if __name__ == "__main__":

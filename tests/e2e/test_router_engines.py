@@ -10,8 +10,9 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connectors.vllm.process import transfer_config
+from kvstore.config.schema import PUBLIC_SECRET
 from kvstore.testing.model import make_model
 from kvstore.testing.node import NodeProcess, wait_for
 from kvstore.testing.servers import Daemon, free_port
@@ -52,6 +54,7 @@ class Place:
 
     node: NodeProcess
     api: str
+    events: str
     engine: Daemon
     url: str
 
@@ -74,6 +77,8 @@ class Fleet:
 
     places: list[Place]
     router: str
+    following: str
+    """A second router, that follows events."""
 
     def complete(self, prompt: str, url: str = "") -> tuple[str, str]:
         """The text, and the engine that made it, by the router or by one engine."""
@@ -110,7 +115,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for number, api in enumerate(apis):
             (folder / str(number)).mkdir()
             peers = f"api.peers=http://{apis[1 - number]}"
-            node = stack.enter_context(NodeProcess(folder / str(number), *NODE, f"api.listen={api}", peers))
+            events = f"ipc://{folder / str(number) / 'events'}"
+            settings = [*NODE, f"api.listen={api}", f"events.listen={events}", peers]
+            node = stack.enter_context(NodeProcess(folder / str(number), *settings))
             store = transfer_config({"socket": str(node.socket), "autostart": False, "model": MODEL})
             port = free_port()
             arguments: list[str] = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, *ENGINE]
@@ -120,19 +127,30 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             engine = Daemon(argv, folder / f"engine{number}.log", lambda: True, ENVIRONMENT)
             stack.callback(engine.stop)
             engine.start()
-            places.append(Place(node, f"http://{api}", engine, url))
+            places.append(Place(node, f"http://{api}", events, engine, url))
         for place in places:  # both are starting: most of it is importing
             wait_for(lambda place=place: not place.engine.running or answers(place.url + "/health"), 300)
             assert place.engine.running, place.engine.tail()
-        port = free_port()
-        argv = [sys.executable, str(ROOT / "examples" / "router.py"), "--port", str(port)]
-        argv += [f"--engine={place.url}={place.api}" for place in places]
-        argv += ["--prefill-tokens-per-second=1000", "--patience=10"]
-        url = f"http://127.0.0.1:{port}"
-        router = Daemon(argv, folder / "router.log", lambda: answers(url + "/openapi.json"))
-        stack.callback(router.stop)
-        router.start()
-        yield Fleet(places, url)
+        secret = folder / "secret"
+        secret.write_bytes(PUBLIC_SECRET)
+        follow = [f"--secret-file={secret}", *(f"--events={place.api}={place.events}" for place in places)]
+        yield Fleet(places, *(stack.enter_context(router(folder, places, more)) for more in ([], follow)))
+
+
+@contextmanager
+def router(folder: Path, places: list[Place], more: list[str]) -> Iterator[str]:
+    """Its address."""
+    port = free_port()
+    argv = [sys.executable, str(ROOT / "examples" / "router.py"), "--port", str(port), *more]
+    argv += [f"--engine={place.url}={place.api}" for place in places]
+    argv += ["--prefill-tokens-per-second=1000", "--patience=10"]
+    url = f"http://127.0.0.1:{port}"
+    daemon = Daemon(argv, folder / "router.log", lambda: answers(url + "/openapi.json"))
+    try:
+        daemon.start()
+        yield url
+    finally:
+        daemon.stop()
 
 
 def test_the_next_turn_goes_where_the_prefix_is(fleet: Fleet) -> None:
@@ -152,15 +170,24 @@ def test_the_next_turn_goes_where_the_prefix_is(fleet: Fleet) -> None:
 
 def test_a_conversation_that_streams_stays_where_it_began(fleet: Fleet) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": prose(20, 500)}]
+    held = {place.url: place.node.blocks()["host"] for place in fleet.places}
     reply, first = fleet.stream_chat(messages)
     place = next(place for place in fleet.places if place.url == first)
-    held = place.node.blocks()["host"]
-    other = next(place for place in fleet.places if place.url != first)
     messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": prose(21, 30)}]
-    wait_for(lambda: place.node.blocks()["host"] >= held)
+    wait_for(lambda: place.node.blocks()["host"] > held[first] + 5)
     before = place.loaded()
-    assert fleet.stream_chat(messages)[1] == first != other.url
+    assert fleet.stream_chat(messages)[1] == first
     wait_for(lambda: place.loaded() > before)
+
+
+def test_following_events_finds_the_prefix_too(fleet: Fleet) -> None:
+    for number, place in reversed(list(enumerate(fleet.places))):
+        first = prose(number + 40, 500)
+        held = place.node.blocks()["host"]
+        fleet.complete(first, place.url)
+        wait_for(lambda place=place, held=held: place.node.blocks()["host"] > held + 5)
+        time.sleep(0.5)  # events go out after 10 ms, and nothing says when they have come
+        assert fleet.complete(first + prose(50, 30), fleet.following)[1] == place.url
 
 
 def test_requests_go_on_without_a_node_and_without_an_engine(fleet: Fleet) -> None:
