@@ -1,0 +1,105 @@
+"""Coverage-guided fuzzing of what is read from outside: ``python tests/fuzz/harness.py TARGET [CORPUS] [libFuzzer options]``.
+
+Each target takes any bytes and may raise only what its callers handle; anything else ends the run, with the input in a file.
+So does an input that takes long (``-timeout``) or much memory (``-rss_limit_mb``).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["kvstore", "replication"]):
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from kvstore.config import load
+    from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, Header, crc32c
+    from kvstore.errors import BlockCorrupt, ConfigError, ProtocolError
+    from kvstore.node.protocol import FrameDecoder, encode, split_keys
+    from kvstore.tombstones import Tombstone
+    from replication.manifest import Manifest, ManifestRefused, open_manifest, read_trusted
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SIGNATURE_BYTES = 64
+
+
+def protocol(data: bytes) -> None:
+    """Frames as they come from a socket, in two pieces."""
+    decoder = FrameDecoder()
+    half = len(data) // 2
+    with suppress(ProtocolError):
+        for piece in (data[:half], data[half:]):
+            for message in decoder.feed(piece):
+                split_keys(message)
+
+
+def envelope(data: bytes) -> None:
+    """A block's header as it is, and with its checksum made good, so that its fields are read."""
+    page = bytearray(data[:HEADER_BYTES].ljust(HEADER_BYTES, b"\x00"))
+    with suppress(BlockCorrupt):
+        Header.unpack(page)
+    page[-4:] = crc32c(page[:-4]).to_bytes(4, "little")
+    with suppress(BlockCorrupt):
+        header = Header.unpack(page)
+        if header.length > MAX_PAYLOAD_BYTES:
+            raise AssertionError("a length beyond the bound")
+
+
+def manifest(data: bytes) -> None:
+    """Of another region, forged; and signed by a region that turned hostile."""
+    with suppress(ManifestRefused):
+        open_manifest(data, "na", KEY.public_key())
+    with suppress(ManifestRefused):
+        open_manifest(data[:-SIGNATURE_BYTES] + KEY.sign(data[:-SIGNATURE_BYTES]), "na", KEY.public_key())
+    with suppress(ManifestRefused):
+        read_trusted(data)
+
+
+def configuration(data: bytes) -> None:
+    """A configuration file, and the same text as an override."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with suppress(ConfigError):
+            load(Path(file.name), [], environ={}).settings()
+    with suppress(ConfigError):
+        load(None, [data.decode("utf-8", "replace")], environ={}).settings()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (protocol, envelope, manifest, configuration)
+}
+
+
+def seed(target: str) -> bytes:
+    """A good input to begin with."""
+    match target:
+        case "protocol":
+            return encode({"protocol": 1, "name": "x", "pid": 1}) + encode([1, "lookup", {"keys": bytes(32)}])
+        case "envelope":
+            page = bytearray(HEADER_BYTES)
+            header = Header(key=bytes(range(16)), namespace=bytes(16), index=1, tokens=64, length=5, crc=7, created=1.0)  # type: ignore[arg-type]
+            header.pack_into(page)
+            return bytes(page)
+        case "manifest":
+            stone = Tombstone(time=1.0, tenant="acme")
+            offer = Manifest(region="na", sequence=1, published=1.0, labels={}, blocks=[], tombstones=[stone])
+            return offer.sealed(KEY)
+    return b'[host]\nbytes = "4GiB"\n[node]\nallow_uids = [1000]\n[api]\nlisten = "127.0.0.1:7070"\n'
+
+
+def main() -> None:
+    name, *options = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "seed").write_bytes(seed(name))
+        atheris.Setup([sys.argv[0], *options, folder], TARGETS[name])
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
