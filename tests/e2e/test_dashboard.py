@@ -130,12 +130,12 @@ def open_first_prompt(page: Any) -> Any:
 
 def test_numbers_are_live(page: Any, site: Site) -> None:
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    expect(tile(page, "stored")).to_contain_text("5 since the node started")
+    expect(tile(page, "stored")).to_contain_text("5 in all")
     expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("5 blocks")
     expect(panel(page, "hot").get_by_role("row")).to_have_count(2)
     expect(panel(page, "nodes")).to_contain_text("vllm rank 0")
     site.save([7, *TOKENS])
-    expect(tile(page, "stored")).to_contain_text("10 since the node started")
+    expect(tile(page, "stored")).to_contain_text("10 in all")
     expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("10 blocks")
     site.ask([9, *TOKENS], "cmpl-miss")
     expect(tile(page, "hits")).to_contain_text("67%")  # 10 of 15 blocks' tokens
@@ -325,11 +325,11 @@ def test_a_node_that_dies_is_told_of(page: Any, site: Site) -> None:
     site.node.stop()
     expect(page.get_by_role("alert")).to_contain_text("The node does not answer")
     expect(page.get_by_text("Node is down")).to_be_visible()
-    expect(tile(page, "stored")).to_contain_text("5 since the node started")  # as it was last
+    expect(tile(page, "stored")).to_contain_text("5 in all")  # as it was last
     with RunningNode(site.folder):
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
         expect(page.get_by_role("alert")).to_be_empty()
-        expect(tile(page, "stored")).to_contain_text("0 since the node started")
+        expect(tile(page, "stored")).to_contain_text("0 in all")
     site.api.stop()
     expect(page.get_by_role("alert")).to_contain_text("Trying again")
     expect(page.get_by_text("No connection")).to_be_visible()

@@ -28,7 +28,7 @@ export const percent = (value) => (value == null || Number.isNaN(value) ? "–" 
 export function seconds(value) {
   if (value == null) return "–";
   if (value < 0.9995) return value === 0 ? `0${NBSP}s` : value < 0.001 ? `<1${NBSP}ms` : `${Math.round(value * 1000)}${NBSP}ms`;
-  if (value < 10) return `${value.toFixed(1)}${NBSP}s`;
+  if (value < 10 && !Number.isInteger(value)) return `${value.toFixed(1)}${NBSP}s`;
   if (value < 100) return `${Math.round(value)}${NBSP}s`;
   if (value < 5400) return `${Math.round(value / 60)}${NBSP}min`;
   if (value < 36 * 3600) return `${(value / 3600).toFixed(1)}${NBSP}h`;

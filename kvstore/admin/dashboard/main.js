@@ -129,14 +129,18 @@ function Banner({ app }) {
 function Panels({ app }) {
   const stale = app.broken || app.snapshot.problems.node;
   const node = app.node !== null;
+  const linked = "replication" in app.parts || "replication" in app.snapshot.problems;
   return html`
     ${node && html`<div class=${stale ? "stale" : ""}><${Tiles} app=${app} /></div>`}
     <div class="grid">
-      ${node && html`<${Chart} app=${app} /><${Store} app=${app} /><${Hot} app=${app} />`}
+      ${node && html`<${Chart} app=${app} /><${Store} app=${app} />`}
+      ${linked && html`<${Regions} app=${app} />`}
+      ${node && !linked && html`<${Hot} app=${app} />`}
       <${Jobs} app=${app} />
-      <${Regions} app=${app} />
+      ${node && linked && html`<${Hot} app=${app} />`}
+      ${node && html`<${Troubles} app=${app} />`}
       <${Nodes} app=${app} />
-      ${node && html`<${Troubles} app=${app} /><${Models} app=${app} /><${Pins} app=${app} />`}
+      ${node && html`<${Models} app=${app} /><${Pins} app=${app} />`}
     </div>
   `;
 }

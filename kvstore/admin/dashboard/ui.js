@@ -12,14 +12,14 @@ export function Panel({ title, name, aside, wide, children }) {
 
 export const Empty = ({ children }) => html`<p class="empty">${children}</p>`;
 
-/** Rows are arrays of cells; columns that begin with ">" are right-aligned. */
+/** Rows are arrays of cells. Columns that begin with ">" are right-aligned; a "~" hides a title that only listeners need. */
 export function Table({ caption, columns, rows, empty, busy }) {
   if (!rows.length) return html`<${Empty}>${empty}<//>`;
   const right = columns.map((name) => name.startsWith(">"));
   return html`<div class="scroll">
     <table aria-busy=${busy}>
       <caption class="unseen">${caption}</caption>
-      <thead><tr>${columns.map((name, at) => html`<th scope="col" class=${right[at] && "right"}>${name.replace(/^>/, "")}</th>`)}</tr></thead>
+      <thead><tr>${columns.map((name, at) => html`<th scope="col" class=${right[at] && "right"}><span class=${name.includes("~") ? "unseen" : ""}>${name.replace(/^[>~]+/, "")}</span></th>`)}</tr></thead>
       <tbody>
         ${rows.map(({ key, cells, ...attributes }) => html`<tr key=${key} ...${attributes}>
           ${cells.map((cell, at) => (at ? html`<td class=${right[at] && "right"}>${cell}</td>` : html`<th scope="row">${cell}</th>`))}

@@ -26,6 +26,6 @@ export function Pins({ app }) {
     ],
   }));
   return html`<${Panel} title="Pins" name="pins">
-    <${Table} caption="Pinned prompts" columns=${["Prompt", ">Blocks", "Held", "Until", ">"]} rows=${rows} empty="Nothing is pinned. Open a prompt to pin it." />
+    <${Table} caption="Pinned prompts" columns=${["Prompt", ">Blocks", "Held", "Until", ">~Unpin"]} rows=${rows} empty="Nothing is pinned. Open a prompt to pin it." />
   <//>`;
 }

@@ -14,10 +14,7 @@ export function Regions({ app }) {
   useEffect(() => {
     if (there) get("v1/replication/topology").then(setTopology, () => setTopology(null));
   }, [there]);
-  if (!replication) {
-    const problem = app.snapshot.problems.replication;
-    return html`<${Panel} title="Regions" name="regions"><${Empty}>${problem ?? "This node is in no topology: nothing is copied from other regions."}<//><//>`;
-  }
+  if (!replication) return html`<${Panel} title="Regions" name="regions" wide><${Empty}>${app.snapshot.problems.replication}<//><//>`;
   const steer = async (verb, source) => {
     try {
       await post(`v1/replication/${verb}`, { sources: [source] });
@@ -42,7 +39,7 @@ export function Regions({ app }) {
   const { manifest } = replication;
   const to = topology?.flows.filter((flow) => flow.source === replication.region).flatMap((flow) => flow.to) ?? [];
   return html`<${Panel} title="Regions" name="regions" wide aside=${html`<${Badge}>${replication.mode}<//>`}>
-    <${Table} caption="Links from other regions" columns=${["Link", "State", ">Lag", ">Blocks", ">This month", ">Cost", ">"]} rows=${rows} empty="No other region flows into this one." />
+    <${Table} caption="Links from other regions" columns=${["Link", "State", ">Lag", ">Blocks", ">This month", ">Cost", ">~Pause or resume"]} rows=${rows} empty="No other region flows into this one." />
     <p class="small dim foot">
       ${manifest ? `Publishes ${count(manifest.blocks)} blocks, ${bytes(manifest.bytes)}, ${ago(manifest.published, app.now)}` : "Has not published a manifest yet"}${to.length ? ` to ${[...new Set(to)].join(", ")}` : ""}.
       ${Object.entries(replication.leases).map(([duty, lease]) => ` ${duty}: ${lease.held ? lease.holder : "nobody"}.`)}
@@ -72,7 +69,7 @@ export function Nodes({ app }) {
   const engines = clients.filter((client) => client.name !== "admin API");
   return html`<${Panel} title="Nodes and clients" name="nodes">
     ${problem && !app.snapshot.problems.node && html`<p class="small problem">${problem}</p>`}
-    <${Table} caption="Nodes of the region" columns=${["Node", "", ""]} rows=${rows} empty="No node is known." />
+    <${Table} caption="Nodes of the region" columns=${["Node", "~Where", "~State"]} rows=${rows} empty="No node is known." />
     ${app.node && html`<${Table}
       caption="Clients of the node here"
       columns=${["Client", ">Leases", ">Connected"]}

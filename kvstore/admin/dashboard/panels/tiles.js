@@ -22,7 +22,7 @@ function HitRatio({ app: { node, samples } }) {
   const ever = everAsked ? total(node, "found_tokens") / everAsked : null;
   const asked = samples.growth("asked", LATELY)?.by ?? 0;
   const lately = asked ? TIERS.reduce((sum, tier) => sum + samples.growth(`found ${tier}`, LATELY).by, 0) / asked : null;
-  const note = everAsked ? `of tokens · ${percent(ever)} since the node started` : "nobody asked for a prompt yet";
+  const note = everAsked ? `of tokens; ${percent(ever)} in all` : "nobody asked for a prompt yet";
   return html`<${Tile} name="hits" title="Hit ratio, 5 min" value=${percent(lately ?? ever)} note=${lately === null && everAsked ? `${note}; idle now` : note} />`;
 }
 
@@ -36,21 +36,22 @@ function Saved({ app: { node, samples } }) {
     localStorage.setItem(GPUS, wanted);
     setGpus(wanted);
   };
-  const hours = (spared * gpus) / 3600;
   const note = !spared
     ? counter(node, "offered_tokens") ? "no engine has reported its speed yet" : "nothing was loaded yet"
-    : html`${hours < 0.01 ? hours.toFixed(4) : hours < 10 ? hours.toFixed(2) : count(hours)} GPU-h with
-        <input class="tiny" type="number" min="1" max="1024" value=${gpus} onChange=${change} aria-label="GPUs of an engine" /> GPU each`;
-  return html`<${Tile} name="saved" title=${`Prefill saved${lately ? `, ${seconds(lately)} in 5 min` : ""}`} value=${seconds(spared)} note=${note} />`;
+    : html`${gpuHours((spared * gpus) / 3600)} at${" "}
+        <input class="tiny" type="number" min="1" max="1024" value=${gpus} onChange=${change} aria-label="GPUs of an engine" />${" "}
+        ${gpus === 1 ? "GPU" : "GPUs"}`;
+  const value = html`${seconds(spared)}${lately ? html`<small>${seconds(lately)} in 5 min</small>` : ""}`;
+  return html`<${Tile} name="saved" title="Prefill saved" value=${value} note=${note} />`;
 }
 
 function Served({ app: { node, samples } }) {
-  return html`<${Tile} name="served" title="Blocks served" value=${perSecond(samples.rate("delivered"))} note=${`${count(total(node, "delivered_blocks"))} since the node started`} />`;
+  return html`<${Tile} name="served" title="Blocks served" value=${perSecond(samples.rate("delivered"))} note=${`${count(total(node, "delivered_blocks"))} in all`} />`;
 }
 
 function Stored({ app: { node, samples } }) {
   const queued = node.tiers.reduce((sum, tier) => sum + tier.queued_bytes, 0);
-  return html`<${Tile} name="stored" title="Blocks saved" value=${perSecond(samples.rate("published"))} note=${`${count(counter(node, "published_blocks"))} since the node started${queued ? ` · ${bytes(queued)} waiting` : ""}`} />`;
+  return html`<${Tile} name="stored" title="Blocks saved" value=${perSecond(samples.rate("published"))} note=${`${count(counter(node, "published_blocks"))} in all${queued ? ` · ${bytes(queued)} waiting` : ""}`} />`;
 }
 
 function Warmth({ app: { parts } }) {
@@ -59,5 +60,7 @@ function Warmth({ app: { parts } }) {
   const note = warmth.problem || `${warmth.state} · ${bytes(warmth.warm_bytes)} of ${bytes(warmth.planned_bytes)}`;
   return html`<${Tile} name="warmth" title="Warm-up" value=${percent(warmth.share)} note=${note} />`;
 }
+
+const gpuHours = (hours) => `${hours < 0.01 ? hours.toFixed(4) : hours < 10 ? hours.toFixed(2) : count(hours)} GPU-h`;
 
 const perSecond = (value) => (value == null ? "–" : html`${count(value)}<small>/s</small>`);
