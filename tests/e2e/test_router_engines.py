@@ -31,7 +31,13 @@ from kvstore.testing.servers import Daemon, free_port
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-NODE = ["host.bytes=64MiB", "host.extent_bytes=8MiB", "disk.enabled=false", "policy.planner=off"]
+NODE = [
+    "host.bytes=64MiB",
+    "host.extent_bytes=8MiB",
+    "disk.enabled=false",
+    "policy.planner=off",
+    "policy.prefetch=wait_complete",
+]
 """Without the planner all that is stored is loaded, also where a tiny model would be computed as fast."""
 ENGINE = [
     "--dtype=float32", "--enforce-eager", "--max-model-len=4096", "--max-num-seqs=4", "--block-size=32",
