@@ -97,7 +97,7 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
         name=node_name(config.node.directory) if node else config.region.name,
         url=config.api.url,
-        peers=Peers(config.api.peers, config.api.peer_token),
+        peers=Peers([peer for peer in config.api.peers if peer != config.api.url], config.api.peer_token),
         catalog=CatalogView(config) if config.catalog.url else None,
         authenticate=BearerTokens(config.api.tokens) if config.api.tokens else everybody,
     )

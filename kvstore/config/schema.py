@@ -346,7 +346,7 @@ class ApiSection(_Section):
     peers: Texts = Field(
         (),
         max_length=256,
-        description="APIs of other nodes that lookups for routers ask too, as http://10.0.0.2:7070; with commas between.",
+        description="APIs of nodes that lookups for routers ask too, as http://10.0.0.2:7070, with commas; may have its own.",
     )
     peer_token: Path | None = Field(None, description="File with the token that peers are asked with; empty: none.")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.identity import Keyring, chain_digests, chain_seed
+from kvstore.identity import Keyring, TokenIds, chain_digests, chain_seed
 from kvstore.promptkeys import RUN_BYTES, PromptKeys
 
 RINGS = [Keyring(bytes([number]) * 32) for number in range(2)]
@@ -38,10 +38,10 @@ def test_keys_are_those_of_hashing_it_all(asked: list[tuple[list[int], int, Keyr
         assert 0 <= known.nbytes <= runs * (RUN_BYTES + 40)
 
 
-def test_a_longer_turn_hashes_only_what_is_new(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_longer_turn_hashes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
 
-    def counted(tokens: np.ndarray, block_tokens: int, parent: bytes) -> list[bytes]:  # type: ignore[type-arg]
+    def counted(tokens: TokenIds, block_tokens: int, parent: bytes) -> list[bytes]:
         hashed.append(len(tokens))
         return chain_digests(tokens, block_tokens, parent)
 

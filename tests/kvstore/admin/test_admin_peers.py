@@ -75,6 +75,14 @@ def test_a_peer_that_did_not_answer_is_left_alone_for_a_moment(monkeypatch: pyte
         assert waited < 0.5, "it was not asked again"
 
 
+def test_a_node_does_not_ask_itself() -> None:
+    """So all nodes may have the same list."""
+    address = f"127.0.0.1:{free_port()}"
+    with node_and_api(f"api.listen={address}", f"api.peers=http://{address}", blocks=BLOCKS) as here:
+        with AdminClient(here.url) as client:
+            assert [node.url for node in client.router_lookup([PROMPT]).prompts[0].nodes] == [f"http://{address}"]
+
+
 def test_peers_with_tokens_are_asked_with_one(tmp_path: Path) -> None:
     tokens, right, wrong = tmp_path / "tokens", tmp_path / "right", tmp_path / "wrong"
     right.write_text(TokenBook(tokens).create("peer", Role.VIEWER)[1] + "\n")
