@@ -7,11 +7,13 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from kvstore.catalog.base import Catalog, Entry
 from kvstore.catalog.follower import Follower
@@ -72,9 +74,13 @@ class Sharing(Peers):
 
         gauge("reachable", "1 while the catalog answers", lambda: self._publisher.reachable)
         gauge("complete", "1 while the catalog covers the whole bucket", lambda: self._follower.complete)
-        gauge("pending", "Changes that wait to be published", lambda: len(self._publisher.pending))
-        gauge("published", "Changes published since the start", lambda: self._publisher.published)
-        gauge("applied", "Changes learnt from the catalog since the start", lambda: self._follower.applied)
+        gauge("pending_changes", "Changes that wait to be published", lambda: len(self._publisher.pending))
+        registry.register(_Changes(self))
+
+    @property
+    def changes(self) -> tuple[int, int]:
+        """Published, and learnt from the catalog, since the start."""
+        return self._publisher.published, self._follower.applied
 
     # --- what the tier asks and tells
 
@@ -193,3 +199,18 @@ class Sharing(Peers):
         free = max(int(self._capacity * FREE_SHARE), min(self._largest_block, self._capacity // 4))
         if evicted := await self._tier.make_room(free):
             log.info("made room in the bucket", blocks=evicted)
+
+
+class _Changes(Collector):
+    """What went to the catalog and what came from it."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        published, applied = self._sharing.changes
+        yield CounterMetricFamily("kvstore_catalog_published_changes", "Changes published in the catalog", published)
+        yield CounterMetricFamily("kvstore_catalog_applied_changes", "Changes learnt from the catalog", applied)
