@@ -9,9 +9,7 @@ coefficient that the observations do not tell from the others keeps its share of
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from math import exp, log, sqrt
 
 FAR = 2.0
 """Residuals beyond so many times the usual one are far off."""
@@ -24,19 +22,19 @@ _SPREAD_GAIN = 0.1
 _ROUNDS = 30
 _LARGEST = 1e18
 
-_Floats = npt.NDArray[np.float64]
-
 
 class OnlineFit:
-    """Coefficients of a linear model of seconds. Not thread-safe; about 1 KB, and 0.2 ms for an observation."""
+    """Coefficients of a linear model of seconds. Not thread-safe; under 1 KB. Plain floats: vectors of two or three are
+    slower in numpy, and every load of a node teaches."""
 
     def __init__(self, prior: Sequence[float], memory: float) -> None:
         """``prior``: coefficients, all positive, whose ratios matter. ``memory``: observations until one counts 1/e."""
-        self._prior = np.asarray(prior, dtype=np.float64)
-        self._keep = np.exp(-1.0 / memory)
-        self._far: list[tuple[_Floats, float]] = []
+        self._prior = list(prior)
+        self._keep = exp(-1.0 / memory)
+        self._far: list[tuple[list[float], float, float]] = []
+        """Features, seconds and residual of the far observations in a row."""
         self._forget()
-        self._coefficients = self._prior.copy()
+        self._coefficients = list(prior)
         self._spread = _FIRST_SPREAD
         self.observations = 0
 
@@ -47,20 +45,20 @@ class OnlineFit:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return tuple(self._coefficients.tolist())
+        return tuple(self._coefficients)
 
     def seconds(self, features: Sequence[float]) -> float:
         """Prediction."""
-        return float(self._coefficients @ np.asarray(features, dtype=np.float64))
+        return _dot(self._coefficients, features)
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
         """Learn from one timing. One that cannot be is left out."""
-        x = np.asarray(features, dtype=np.float64)
-        if not (x.min() >= 0 and 0 < x.max() <= _LARGEST and 1 / _LARGEST <= seconds <= _LARGEST):
+        if not (min(features) >= 0 and 0 < max(features) <= _LARGEST and 1 / _LARGEST <= seconds <= _LARGEST):
             return
-        expected = max(float(self._coefficients @ x), 1e-18) if self.observations else seconds
+        x = list(features)
+        expected = max(self.seconds(x), 1 / _LARGEST) if self.observations else seconds
         self.observations += 1
-        off = float(np.log(seconds / expected))
+        off = log(seconds / expected)
         far = FAR * self._spread
         self._spread += _SPREAD_GAIN * (min(abs(off), 2 * far) - self._spread)
         self._spread = min(max(self._spread, _LEAST_SPREAD), _MOST_SPREAD)
@@ -68,44 +66,60 @@ class OnlineFit:
             self._far.clear()
             self._add(x, seconds, expected, 1.0)
         else:
-            if self._far and (self._far[-1][1] > 0) != (off > 0):
+            if self._far and (self._far[-1][2] > 0) != (off > 0):
                 self._far.clear()
-            self._far.append((np.append(x, seconds), off))
+            self._far.append((x, seconds, off))
             if len(self._far) < CHANGE:
                 self._add(x, seconds, expected, (far / off) ** 2)
             else:
                 self._forget()
-                for row, _ in self._far:
-                    self._add(row[:-1], float(row[-1]), float(row[-1]), 1.0)
+                for before, took, _ in self._far:
+                    self._add(before, took, took, 1.0)
                 self._far.clear()
         self._solve()
 
     def _forget(self) -> None:
-        self._moments = np.zeros((len(self._prior), len(self._prior)))
-        self._target = np.zeros(len(self._prior))
+        size = range(len(self._prior))
+        self._moments = [[0.0 for _ in size] for _ in size]
+        self._target = [0.0 for _ in size]
         self._log_scale = self._weight = 0.0
 
-    def _add(self, x: _Floats, seconds: float, expected: float, weight: float) -> None:
+    def _add(self, x: Sequence[float], seconds: float, expected: float, weight: float) -> None:
         # In units of the geometric mean of the two: in those of either alone, fast or slow ones would rule.
-        relative, value = x / np.sqrt(expected * seconds), np.sqrt(seconds / expected)
-        self._moments = self._keep * self._moments + weight * np.outer(relative, relative)
-        self._target = self._keep * self._target + weight * relative * value
-        self._log_scale = self._keep * self._log_scale + weight * float(np.log(seconds / (self._prior @ x)))
+        unit, value = sqrt(expected * seconds), sqrt(seconds / expected)
+        relative = [feature / unit for feature in x]
+        for i, mine in enumerate(relative):
+            self._target[i] = self._keep * self._target[i] + weight * mine * value
+            row = self._moments[i]
+            for j, other in enumerate(relative):
+                row[j] = self._keep * row[j] + weight * mine * other
+        self._log_scale = self._keep * self._log_scale + weight * log(seconds / _dot(self._prior, x))
         self._weight = self._keep * self._weight + weight
 
     def _solve(self) -> None:
         """Non-negative least squares in units of the scaled prior, by coordinate descent."""
-        scaled = self._prior * np.exp(self._log_scale / self._weight)
-        matrix = self._moments * np.outer(scaled, scaled)
-        pull = PRIOR_WEIGHT * np.diag(matrix) / max(self._weight, 1.0) + 1e-9
-        target = self._target * scaled + pull
-        matrix[np.diag_indices_from(matrix)] += pull
-        solution = self._coefficients / scaled
+        scale = exp(self._log_scale / self._weight)
+        unit = [prior * scale for prior in self._prior]
+        matrix = [
+            [value * a * b for value, b in zip(row, unit, strict=True)]
+            for row, a in zip(self._moments, unit, strict=True)
+        ]
+        target = [value * a for value, a in zip(self._target, unit, strict=True)]
+        for i, row in enumerate(matrix):
+            pull = PRIOR_WEIGHT * row[i] / max(self._weight, 1.0) + 1e-9
+            row[i] += pull
+            target[i] += pull
+        solution = [value / a for value, a in zip(self._coefficients, unit, strict=True)]
         for _ in range(_ROUNDS):
-            before = solution.copy()
-            for i in range(len(solution)):
-                rest = target[i] - matrix[i] @ solution + matrix[i, i] * solution[i]
-                solution[i] = max(rest / matrix[i, i], 0.0)
-            if np.abs(solution - before).max() < 1e-4:
+            moved = 0.0
+            for i, row in enumerate(matrix):
+                value = max(solution[i] + (target[i] - _dot(row, solution)) / row[i], 0.0)
+                moved = max(moved, abs(value - solution[i]))
+                solution[i] = value
+            if moved < 1e-4:
                 break
-        self._coefficients = solution * scaled
+        self._coefficients = [value * a for value, a in zip(solution, unit, strict=True)]
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
