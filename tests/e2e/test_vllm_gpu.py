@@ -142,3 +142,32 @@ def test_blocks_come_from_disk_when_the_node_was_restarted(
     answers = one_by_one(engine)
     assert tokens(answers) == reference
     check_loaded(answers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_rank_loads_what_two_saved(tmp_path: Path) -> None:
+    """Two ranks write their own heads of the same slots of one node; an engine without tensor parallelism reads them."""
+    site = Site(tmp_path)
+    parallel = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+    with site.node, site.plain_engine() as plain, site.engine(**parallel) as two:
+        expected = tokens(one_by_one(plain))
+        two.ready()
+        wait_for(lambda: site.node.clients() == 3)
+        assert tokens(one_by_one(two)) == expected
+        wait_for(lambda: 30 <= site.node.blocks()["host"] == site.node.blocks()["disk"])
+        two.forget()
+        answers = one_by_one(two)
+        assert tokens(answers) == expected
+        check_loaded(answers)
+        two.close()
+        with site.engine() as one:
+            one.ready()
+            wait_for(site.linked)
+            answers = one_by_one(one)
+            assert tokens(answers) == expected
+            check_loaded(answers)
+            with site.node.client() as client:
+                assert alter_host_blocks(client)
+            one.forget()
+            same = sum(answer == computed for answer, computed in zip(tokens(one_by_one(one)), expected, strict=True))
+            assert same < len(PROMPTS) // 2
