@@ -28,6 +28,7 @@ from replication.names import manifest_name
 from replication.pause import read_pauses
 from replication.planner import GB, LeftOut, Limits, Plan, affordable, plan
 from replication.publisher import entomb
+from replication.quotas import overflow_of_tenants, read_owners
 from replication.rate import RateLimit
 from replication.retention import Retired
 from replication.retiring import read_retired
@@ -204,7 +205,9 @@ class Replicator:
 
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
         held = await self._contents.blocks()
-        scores = {} if self._capacity is None else await known_scores(self.near)
+        quotas = self.topology.quotas
+        scores = {} if self._capacity is None and not quotas else await known_scores(self.near)
+        owners = await read_owners(self.near) if quotas else {}
         have: set[BlockKey] = set(held)
         retired = await read_retired(self.near)
         now, left = time.time(), self._budget
@@ -221,10 +224,14 @@ class Replicator:
             buried = [*stones, *retired.stones(manifest.blocks)]
             wants = partial(self._wants, flow, retired)
             report.plan = plan(manifest.blocks, manifest.labels, have, limits, buried, wants)
+            coming = [*(block for earlier in cycle.flows for block in earlier.plan.blocks), *report.plan.blocks]
+            lost: set[BlockKey] = set()
             if self._capacity is not None:
-                coming = [block for earlier in cycle.flows for block in earlier.plan.blocks]
-                lost = overflow(held.values(), scores, [*coming, *report.plan.blocks], self._capacity)
-                report.plan = report.plan.without(lost, LeftOut.ROOM)
+                lost |= overflow(held.values(), scores, coming, self._capacity)
+            if quotas:
+                owners |= {label.digest: label.tenant for label in manifest.labels.values()}
+                lost |= overflow_of_tenants(held.values(), owners, scores, coming, quotas)
+            report.plan = report.plan.without(lost, LeftOut.ROOM)
             have.update(block.key for block in report.plan.blocks)
             left = None if left is None else left - report.plan.nbytes
             cycle.flows.append(report)

@@ -3,6 +3,7 @@
 publisher    the signed manifest of what is hot here
 replicator   what is hot elsewhere, and tombstones
 evictor      the bucket under its cap
+quotas       each tenant's part of it under its quota
 retention    what was not used for long, and old revisions of models
 """
 
@@ -25,6 +26,7 @@ from replication.copier import Outcome
 from replication.duties import Duty, DutyMetrics, Keeper, Round
 from replication.metrics import RegionMetrics
 from replication.publisher import publish
+from replication.quotas import keep_quotas
 from replication.replicator import Cycle, Replicator
 from replication.retiring import retire
 from replication.site import Site
@@ -35,6 +37,7 @@ log = structlog.get_logger(__name__)
 PUBLISH_SECONDS = 60.0
 REPLICATE_SECONDS = 30.0
 EVICT_SECONDS = 5.0
+QUOTA_SECONDS = 30.0
 RETIRE_SECONDS = 600.0
 STOP_SECONDS = 15.0
 """How long a service that is to stop may take: leases that it does not give back run out."""
@@ -47,6 +50,7 @@ class Pace:
     publish: float = PUBLISH_SECONDS
     replicate: float = REPLICATE_SECONDS
     evict: float = EVICT_SECONDS
+    quota: float = QUOTA_SECONDS
     retire: float = RETIRE_SECONDS
 
 
@@ -140,6 +144,8 @@ class _Duties:
             yield Duty("evictor", pace.evict, self._evict)
 
         topology = self._site.topology
+        if topology is not None and topology.mode != "off" and topology.quota and self._contents.catalog is not None:
+            yield Duty("quotas", pace.quota, lambda: self._keep_quotas(topology))
         if topology is not None and topology.mode != "off" and topology.retention:
             yield Duty("retention", pace.retire, lambda: self._retire(topology))
 
@@ -162,6 +168,11 @@ class _Duties:
         evicted = await evictor.make_room(self._contents, self._site.capacity)
         self._metrics.deleted("capacity", evicted)
         return Round(f"evicted {evicted:,} blocks" if evicted else "")
+
+    async def _keep_quotas(self, topology: Topology) -> Round:
+        enforce = topology.mode == "enforce"
+        evicted = await keep_quotas(self._contents, topology.quotas, enforce)
+        return Round(f"{'evicted' if enforce else 'would evict'} {evicted:,} blocks" if evicted else "")
 
     async def _retire(self, topology: Topology) -> Round:
         enforce = topology.mode == "enforce"

@@ -27,6 +27,10 @@ tenants = ["trial-*"]
 ttl = "30d"                             # since a block was used last in the region
 retire_old_revisions = true             # of a model, once a newer one serves and nobody asks for them
 grace = "1h"
+
+[[quota]]
+tenant = "trial-7"
+bytes = "500GiB"                        # of each region's bucket
 """
 
 from __future__ import annotations
@@ -194,6 +198,13 @@ class Retention(_Table):
         return _matches(label.model, self.models) and _matches(label.tenant, self.tenants)
 
 
+class Quota(_Table):
+    """How much of each region's bucket a tenant's blocks may fill."""
+
+    tenant: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    bytes: Bytes = Field(ge=1 << 20)
+
+
 class Topology(_Table):
     """The whole file."""
 
@@ -202,6 +213,12 @@ class Topology(_Table):
     flows: tuple[Flow, ...] = ()
     residency: tuple[Residency, ...] = ()
     retention: tuple[Retention, ...] = ()
+    quota: tuple[Quota, ...] = ()
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """Bytes by tenant."""
+        return {quota.tenant: quota.bytes for quota in self.quota}
 
     @model_validator(mode="after")
     def _names_fit(self) -> Topology:
@@ -224,6 +241,8 @@ class Topology(_Table):
                 raise _refusal(
                     f"two flows bring the same to {name!r}", "Join them, or tell them apart by model or tenant."
                 )
+        if len(self.quotas) < len(self.quota):
+            raise _refusal("a tenant has two quotas", "Keep one of them.")
         for rule in self.residency:
             for place in (*rule.allowed, *rule.forbidden):
                 if place not in places:
