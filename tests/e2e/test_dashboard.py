@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,30 @@ class Site:
         return keyring.block_keys(chain_digests(tokens, NAMESPACE.block_tokens))
 
 
-@pytest.fixture
-def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+@contextmanager
+def running_site(folder: Path) -> Iterator[Site]:
     """With one prompt of five blocks that was asked for twice."""
-    with RunningNode(tmp_path) as node, RunningApi(tmp_path, *getattr(request, "param", ())) as api:
+    with RunningNode(folder) as node, RunningApi(folder) as api:
         with Client(node.socket, name="vllm rank 0") as client:
-            site = Site(tmp_path, node, api, client)
+            site = Site(folder, node, api, client)
             site.save(TOKENS)
             site.ask(TOKENS, "cmpl-first")
             with Client(node.socket, name="vllm rank 1") as other:  # the same client asking again would be a retry
-                Site(tmp_path, node, api, other).ask(TOKENS, "cmpl-second")
+                Site(folder, node, api, other).ask(TOKENS, "cmpl-second")
             yield site
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Iterator[Site]:
+    """For tests that change what others look at."""
+    with running_site(tmp_path) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with running_site(tmp_path_factory.mktemp("site")) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +108,18 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, site: Site) -> Iterator[Any]:
+    with opened(browser, site) as page:
+        yield page
+
+
+@pytest.fixture
+def own_page(browser: Any, own_site: Site) -> Iterator[Any]:
+    with opened(browser, own_site) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Any, site: Site) -> Iterator[Any]:
     """An open dashboard; fails if the page asks another site for anything, or anything in it went wrong."""
     context = browser.new_context(color_scheme="dark", viewport={"width": 1440, "height": 900})
     context.set_default_timeout(PATIENCE)
@@ -128,18 +154,18 @@ def open_first_prompt(page: Any) -> Any:
     return dialog
 
 
-def test_numbers_are_live(page: Any, site: Site) -> None:
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    expect(tile(page, "stored")).to_contain_text("5 in all")
-    expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("5 blocks")
-    expect(panel(page, "hot").get_by_role("row")).to_have_count(2)
-    expect(panel(page, "nodes")).to_contain_text("vllm rank 0")
-    site.save([7, *TOKENS])
-    expect(tile(page, "stored")).to_contain_text("10 in all")
-    expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("10 blocks")
-    site.ask([9, *TOKENS], "cmpl-miss")
-    expect(tile(page, "hits")).to_contain_text("67%")  # 10 of 15 blocks' tokens
-    chart = panel(page, "chart").get_by_role("img")
+def test_numbers_are_live(own_page: Any, own_site: Site) -> None:
+    expect(own_page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(tile(own_page, "stored")).to_contain_text("5 in all")
+    expect(panel(own_page, "tiers").locator("[data-tier=disk]")).to_contain_text("5 blocks")
+    expect(panel(own_page, "hot").get_by_role("row")).to_have_count(2)
+    expect(panel(own_page, "nodes")).to_contain_text("vllm rank 0")
+    own_site.save([7, *TOKENS])
+    expect(tile(own_page, "stored")).to_contain_text("10 in all")
+    expect(panel(own_page, "tiers").locator("[data-tier=disk]")).to_contain_text("10 blocks")
+    own_site.ask([9, *TOKENS], "cmpl-miss")
+    expect(tile(own_page, "hits")).to_contain_text("67%")  # 10 of 15 blocks' tokens
+    chart = panel(own_page, "chart").get_by_role("img")
     expect(chart).to_have_attribute("aria-label", "Of 80 tokens asked for, found in host 0%, disk 0%, object 0%.")
 
 
@@ -208,19 +234,19 @@ def explain(page: Any, way: str, text: str) -> Any:
     return dialog
 
 
-def test_a_miss_is_explained(page: Any, site: Site) -> None:
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    site.ask([*TOKENS[:32], *range(500, 532)], "cmpl-parts")
-    dialog = explain(page, "Request id", "cmpl-parts")
+def test_a_miss_is_explained(own_page: Any, own_site: Site) -> None:
+    expect(own_page.get_by_text("Live", exact=True)).to_be_visible()
+    own_site.ask([*TOKENS[:32], *range(500, 532)], "cmpl-parts")
+    dialog = explain(own_page, "Request id", "cmpl-parts")
     expect(dialog).to_contain_text("32 tokens, 2 of 4 blocks")
     expect(dialog.get_by_role("row").filter(has_text="2 – 3")).to_contain_text("never stored")
     expect(dialog.get_by_role("slider")).to_have_attribute("aria-valuetext", "block 2, in no tier")
-    page.keyboard.press("Escape")
-    expect(explain(page, "Token ids", ", ".join(map(str, TOKENS)))).to_contain_text("80 tokens, 5 of 5 blocks")
-    page.keyboard.press("Escape")
-    expect(explain(page, "Token ids", "1, two")).to_contain_text("Token ids are whole numbers")
-    page.keyboard.press("Escape")
-    expect(explain(page, "Request id", "cmpl-nobody").get_by_role("alert")).to_contain_text("cmpl-nobody")
+    own_page.keyboard.press("Escape")
+    expect(explain(own_page, "Token ids", ", ".join(map(str, TOKENS)))).to_contain_text("80 tokens, 5 of 5 blocks")
+    own_page.keyboard.press("Escape")
+    expect(explain(own_page, "Token ids", "1, two")).to_contain_text("Token ids are whole numbers")
+    own_page.keyboard.press("Escape")
+    expect(explain(own_page, "Request id", "cmpl-nobody").get_by_role("alert")).to_contain_text("cmpl-nobody")
 
 
 def test_a_job_is_started_and_cancelled(page: Any, site: Site) -> None:
@@ -260,28 +286,28 @@ def test_a_prompt_is_pinned_and_unpinned(page: Any) -> None:
     expect(panel(page, "pins")).to_contain_text("Nothing is pinned")
 
 
-def test_purging_needs_the_name(page: Any) -> None:
-    page.get_by_role("button", name="Purge org/toy").click()
-    dialog = page.get_by_role("dialog", name="Purge org/toy")
+def test_purging_needs_the_name(own_page: Any) -> None:
+    own_page.get_by_role("button", name="Purge org/toy").click()
+    dialog = own_page.get_by_role("dialog", name="Purge org/toy")
     purge = dialog.get_by_role("button", name="Purge", exact=True)
     expect(purge).to_be_disabled()
     dialog.get_by_role("textbox").fill("org/to")
-    page.keyboard.press("Enter")
+    own_page.keyboard.press("Enter")
     expect(purge).to_be_disabled()
-    expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("5 blocks")
+    expect(panel(own_page, "tiers").locator("[data-tier=disk]")).to_contain_text("5 blocks")
     dialog.get_by_role("textbox").fill("org/toy")
     purge.click()
     expect(dialog).to_have_count(0)
-    expect(page.get_by_text("Purged org/toy: 5 blocks from host, 5 blocks from disk")).to_be_visible()
-    expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("0 blocks")
+    expect(own_page.get_by_text("Purged org/toy: 5 blocks from host, 5 blocks from disk")).to_be_visible()
+    expect(panel(own_page, "tiers").locator("[data-tier=disk]")).to_contain_text("0 blocks")
 
 
-def test_a_bad_block_is_shown(page: Any, site: Site) -> None:
-    expect(panel(page, "troubles")).to_contain_text("Every block that was read verified")
-    _flip_a_bit(site.node.config.disk_directory, bytes([3]) * 100)
-    site.client.call("verify", 30.0, medium="disk", limit=100)
-    expect(panel(page, "troubles").get_by_role("listitem").filter(has_text="disk").first).to_be_visible()
-    expect(panel(page, "tiers").locator("[data-tier=disk]")).to_contain_text("1 bad")
+def test_a_bad_block_is_shown(own_page: Any, own_site: Site) -> None:
+    expect(panel(own_page, "troubles")).to_contain_text("Every block that was read verified")
+    _flip_a_bit(own_site.node.config.disk_directory, bytes([3]) * 100)
+    own_site.client.call("verify", 30.0, medium="disk", limit=100)
+    expect(panel(own_page, "troubles").get_by_role("listitem").filter(has_text="disk").first).to_be_visible()
+    expect(panel(own_page, "tiers").locator("[data-tier=disk]")).to_contain_text("1 bad")
 
 
 def _flip_a_bit(folder: Path, content: bytes) -> None:
@@ -319,17 +345,31 @@ def test_a_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
         page.close()
 
 
-def test_a_node_that_dies_is_told_of(page: Any, site: Site) -> None:
-    expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    site.client.close()
-    site.node.stop()
-    expect(page.get_by_role("alert")).to_contain_text("The node does not answer")
-    expect(page.get_by_text("Node is down")).to_be_visible()
-    expect(tile(page, "stored")).to_contain_text("5 in all")  # as it was last
-    with RunningNode(site.folder):
+def test_a_node_that_dies_is_told_of(own_page: Any, own_site: Site) -> None:
+    expect(own_page.get_by_text("Live", exact=True)).to_be_visible()
+    own_site.client.close()
+    own_site.node.stop()
+    expect(own_page.get_by_role("alert")).to_contain_text("The node does not answer")
+    expect(own_page.get_by_text("Node is down")).to_be_visible()
+    expect(tile(own_page, "stored")).to_contain_text("5 in all")  # as it was last
+    with RunningNode(own_site.folder):
+        expect(own_page.get_by_text("Live", exact=True)).to_be_visible()
+        expect(own_page.get_by_role("alert")).to_be_empty()
+        expect(tile(own_page, "stored")).to_contain_text("0 in all")
+    own_site.api.stop()
+    expect(own_page.get_by_role("alert")).to_contain_text("Trying again")
+    expect(own_page.get_by_text("No connection")).to_be_visible()
+
+
+def test_a_service_without_a_node_has_a_page_too(browser: Any, tmp_path: Path) -> None:
+    with RunningApi(tmp_path, node=False) as api:
+        page = browser.new_page()
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(api.url)
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        expect(panel(page, "jobs")).to_be_visible()
+        expect(panel(page, "tiers")).to_have_count(0)
         expect(page.get_by_role("alert")).to_be_empty()
-        expect(tile(page, "stored")).to_contain_text("0 in all")
-    site.api.stop()
-    expect(page.get_by_role("alert")).to_contain_text("Trying again")
-    expect(page.get_by_text("No connection")).to_be_visible()
+        assert wrong == []
+        page.close()
