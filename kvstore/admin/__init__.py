@@ -16,6 +16,7 @@
     jobs.py         long work: kinds, files, progress, cancellation
     kinds.py        the jobs of every node
     routes/         one module a subject
+    dashboard/      the page at /: HTML, CSS and ES modules, served as they are
     client.py       AdminClient: the same calls in Python
     openapi.py      docs/openapi.json
 
