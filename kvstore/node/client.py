@@ -31,6 +31,7 @@ from kvstore.node.api import (
     Reserved,
 )
 from kvstore.node.arena import Arena
+from kvstore.node.peers import check_node
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
 from kvstore.policy.planner import Patience, Reason
 from kvstore.tiers.base import Medium
@@ -279,6 +280,7 @@ class _Connection:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(path)
+            check_node(self._socket, path)
             self.arena = self._handshake(name)
         except (OSError, struct.error) as error:
             self._socket.close()

@@ -9,7 +9,8 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from kvstore.errors import ConfigError, ProtocolError
+from kvstore.config import default_socket
+from kvstore.errors import ConfigError, NodeUnavailable, ProtocolError
 
 _CREDENTIALS = struct.Struct("3i")
 """``struct ucred``: pid, uid, gid."""
@@ -21,9 +22,26 @@ def check_peer(client: socket.socket, further: Collection[int]) -> None:
 
     What counts is who connected (SO_PEERCRED), which no client can choose.
     """
-    pid, uid, _ = _CREDENTIALS.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    pid, uid = _peer(client)
     if uid not in (os.geteuid(), ROOT) and uid not in further:
         raise ProtocolError(f"user {uid} (process {pid}) is not in node.allow_uids")
+
+
+def check_node(node: socket.socket, path: str) -> None:
+    """Raise NodeUnavailable if another user listens at the default path, which lies in /tmp where there is nothing better.
+
+    A path that somebody chose may well be that of another user's node.
+    """
+    pid, uid = _peer(node)
+    if uid not in (os.geteuid(), ROOT) and path == str(default_socket()):
+        raise NodeUnavailable(f"user {uid} (process {pid}) listens at {path}, which is not theirs: set node.socket")
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
+    return pid, uid
 
 
 def listen(path: Path, further: Collection[int]) -> socket.socket:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.config import load
-from kvstore.errors import ConfigError
+from kvstore.config import default_socket, load
+from kvstore.errors import ConfigError, NodeUnavailable
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.client import Client
 from kvstore.node.protocol import encode
@@ -99,6 +99,38 @@ def test_a_folder_in_which_others_could_put_their_socket_is_refused(folder: Path
         os.chown(folder, STRANGER, STRANGER)
         with pytest.raises(ConfigError, match=f"belongs to user {STRANGER}"):
             RunningNode(folder)
+
+
+LISTEN = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o666)
+listener.listen()
+print("listening", flush=True)
+connection, _ = listener.accept()
+print(len(connection.recv(4096)), flush=True)
+"""
+
+
+def test_a_client_does_not_speak_to_a_stranger_at_the_default_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0 or PYTHON is None:
+        pytest.skip("only root can act as another user, with a Python that it can run")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    path = default_socket()
+    path.parent.mkdir()
+    os.chown(path.parent, STRANGER, STRANGER)
+    command = [PYTHON, "-I", "-c", LISTEN, str(path)]
+    with subprocess.Popen(
+        command, user=STRANGER, group=STRANGER, extra_groups=[], stdout=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == "listening\n"
+        with Client(path) as client, pytest.raises(NodeUnavailable, match=f"user {STRANGER} "):
+            client.call("status")
+        assert it.stdout.readline() == "0\n", "it was told nothing"
 
 
 @pytest.mark.parametrize("text", ["me", "-1", "1000;1001", str(1 << 32)])
