@@ -18,10 +18,12 @@ from typing import Any
 import structlog
 
 import kvstore
+from kvstore import tracing
 from kvstore.assembly import open_store
 from kvstore.config import Config
 from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
+from kvstore.gauges import NodeGauges
 from kvstore.kvevents import KVEvents
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
@@ -59,6 +61,10 @@ class Node:
             config.identity.secret_bytes(),
             arena.epoch,
         )
+        gauges = NodeGauges(
+            store, self._verbs.callers, demand.pins, lambda: self._verbs.draining, config.node.directory
+        )
+        store.metrics.registry.register(gauges)
         self._allow_uids = frozenset(config.node.allow_uids)
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -230,6 +236,12 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    telemetry = config.telemetry
+    with tracing.exporting("kvstore-node", telemetry.otlp_endpoint, telemetry.sample_ratio):
+        await _serve(config, stop)
+
+
+async def _serve(config: Config, stop: asyncio.Event) -> None:
     async with Node.open(config):
         log.info("listening", socket=str(config.node.socket), arena_bytes=config.host.bytes)
         await stop.wait()
