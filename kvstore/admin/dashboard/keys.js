@@ -33,7 +33,7 @@ export const SHORTCUTS = [
   ["w", "start a job: warm-up, scrub"],
   ["j  k", "next, previous hot prompt"],
   ["Enter", "open the prompt"],
-  ["← →", "in a prompt: the block before, behind"],
+  ["←  →", "in a prompt: the block before, behind"],
   ["t", "light, dark, as the system"],
   ["Esc", "close a dialog"],
 ];

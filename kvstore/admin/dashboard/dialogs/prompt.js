@@ -4,7 +4,7 @@ import { post } from "../api.js";
 import { ago, clock, count, seconds, short } from "../format.js";
 import { Chain } from "../panels/chain.js";
 import { ConfirmByName, Dialog, Empty, Problem, Table, Tiers, useAction } from "../ui.js";
-import { describe } from "./purge.js";
+import { describe, everywhere } from "./purge.js";
 import { html, useEffect, useId, useState } from "../vendor/preact.js";
 
 const WHY = {
@@ -30,7 +30,7 @@ export function PromptDialog({ app, prompt, onClose }) {
       onClose();
     };
     return html`<${ConfirmByName} title="Delete this prompt" name=${short(last.key)} label="Delete" act=${act} onClose=${() => setDeleting(false)}>
-      <p>Deletes its ${count(found.blocks.length)} blocks from this node's memory and disk and from the region's bucket. Other prompts that begin alike lose them, too.</p>
+      <p>Deletes its ${count(found.blocks.length)} blocks from ${everywhere(app.node)}. Other prompts that begin alike lose them, too.</p>
     <//>`;
   }
   return html`<${Dialog} title=${title(prompt, found)} onClose=${onClose} size="large">

@@ -12,9 +12,13 @@ export function PurgeDialog({ app, space, onClose }) {
     app.say(`Purged ${model}: ${describe(deleted)}`);
   };
   return html`<${ConfirmByName} title=${`Purge ${model}`} name=${model} label="Purge" act=${act} onClose=${onClose}>
-    <p>Deletes every block of <b>${model}</b> (<code>${space.digest.slice(0, 8)}</code>) from this node's memory and disk and from the region's bucket. Engines compute these prompts anew. This cannot be undone.</p>
+    <p>Deletes every block of <b>${model}</b> (<code>${space.digest.slice(0, 8)}</code>) from ${everywhere(app.node)}. Engines compute these prompts anew. This cannot be undone.</p>
   <//>`;
 }
+
+/** Where a deletion reaches. */
+export const everywhere = (node) =>
+  node.tiers.some((tier) => tier.medium === "object") ? "this node's memory and disk and from the region's bucket" : "this node's memory and disk";
 
 /** What `deleted` of an answer says. */
 export const describe = (deleted) =>
