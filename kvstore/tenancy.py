@@ -37,19 +37,24 @@ class OneTenant(Wrapped):
 
     async def get(self, key: BlockKey, into: memoryview) -> Header:
         await self._learn([key])
-        if not self._is_ours(key):
+        if self._tenant_of(key) not in (self._tenant, None):
             raise BlockNotFound(key.hex())
-        return await self.inner.get(key, into)
+        # A listing that names a namespace nobody knows may be wrong: reading mends it, and what is read is not delivered.
+        header = await self.inner.get(key, into)
+        if self._tenant_of(key) != self._tenant:
+            raise BlockNotFound(key.hex())
+        return header
 
     async def delete(self, keys: Iterable[BlockKey]) -> int:
         keys = list(keys)
         await self._learn(keys)
-        return await self.inner.delete([key for key in keys if self._is_ours(key)])
+        return await self.inner.delete([key for key in keys if self._tenant_of(key) == self._tenant])
 
-    def _is_ours(self, key: BlockKey) -> bool:
+    def _tenant_of(self, key: BlockKey) -> str | None:
+        """Whose a listed block is; None when that is written down nowhere."""
         stat = self.inner.stat(key)
         known = None if stat is None else self._namespaces.get(stat.namespace)
-        return known is not None and known.fields.tenant == self._tenant
+        return None if known is None else known.fields.tenant
 
     async def _learn(self, keys: Iterable[BlockKey]) -> None:
         """Ask for the namespaces of blocks that are not known yet."""
