@@ -2,6 +2,7 @@
 # make demo-regions  a second region is born, and skips prefill from its first request
 # make test    what CI runs: lint, types, unit suites, real engines and real S3 servers
 # make check   the fast part of it
+# make fuzz    the fuzzers, five minutes each
 # make docs    rewrite the generated parts of docs/
 #
 # Everything is installed in .venv, at the versions of constraints.txt.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 SOURCES := kvstore connectors replication benchmarks tests docs examples .ci
 
-.PHONY: demo demo-regions test check docs lint constraints clean
+.PHONY: demo demo-regions test check fuzz docs lint constraints clean
 
 demo: .venv/engine.stamp
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
@@ -27,6 +28,12 @@ test: .venv/engine.stamp .venv-sglang/installed lint
 
 check: .venv/base.stamp lint
 	$(BIN)/python -m pytest -m "not engine and not s3 and not gpu" $(ARGS)
+
+fuzz: .venv/base.stamp
+	@for target in protocol envelope manifest configuration; do \
+	  PYTHONPATH=. $(BIN)/python tests/fuzz/harness.py $$target \
+	    -timeout=10 -rss_limit_mb=1024 -max_len=16384 -max_total_time=300 || exit 1; \
+	done
 
 docs: .venv/base.stamp
 	PYTHONPATH=. $(BIN)/python docs/generate.py

@@ -74,6 +74,9 @@ MEASURED = {
         "load_ratio_to_memcpy": "loading 8 MiB blocks from host memory, share of memcpy's speed",
         "node_heap_mb_1m_blocks": "memory of a node with a million blocks indexed, MB",
     },
+    "planner": {
+        "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, at worst (simulated)",
+    },
     "overhead": {"slowdown": "vLLM with the connector and no hit at all, times vLLM without it"},
     "disk": {
         "write_ratio_to_fio": "disk tier, writing with checksum, journal and sync, share of fio without",
@@ -92,6 +95,11 @@ MEASURED = {
         "convergence_seconds_after_cut": "replication after a cut of 5 s, seconds beyond it",
     },
     "wan": {"wan_efficiency_gain": "bytes over the WAN for 80% of the benefit of sending everything, times fewer"},
+    "warmup": {
+        "worst_gain_over_count_points": "a new cluster, hit points over selection by count at equal bytes, at worst of nine points",
+        "first_minute_hit_at_2677_blocks": "a new cluster warmed with 2,677 blocks, hits in its first minute, percent",
+        "first_minute_hit_at_23414_blocks": "... with 23,414 blocks (cold: 4.8, everything: 28.9)",
+    },
     "traces": {
         "worst_deficit_points": "eviction on three traces, points behind the best other policy at worst",
         "mean_belady_gap_closed": "eviction on three traces, share of the gap from LRU to Belady closed",
@@ -103,6 +111,20 @@ MEASURED = {
         "reload_ratio_to_memcpy": "arena to GPU, worst of four geometries, share of pinned memcpy",
         "decode_slowdown": "a decode loop beside offload at full rate, times alone",
     },
+    "gpus": {
+        "offload_ratio_to_memcpy": "two GPUs to one arena at once, share of both memcpys",
+        "reload_ratio_to_memcpy": "one arena to two GPUs at once, share of both memcpys",
+    },
+    "ttft": {
+        "host_ratio_to_physics": "vLLM on an H100, first token from host memory, times what the link allows, worst of five lengths",
+        "host_ratio_to_vllm_native": "... times vLLM's own offloading to host memory",
+    },
+    "lmcache": {
+        "store_ratio_to_lmcache_fs": "LMCache storing over this store, times its own file backend",
+        "load_ratio_to_lmcache_fs": "LMCache loading over this store, times its own file backend (page cache)",
+    },
+    "router": {"lookup_128k_ms": "a router's lookup of a 128k-token prompt whose beginning it has seen, ms"},
+    "admin": {"data_path_slowdown": "the data path beside 500 reads/s of the admin API, times the same load on another node's"},
 }
 """What the README shows of each study."""
 
