@@ -34,8 +34,16 @@ ENGINE = {
     "kv_cache_memory_bytes": 128 << 20, "gpu_memory_utilization": 0.1, "attention_config": {"backend": "TRITON_ATTN"},
     "compilation_config": {"custom_ops": ["none"]},
 }  # fmt: skip
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-NODE = ["host.bytes=256MiB", "host.extent_bytes=8MiB", "disk.bytes=512MiB", "disk.segment_bytes=32MiB"]
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0",
+}  # fmt: skip
+"""Nothing in TF32: its rounding makes tokens of what two ranks sum up in another order than one."""
+NODE = [
+    "host.bytes=256MiB", "host.extent_bytes=8MiB", "disk.bytes=512MiB", "disk.segment_bytes=32MiB",
+    "policy.planner=off",
+]  # fmt: skip
+"""Without the planner, which knows that computing this small model is as fast as loading."""
 
 WORDS = ["river", "stone", "lamp", "quiet", "engine", "morning", "letter", "seven", "harbour", "yellow"]
 
@@ -153,21 +161,21 @@ def test_one_rank_loads_what_two_saved(tmp_path: Path) -> None:
         expected = tokens(one_by_one(plain))
         two.ready()
         wait_for(lambda: site.node.clients() == 3)
-        assert tokens(one_by_one(two)) == expected
+        computed = tokens(one_by_one(two))
         wait_for(lambda: 30 <= site.node.blocks()["host"] == site.node.blocks()["disk"])
         two.forget()
-        answers = one_by_one(two)
-        assert tokens(answers) == expected
-        check_loaded(answers)
+        by_two = one_by_one(two)
         two.close()
         with site.engine() as one:
             one.ready()
             wait_for(site.linked)
-            answers = one_by_one(one)
-            assert tokens(answers) == expected
-            check_loaded(answers)
+            by_one = one_by_one(one)
             with site.node.client() as client:
                 assert alter_host_blocks(client)
             one.forget()
-            same = sum(answer == computed for answer, computed in zip(tokens(one_by_one(one)), expected, strict=True))
-            assert same < len(PROMPTS) // 2
+            altered = tokens(one_by_one(one))
+    check_loaded(by_two)
+    check_loaded(by_one)
+    assert tokens(by_two) == computed
+    assert tokens(by_one) == computed == expected
+    assert sum(answer == right for answer, right in zip(altered, expected, strict=True)) < len(PROMPTS) // 2
