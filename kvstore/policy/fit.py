@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, log, sqrt
 
-FAR = 2.0
+FAR = 3.0
 """Residuals beyond so many times the usual one are far off."""
-CHANGE = 3
-"""So many far ones in a row, all above or all below, are a change."""
 PRIOR_WEIGHT = 0.3
 """What the prior's shape weighs, as a share of one observation of each feature."""
 _LEAST_SPREAD, _FIRST_SPREAD, _MOST_SPREAD = 0.02, 0.3, 1.0
@@ -27,8 +25,12 @@ class OnlineFit:
     """Coefficients of a linear model of seconds. Not thread-safe; under 1 KB. Plain floats: vectors of two or three are
     slower in numpy, and every load of a node teaches."""
 
-    def __init__(self, prior: Sequence[float], memory: float) -> None:
-        """``prior``: coefficients, all positive, whose ratios matter. ``memory``: observations until one counts 1/e."""
+    def __init__(self, prior: Sequence[float], memory: float, change: int = 3) -> None:
+        """``prior``: coefficients, all positive, whose ratios matter. ``memory``: observations until one counts 1/e.
+
+        ``change``: so many far ones in a row, all above or all below, are a change.
+        """
+        self._change = change
         self._prior = list(prior)
         self._keep = exp(-1.0 / memory)
         self._far: list[tuple[list[float], float, float]] = []
@@ -69,7 +71,7 @@ class OnlineFit:
             if self._far and (self._far[-1][2] > 0) != (off > 0):
                 self._far.clear()
             self._far.append((x, seconds, off))
-            if len(self._far) < CHANGE:
+            if len(self._far) < self._change:
                 self._add(x, seconds, expected, (far / off) ** 2)
             else:
                 self._forget()

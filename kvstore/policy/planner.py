@@ -6,8 +6,10 @@ second falls ever faster (attention makes late tokens dearer), so the sum is lea
 candidates there are. Taking a run and leaving the next is a split, which beats both loading and computing everything.
 
 Estimates are wrong at times, so a load has ``Patience``: each block has to be there by the time in which computing would have
-brought it, or the engine computes from there on. However slow a tier turns out, the first token is then late by no more than
-the grace. Pure functions; the measuring is in ``kvstore.policy.speed`` and ``kvstore.policy.prefill``.
+brought it, or the engine computes from there on. However slow a tier turns out, the first token is late by no more than the
+grace, what the first byte was expected to take, and the window of blocks that was awaited last.
+
+Pure functions; the measuring is in ``kvstore.policy.speed`` and ``kvstore.policy.prefill``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from kvstore.tiers.base import Medium
 
 GRACE = 0.05
 """Share of the time of computing everything that a load may be late, before its beginning counts as failed."""
+
+SACRIFICE = 2.0
+"""A request may take so many times as long as computing it, to leave the engine to those behind it."""
 
 TRIAL = 0.25
 """The same for the first load from a tier, of which nothing is known."""
@@ -210,14 +215,16 @@ def plan(request: Request, speeds: Mapping[Medium, Speed], prefill: Prefill | No
     for blocks, load in _ends(request.runs, speeds):
         candidates.append((blocks, load))
     for number, (blocks, load) in enumerate(candidates[1:], 1):
+        alone = load + rest(blocks)
+        if alone > SACRIFICE * recompute_all or first_token(blocks, load) > first_token(*candidates[best]):
+            continue
         if wait.mode is Prefetch.BEST_EFFORT and blocks > _in_arena(request):
             reason = Reason.NOT_IN_ARENA
             break
         if load > wait.seconds(blocks * request.block_tokens):
             reason = Reason.TOO_LATE
             break
-        if first_token(blocks, load) <= first_token(*candidates[best]):
-            best = number
+        best = number
     blocks, load = candidates[best]
     if blocks == request.found:
         reason = Reason.LOAD

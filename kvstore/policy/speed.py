@@ -11,6 +11,9 @@ from kvstore.tiers.base import Medium
 MEMORY = 40.0
 """Timings. A disk or a network changes within seconds, and an engine asks for several transfers a second."""
 
+CHANGE = 5
+"""Timings. A window gives two, so this is three windows of an ill-used tier, and one that was unlucky is none."""
+
 PRIORS = {Medium.HOST: (0.002, 1 / 10e9), Medium.DISK: (0.001, 1 / 2e9), Medium.OBJECT: (0.03, 1 / 1e9)}
 """Seconds, and seconds per byte: only their ratio is used, until transfers of several sizes tell the two apart."""
 
@@ -20,7 +23,7 @@ class SpeedMeter:
 
     def __init__(self, medium: Medium, window: int) -> None:
         """``window``: blocks that are asked for together."""
-        self._fit = OnlineFit(PRIORS[medium], MEMORY)
+        self._fit = OnlineFit(PRIORS[medium], MEMORY, CHANGE)
         self._window = window
 
     @property
