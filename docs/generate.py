@@ -96,7 +96,7 @@ MEASURED = {
     },
     "wan": {"wan_efficiency_gain": "bytes over the WAN for 80% of the benefit of sending everything, times fewer"},
     "warmup": {
-        "worst_gain_over_count_points": "a new cluster, hit points over selection by count at equal bytes, at worst of nine points",
+        "worst_gain_over_count_points": "a new cluster, hit points over selection by count at equal bytes, worst of nine points",
         "first_minute_hit_at_2677_blocks": "a new cluster warmed with 2,677 blocks, hits in its first minute, percent",
         "first_minute_hit_at_23414_blocks": "... with 23,414 blocks (cold: 4.8, everything: 28.9)",
     },
@@ -116,7 +116,7 @@ MEASURED = {
         "reload_ratio_to_memcpy": "one arena to two GPUs at once, share of both memcpys",
     },
     "ttft": {
-        "host_ratio_to_physics": "vLLM on an H100, first token from host memory, times what the link allows, worst of five lengths",
+        "host_ratio_to_physics": "first token with vLLM on an H100, from host memory, times what the link allows, at worst",
         "host_ratio_to_vllm_native": "... times vLLM's own offloading to host memory",
     },
     "lmcache": {
@@ -124,7 +124,9 @@ MEASURED = {
         "load_ratio_to_lmcache_fs": "LMCache loading over this store, times its own file backend (page cache)",
     },
     "router": {"lookup_128k_ms": "a router's lookup of a 128k-token prompt whose beginning it has seen, ms"},
-    "admin": {"data_path_slowdown": "the data path beside 500 reads/s of the admin API, times the same load on another node's"},
+    "admin": {
+        "data_path_slowdown": "data path beside 500 reads/s of the admin API, times beside the same load elsewhere"
+    },
 }
 """What the README shows of each study."""
 

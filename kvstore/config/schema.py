@@ -365,7 +365,9 @@ class ApiSection(_Section):
     def _check(self) -> ApiSection:
         for peer in self.peers:
             if not re.fullmatch(r"https?://[^/?#@\s]+", peer):
-                raise _refuse("api.peers", f"{peer!r} is not the address of an API", "Write it as http://10.0.0.2:7070.")
+                raise _refuse(
+                    "api.peers", f"{peer!r} is not the address of an API", "Write it as http://10.0.0.2:7070."
+                )
         if not self.listen:
             return self
         if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", self.listen) or self.address[1] > 65535:

@@ -22,12 +22,22 @@ class Arena:
     """A mapping of the node's slots. Freed when nothing refers to ``buffer`` any more."""
 
     def __init__(self, fd: int, nbytes: int, epoch: int) -> None:
-        """Map ``nbytes`` of the descriptor, which stays owned by this object."""
+        """Map ``nbytes`` of the descriptor, which stays owned by this object. The mapping itself does not need it."""
         self.fd = fd
         self.nbytes = nbytes
         self.epoch = epoch
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.buffer = memoryview(self._map)
+
+    @classmethod
+    def mapped(cls, fd: int, nbytes: int, epoch: int) -> Arena:
+        """Map a descriptor that a node sent, and close it: kept open, it would keep the memory of a node that is gone."""
+        try:
+            arena = cls(fd, nbytes, epoch)
+        finally:
+            os.close(fd)
+        arena.fd = -1
+        return arena
 
     @classmethod
     def create(cls, nbytes: int, epoch: int, directory: str = SHM_DIRECTORY) -> Arena:

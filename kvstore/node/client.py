@@ -339,7 +339,7 @@ class _Connection:
                 )
             if len(fds) != 1:
                 raise ProtocolError("the node sent no arena")
-            return Arena(fds.pop(), welcome["arena_bytes"], welcome["epoch"])
+            return Arena.mapped(fds.pop(), welcome["arena_bytes"], welcome["epoch"])
         finally:
             for fd in fds:
                 os.close(fd)

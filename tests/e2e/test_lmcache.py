@@ -20,7 +20,12 @@ from kvstore.testing.servers import Daemon, free_port
 pytest.importorskip("lmcache")
 
 LMCACHE = [str(Path(sys.executable).with_name("lmcache"))]
-ENVIRONMENT = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1", "LMCACHE_LOG_LEVEL": "ERROR"}
+ENVIRONMENT = {
+    **os.environ,
+    "LMCACHE_TRACK_USAGE": "false",
+    "LMCACHE_DISABLE_BANNER": "1",
+    "LMCACHE_LOG_LEVEL": "ERROR",
+}
 pytestmark = pytest.mark.engine
 
 
@@ -48,7 +53,7 @@ def test_lmcaches_bench_verifies_every_byte(node: NodeProcess, kind: str) -> Non
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     counts = re.findall(r"(?:success_keys|found|loaded)=(\d+)/(\d+)", done.stdout)
     assert len(counts) == 9
-    assert {count for count in counts} == {("64", "64")}, done.stdout
+    assert set(counts) == {("64", "64")}, done.stdout
     assert "All 64 keys data verified OK" in done.stdout
 
 

@@ -145,3 +145,23 @@ def test_uids_come_as_a_list_or_a_text(tmp_path: Path) -> None:
     for loaded in (load(file, [], environ={}), load(None, [], environ={"KVSTORE_NODE__ALLOW_UIDS": "1000,1001"})):
         assert loaded.config.node.allow_uids == (1000, 1001)
         assert {setting.name: setting.value for setting in loaded.settings()}["node.allow_uids"] == "1000,1001"
+
+
+def test_a_client_that_left_keeps_nothing_of_the_nodes_memory(tmp_path: Path) -> None:
+    """A descriptor left open would keep the arena of a node that is gone, in an engine that outlives many nodes."""
+
+    def held() -> int:
+        return sum(
+            "/dev/shm/" in os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _open(name)
+        )
+
+    with RunningNode(tmp_path) as node:
+        before = held()
+        for _ in range(3):
+            with Client(node.socket) as client:
+                assert client.call("status")["pid"]
+        assert held() == before
+
+
+def _open(name: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{name}")
