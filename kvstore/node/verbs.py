@@ -114,7 +114,9 @@ class Verbs:
         with self._usage.lookup(_traceparent(args), request, max(len(keys) - start, 0)) as seen:
             found = self._store.lookup(keys, start)
             seen.found = found.blocks
-            self._remember(caller, keys, found.blocks, args)  # before the plan: what is explained came after the question
+            self._remember(
+                caller, keys, found.blocks, args
+            )  # before the plan: what is explained came after the question
             plan = self._plan(caller, keys, found, args)
         self._observe(caller, keys, caller.namespace)
         self._count(caller, request, keys, start, found, found.blocks if plan is None else plan[0])
