@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 """Hears what is going on."""
 NODE = [
     "host.bytes=1GiB", "disk.bytes=1GiB", "disk.segment_bytes=256MiB", "write.queue_bytes=256MiB",
-    "policy.planner=off",  # shows every tier, whatever is faster
+    "policy.planner=off", "policy.prefetch=wait_complete",  # shows every tier, whatever is faster
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ BLOCK_TOKENS = 64
 ENGINE = {"max_model_len": 2048, "num_gpu_blocks_override": 200}
 NODE = [
     "identity.secret=a secret of all the regions",
-    "policy.planner=off",  # so small a model may be computed faster than it is loaded
+    "policy.planner=off", "policy.prefetch=wait_complete",  # so small a model may be computed faster than it is loaded
     "host.bytes=96MiB", "host.extent_bytes=8MiB", "disk.bytes=128MiB", "disk.segment_bytes=32MiB",
 ]  # fmt: skip
 WORDS = ["river", "stone", "lamp", "quiet", "engine", "morning", "letter", "seven", "harbour", "yellow", "window"]
