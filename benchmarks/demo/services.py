@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from connectors.vllm.link import HEARTBEAT_SECONDS
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import cpu_engine
 from kvstore.testing.node import NodeProcess, wait_for
@@ -55,6 +56,7 @@ def restart(node: NodeProcess, lose_disk: bool = False) -> None:
         shutil.rmtree(node.data)
     node.start()
     wait_for(lambda: node.clients() >= clients and node.blocks()["object"] >= stored)
+    time.sleep(2 * HEARTBEAT_SECONDS)  # a client that has come back opens its namespace with its next heartbeat
 
 
 @contextmanager
