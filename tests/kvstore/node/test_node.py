@@ -71,18 +71,18 @@ def loaded(client: Client, keys: list[BlockKey], timeout: float = 5.0) -> list[b
 def test_what_one_client_saves_another_loads(node: RunningNode, client: Client) -> None:
     blocks = chain(client, 5)
     keys = [block.key for block in blocks]
-    assert client.lookup(keys).blocks == 0
+    assert client.lookup(keys, timeout=5.0).blocks == 0
     assert save(client, blocks) == tuple(keys)
     with Client(node.socket, name="other") as other:
-        assert other.lookup(keys).blocks == 5
-        assert other.lookup([*keys, BlockKey(b"?" * 16)], start=2).blocks == 3
+        assert other.lookup(keys, timeout=5.0).blocks == 5
+        assert other.lookup([*keys, BlockKey(b"?" * 16)], start=2, timeout=5.0).blocks == 3
         assert loaded(other, keys) == [payload_of(key) for key in keys]
 
 
 def test_uncommitted_blocks_are_not_found(client: Client) -> None:
     blocks = chain(client, 2)
     client.reserve(NAMESPACE, blocks)
-    assert client.lookup([b.key for b in blocks]).blocks == 0
+    assert client.lookup([b.key for b in blocks], timeout=5.0).blocks == 0
     assert client.acquire([blocks[0].key], 1.0).miss is Miss.NOT_STORED
 
 
@@ -111,7 +111,7 @@ def test_a_block_of_two_parts_is_published_when_both_have_committed(node: Runnin
         assert offset is not None
         mine.arena.buffer[offset : offset + half] = payload_of(key)[:half]
         assert client.commit([key], part=0) == ()
-        assert client.lookup([key]).blocks == 0
+        assert client.lookup([key], timeout=5.0).blocks == 0
         theirs.arena.buffer[offset + half : offset + BLOCK_BYTES] = payload_of(key)[half:]
         assert other.commit([key], part=1) == (key,)
     assert loaded(client, [key]) == [payload_of(key)]
@@ -137,10 +137,10 @@ def test_leased_blocks_are_not_evicted(client: Client) -> None:
         save(client, chain(client, slots, seed=10**6 * seed))
     held = [bytes(acquired.arena.buffer[o : o + BLOCK_BYTES]) for o in acquired.offsets]
     assert held == [payload_of(key) for key in keys]
-    assert client.lookup(keys).blocks == 4
+    assert client.lookup(keys, timeout=5.0).blocks == 4
     client.release(keys)
     save(client, chain(client, slots, seed=10**7))
-    assert client.lookup(keys).blocks < 4
+    assert client.lookup(keys, timeout=5.0).blocks < 4
 
 
 def test_a_client_finds_a_restarted_node_again(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_bad_greeting_does_no_harm(node: RunningNode, client: Client, frame: b
         raw.sendall(frame)
         while raw.recv(4096):
             pass
-    assert client.lookup([BlockKey(b"x" * 16)]).blocks == 0
+    assert client.lookup([BlockKey(b"x" * 16)], timeout=5.0).blocks == 0
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_bad_arguments_are_refused(client: Client, verb: str, arguments: dict[st
     with pytest.raises(KVStoreError) as refused:
         client.call(verb, 1.0, **arguments)
     assert not isinstance(refused.value, NodeUnavailable)
-    assert client.lookup([BlockKey(b"x" * 16)]).blocks == 0
+    assert client.lookup([BlockKey(b"x" * 16)], timeout=5.0).blocks == 0
 
 
 def test_many_threads_share_a_client(client: Client) -> None:
@@ -263,7 +263,7 @@ def test_operators_verbs(client: Client) -> None:
     assert client.call("inspect", key=blocks[1].key)["parent"] == blocks[0].key
     assert client.call("verify", medium="host", limit=10)["checked"] == 3
     assert client.call("delete", keys=blocks[2].key)["deleted"] == {"host": 1}
-    assert client.lookup([b.key for b in blocks]).blocks == 2
+    assert client.lookup([b.key for b in blocks], timeout=5.0).blocks == 2
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -289,12 +289,12 @@ def test_blocks_outlive_the_node_on_disk_and_in_the_bucket(tmp_path: Path) -> No
         save(client, blocks)
         assert client.call("drain", 10.0, timeout=9.0)["drained"]
     with RunningNode(tmp_path / "a", bucket) as node, Client(node.socket) as client:
-        assert [medium for medium, _ in client.lookup(keys).runs] == [Medium.DISK]
+        assert [medium for medium, _ in client.lookup(keys, timeout=5.0).runs] == [Medium.DISK]
         assert loaded(client, keys) == [payload_of(key) for key in keys]
     # Another node, that knows nothing but the bucket.
     with RunningNode(tmp_path / "b", bucket) as node, Client(node.socket) as client:
-        wait_for(lambda: client.lookup(keys).blocks == 5)
-        assert [medium for medium, _ in client.lookup(keys).runs] == [Medium.OBJECT]
+        wait_for(lambda: client.lookup(keys, timeout=5.0).blocks == 5)
+        assert [medium for medium, _ in client.lookup(keys, timeout=5.0).runs] == [Medium.OBJECT]
         assert loaded(client, keys) == [payload_of(key) for key in keys]
         wait_for(lambda: any(space["fields"]["model"] == "toy" for space in client.call("status")["namespaces"]))
 
@@ -305,11 +305,11 @@ def test_a_running_node_finds_what_another_one_put_in_the_bucket(tmp_path: Path)
         with Client(a.socket) as writer, Client(b.socket) as reader:
             blocks = chain(reader, 3)
             keys = [block.key for block in blocks]
-            assert reader.lookup(keys[:1]).blocks == 0
+            assert reader.lookup(keys[:1], timeout=5.0).blocks == 0
             chain(writer, 3)
             save(writer, blocks)
             assert writer.call("drain", 10.0, timeout=9.0)["drained"]
-            wait_for(lambda: reader.lookup(keys).blocks == 3, seconds=30)
+            wait_for(lambda: reader.lookup(keys, timeout=5.0).blocks == 3, seconds=30)
             assert loaded(reader, keys) == [payload_of(key) for key in keys]
 
 
@@ -333,7 +333,7 @@ def test_a_block_that_went_bad_on_disk_is_a_miss_and_heals_with_the_next_save(tm
         acquired = client.acquire(keys, 10.0)
         assert (len(acquired.offsets), acquired.miss) == (1, Miss.CORRUPT)
         client.release(keys[:1])
-        assert client.lookup(keys).blocks == 1
+        assert client.lookup(keys, timeout=5.0).blocks == 1
         assert client.call("status")["tiers"][1]["quarantined"] == 1
         assert save(client, blocks) == (keys[1],)
         assert loaded(client, keys) == [payload_of(key) for key in keys]
