@@ -32,7 +32,7 @@ check: .venv/base.stamp lint
 fuzz: .venv/base.stamp
 	@for target in protocol envelope manifest configuration; do \
 	  PYTHONPATH=. $(BIN)/python tests/fuzz/harness.py $$target \
-	    -timeout=10 -rss_limit_mb=1024 -max_len=16384 -max_total_time=300 || exit 1; \
+	    -timeout=10 -max_len=16384 -max_total_time=300 || exit 1; \
 	done
 
 docs: .venv/base.stamp
