@@ -26,19 +26,23 @@ class Audit:
         self._path = path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 500
+        written = False
+
+        def write(status: int) -> None:
+            nonlocal written
+            if scope.get("state", {}).get("audited") and not written:
+                written = True
+                self._write(scope, status)
 
         async def watched(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                write(message["status"])  # first: whoever has an answer finds it in the log
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         finally:
-            if scope.get("state", {}).get("audited"):
-                self._write(scope, status)
+            write(500)
 
     def _write(self, scope: Scope, status: int) -> None:
         principal = scope["state"].get("principal")
