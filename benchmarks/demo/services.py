@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from connectors.vllm.link import HEARTBEAT_SECONDS
+from connectors.link import HEARTBEAT_SECONDS
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import cpu_engine
 from kvstore.testing.node import NodeProcess, wait_for

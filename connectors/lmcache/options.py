@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from connectors import settings
 from kvstore.errors import ConfigError
 
 
@@ -30,14 +31,7 @@ class Options:
     @classmethod
     def parse(cls, params: dict[str, Any]) -> Options:
         """Check settings that came from outside. Raises ConfigError naming the setting."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        for name, value in params.items():
-            if name not in kinds:
-                raise ConfigError(f"adapter_params.{name}", value, "no such setting", f"Known: {', '.join(kinds)}.")
-            kind = kinds[name]
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ConfigError(f"adapter_params.{name}", value, f"not a {kind.__name__}", "Correct the type.")
-        options = cls(**params)
+        options = settings.parse(cls, params, "adapter_params")
         for name in ("chunk_tokens", "workers"):
             if getattr(options, name) < 1:
                 raise ConfigError(f"adapter_params.{name}", getattr(options, name), "not positive", "Use 1 or more.")

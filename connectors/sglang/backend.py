@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
+from connectors.link import Link
 from connectors.sglang.compat import prefix_of
 from connectors.sglang.geometry import KV, bind
 from connectors.sglang.metrics import Recorder
 from connectors.sglang.options import Options
 from connectors.sglang.pools import usable_prefix
 from connectors.sglang.transfers import PoolTransfers
-from connectors.vllm.link import Link
 from kvstore.config import default_socket
 from kvstore.errors import KVStoreError
 from kvstore.node.client import Client

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from connectors import settings
 from kvstore.errors import ConfigError
 
 SETTING = "hicache_storage_backend_extra_config"
@@ -39,16 +40,9 @@ class Options:
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> Options:
         """Check settings that came from outside. Raises ConfigError naming the setting."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
         if not extra.get("interface_v1"):
             raise ConfigError(
                 f"{SETTING}.interface_v1", extra.get("interface_v1"), "pages are moved by its calls", "Set it to 1."
             )
         ours = {name: value for name, value in extra.items() if name not in _SGLANGS}
-        for name, value in ours.items():
-            if name not in kinds:
-                raise ConfigError(f"{SETTING}.{name}", value, "no such setting", f"Known: {', '.join(kinds)}.")
-            kind = kinds[name]
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ConfigError(f"{SETTING}.{name}", value, f"not a {kind.__name__}", "Correct the type.")
-        return cls(**ours)
+        return settings.parse(cls, ours, SETTING)

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import torch
 
+from connectors.link import Link
 from connectors.sglang.geometry import Binding
 from connectors.sglang.metrics import Recorder
 from connectors.sglang.options import Options
 from connectors.sglang.pages import Place
-from connectors.vllm.link import Link
 from kvstore.errors import DeadlineExceeded, IdentityError, KVStoreError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring
 from kvstore.node.api import Acquired, Miss, NewBlock

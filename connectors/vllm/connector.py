@@ -14,9 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from connectors.link import Link
 from connectors.vllm.describe import Describer
 from connectors.vllm.keys import Geometry, geometry
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import PromMetrics, Recorder, Stats
 from connectors.vllm.options import Options
 from connectors.vllm.pagers import make_pager

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from connectors.link import Link
 from connectors.vllm.about import about
 from connectors.vllm.keys import request_seed
-from connectors.vllm.link import Link
 from connectors.vllm.options import Options
 from kvstore.errors import KVStoreError
 from kvstore.node.api import About, Description

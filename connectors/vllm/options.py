@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from connectors import settings
 from kvstore.errors import ConfigError
 
 MAX_PREVIEW_TOKENS = 256
@@ -39,18 +40,7 @@ class Options:
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> Options:
         """Check settings that came from outside. Raises ConfigError naming the setting."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        for name, value in extra.items():
-            if name not in kinds:
-                raise ConfigError(
-                    f"kv_connector_extra_config.{name}", value, "no such setting", f"Known: {', '.join(kinds)}."
-                )
-            kind = kinds[name]
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ConfigError(
-                    f"kv_connector_extra_config.{name}", value, f"not a {kind.__name__}", "Correct the type."
-                )
-        options = cls(**extra)
+        options = settings.parse(cls, extra, "kv_connector_extra_config")
         if not 0 <= options.preview_tokens <= MAX_PREVIEW_TOKENS:
             raise ConfigError(
                 "kv_connector_extra_config.preview_tokens",

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from connectors.link import Link
 from connectors.vllm.about import about, traceparent
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, StepPlan
 from connectors.vllm.timing import Timing

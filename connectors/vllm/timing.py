@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from connectors.vllm.link import Link
+from connectors.link import Link
 from kvstore.policy.prefill import LEAST_TOKENS, attention
 from kvstore.tiers.base import Medium
 

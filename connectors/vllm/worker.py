@@ -20,9 +20,9 @@ from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 
+from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
 from kvstore import tracing

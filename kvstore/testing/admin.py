@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Self
 
 from kvstore.admin.server import open_site, serving_site
 from kvstore.admin.site import Site
 from kvstore.config import load
+from kvstore.testing.background import Background
 from kvstore.testing.servers import free_port
 
 
-class RunningApi:
+class RunningApi(Background):
     """Serves on a free port of loopback, with an event loop of its own; a context manager that stops it.
 
     Raises what kept it from starting.
@@ -28,43 +27,8 @@ class RunningApi:
         self.site: Site
         """What its routes work with, for tests that change that."""
         self._with_node = node
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._started = threading.Event()
-        self._failures: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, name="api")
-        self._thread.start()
-        self._started.wait()
-        if self._failures:
-            self._thread.join()
-            raise self._failures[0]
+        super().__init__("api")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop as SIGTERM would, and wait. Raises what went wrong meanwhile."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-        if self._failures:
-            raise self._failures[0]
-
-    def _run(self) -> None:
-        async def main() -> None:
-            self.site = open_site(self._loaded, self._with_node)
-            async with serving_site(self.site):
-                self._started.set()
-                await self._stop.wait()
-
-        try:
-            self._loop.run_until_complete(main())
-        except BaseException as error:
-            self._failures.append(error)
-        finally:
-            self._started.set()
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
+    def open(self) -> AbstractAsyncContextManager[None]:
+        self.site = open_site(self._loaded, self._with_node)
+        return serving_site(self.site)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from kvstore.errors import NodeUnavailable
 from kvstore.identity import BlockKey
 from kvstore.node.client import Client
 from kvstore.node.server import Node
+from kvstore.testing.background import Background
 from kvstore.testing.servers import Daemon
 
 DRAIN_SECONDS = 60.0
@@ -22,7 +22,7 @@ STOP_SECONDS = 30.0
 """More than a node takes to write down what is queued."""
 
 
-class RunningNode:
+class RunningNode(Background):
     """A node with an event loop of its own; a context manager that stops it. Raises what kept the node from starting."""
 
     def __init__(self, directory: Path, *overrides: str) -> None:
@@ -32,44 +32,12 @@ class RunningNode:
         self.config: Config = load(None, [*places, *small, *overrides], environ={}).config
         self.socket = self.config.node.socket
         self.node: Node
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._started = threading.Event()
-        self._failures: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, name="node")
-        self._thread.start()
-        self._started.wait()
-        if self._failures:
-            self._thread.join()
-            raise self._failures[0]
+        super().__init__("node")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop as SIGTERM would, and wait. Raises what went wrong meanwhile."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-        if self._failures:
-            raise self._failures[0]
-
-    def _run(self) -> None:
-        async def main() -> None:
-            async with Node.open(self.config) as self.node:
-                self._started.set()
-                await self._stop.wait()
-
-        try:
-            self._loop.run_until_complete(main())
-        except BaseException as error:
-            self._failures.append(error)
-        finally:
-            self._started.set()
-            self._loop.close()
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        async with Node.open(self.config) as self.node:
+            yield
 
 
 class NodeProcess:

@@ -22,9 +22,9 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 
 import torch
 
+from connectors.link import Link
 from connectors.paging.torch import OpaquePager
 from connectors.vllm.keys import Geometry
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing

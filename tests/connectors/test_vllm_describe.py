@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from connectors.link import Link
 from connectors.vllm.describe import WAITING, Describer
-from connectors.vllm.link import Link
 from connectors.vllm.options import Options
 from kvstore.errors import ConfigError, NodeUnavailable
 from kvstore.identity import Namespace

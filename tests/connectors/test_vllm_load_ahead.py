@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("vllm")
 
 import connectors.vllm.worker as worker
+from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager
 from connectors.paging.torch import Finished
 from connectors.vllm.keys import Geometry
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
 from kvstore.identity import NO_PARENT, BlockKey, Namespace

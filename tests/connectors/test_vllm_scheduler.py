@@ -22,9 +22,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import connectors.vllm.connector as module
+from connectors.link import Link
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.keys import Geometry
-from connectors.vllm.link import Link
 from connectors.vllm.options import Options
 from connectors.vllm.process import transfer_config
 from kvstore.errors import ConfigError

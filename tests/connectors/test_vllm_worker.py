@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("vllm")
 
 import connectors.vllm.worker as worker
+from connectors.link import Link
 from connectors.paging.base import Pager
 from connectors.paging.torch import Finished, OpaquePager
 from connectors.vllm.keys import Geometry
-from connectors.vllm.link import Link
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
 from connectors.weights import weights_digest
