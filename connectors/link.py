@@ -18,6 +18,9 @@ logger = logging.getLogger("vllm.kvstore")
 
 HEARTBEAT_SECONDS = 1.0
 
+RETRY_SECONDS = 0.1
+"""Between two tries to reach a node that does not answer: nothing is found until one of them succeeds."""
+
 MOST_REPORTED = 256
 """Steps, loads and answers kept for the next heartbeat; older ones are dropped."""
 
@@ -95,7 +98,7 @@ class Link:
                     self._start()
             except Exception:
                 logger.exception("KV store: connecting failed")
-            self._wake.wait(HEARTBEAT_SECONDS)
+            self._wake.wait(RETRY_SECONDS if self._keyring is None else HEARTBEAT_SECONDS)
             self._wake.clear()
 
     def _report(self) -> None:

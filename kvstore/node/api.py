@@ -135,7 +135,7 @@ class NodeClient(Protocol):
     """The synchronous client, thread-safe. Implemented by ``kvstore.Client``; ``kvstore.testing`` has an in-process one.
 
     Every call raises NodeUnavailable or DeadlineExceeded when the node is gone or late. After NodeUnavailable the next call
-    reconnects (not more often than once a second); a restarted node has another ``epoch`` and another arena, and all
+    reconnects (see ``client.RECONNECT_SECONDS``); a restarted node has another ``epoch`` and another arena, and all
     earlier offsets are void (the old mapping stays readable while an ``Arena`` refers to it, so a late copy does no harm).
     """
 

@@ -39,8 +39,9 @@ from kvstore.tiers.base import Medium
 GRACE_SECONDS = 0.25
 """Added to a deadline that the node keeps itself, before the client stops waiting for the answer."""
 
-RECONNECT_SECONDS = 1.0
-"""A node that is gone is asked again at most this often, so that an engine does not pay for it on every request."""
+RECONNECT_SECONDS = (0.05, 1.0)
+"""Least and most time between two tries to connect. In between, it is twice what the last one took, so that an engine pays little
+both for a node that is gone, which is known at once, and for one that hangs."""
 
 
 class Client:
@@ -186,18 +187,32 @@ class Client:
         with self._lock:
             if self._connection is not None and not self._connection.lost:
                 return self._connection
-            if time.monotonic() < self._retry_at:
+            began = time.monotonic()
+            if began < self._retry_at:
                 raise NodeUnavailable(
-                    f"no node at {self._path}; the next try is less than {RECONNECT_SECONDS:g} s away"
+                    f"no node at {self._path}; the next try is less than {RECONNECT_SECONDS[1]:g} s away"
                 )
             try:
-                self._connection = _Connection(self._path, self._name, self._connect_timeout)
-                for namespace, (block_bytes, _, _) in self._namespaces.items():
-                    self._namespaces[namespace] = self._open(self._connection, namespace, block_bytes)
+                self._connection = self._connect()
             except KVStoreError:
-                self._retry_at = time.monotonic() + RECONNECT_SECONDS
+                now = time.monotonic()
+                least, most = RECONNECT_SECONDS
+                self._retry_at = now + min(max(2 * (now - began), least), most)
                 raise
             return self._connection
+
+    def _connect(self) -> _Connection:
+        """A connection on which the namespaces are open: all or nothing, since where one is not its blocks cannot be saved."""
+        connection = _Connection(self._path, self._name, self._connect_timeout)
+        for namespace, (block_bytes, _, _) in self._namespaces.items():
+            try:
+                self._namespaces[namespace] = self._open(connection, namespace, block_bytes)
+            except (NodeUnavailable, DeadlineExceeded):
+                connection.close()
+                raise
+            except KVStoreError:  # this run of the node refuses it: whoever opens it next is told why
+                continue
+        return connection
 
     def _open(self, connection: _Connection, namespace: Namespace, block_bytes: int) -> tuple[int, bytes, Keyring]:
         arguments = {"fields": namespace.to_dict(), "block_bytes": block_bytes}
