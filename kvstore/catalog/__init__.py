@@ -4,7 +4,7 @@ sharing     a node's part in its region: joins an object tier to a catalog
 ├── publisher   tells the catalog what the node did
 ├── follower    learns from it what others did
 └── rebuild     fills it from the bucket
-base        the interface and what it speaks of
+base        the interface and what it speaks of; documents: what else the region's processes tell each other
 ├── sqlite      one file, for one machine
 └── redis       Redis or Valkey, for a region; scripts: what the server runs
 """

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstore.catalog.documents import Documents
 from kvstore.envelope import MAX_PAYLOAD_BYTES, Header, envelope_bytes
 from kvstore.identity import KEY_BYTES, BlockKey
 
@@ -165,6 +166,9 @@ class CatalogStatus:
 class Catalog(ABC):
     """The shared index of one bucket."""
 
+    documents: Documents
+    """What the processes of the region tell each other beside it."""
+
     @abstractmethod
     async def record(self, changes: Changes) -> None:
         """Add, correct and remove blocks; at most ``BATCH``.
@@ -194,7 +198,7 @@ class Catalog(ABC):
 
     @abstractmethod
     async def reset(self) -> str:
-        """Drop the index and begin a new epoch, which is not complete; its name. Claims stay."""
+        """Drop the index and begin a new epoch, which is not complete; its name. Claims and documents stay."""
 
     @abstractmethod
     async def complete(self, epoch: str) -> bool:

@@ -34,6 +34,16 @@ from kvstore.catalog.base import (
     check_name,
     read_changes,
 )
+from kvstore.catalog.documents import (
+    BEGINNING,
+    MOST_DOCUMENTS,
+    PAGE,
+    Document,
+    Documents,
+    Mark,
+    Page,
+    check_document,
+)
 from kvstore.errors import CatalogUnavailable, ConfigError
 from kvstore.identity import BlockKey
 
@@ -128,9 +138,10 @@ class RedisCatalog(Catalog):
         """``scope`` says whose catalog it is: the URL of the bucket. Catalogs of several may share a server."""
         self._client = client
         self._turns = asyncio.Semaphore(CONNECTIONS)
-        tag = "{kvstore:" + blake2b(scope.encode(), digest_size=8).hexdigest() + "}"
-        self.names = [tag + name for name in ("meta", "blocks", "changes", "claims")]
+        self._tag = "{kvstore:" + blake2b(scope.encode(), digest_size=8).hexdigest() + "}"
+        self.names = [self._tag + name for name in ("meta", "blocks", "changes", "claims")]
         """Keys on the server."""
+        self.documents = RedisDocuments(self)
 
     @classmethod
     async def open(cls, settings: RedisSettings, scope: str) -> RedisCatalog:
@@ -203,15 +214,18 @@ class RedisCatalog(Catalog):
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _call(self, script: scripts.Script, *arguments: str | bytes | int) -> Any:
-        """Run a script; the server may have to be given its source first."""
-        everything = [*self.names, secrets.token_hex(8), *arguments]
+    async def _call(self, script: scripts.Script, *arguments: str | bytes | int, folder: str = "") -> Any:
+        """Run a script, on the documents of a folder too if one is named; the server may have to be given its source first."""
+        names = self.names
+        if folder:
+            names = [*names, *(f"{self._tag}{kind}:{folder}" for kind in ("documents", "revisions", "expiries"))]
+        everything = [*names, secrets.token_hex(8), *arguments]
 
         async def run() -> Any:
             try:
-                return await self._client.evalsha(script.sha, len(self.names), *everything)
+                return await self._client.evalsha(script.sha, len(names), *everything)
             except NoScriptError:
-                return await self._client.eval(script.source, len(self.names), *everything)
+                return await self._client.eval(script.source, len(names), *everything)
 
         return await self._answer(run)
 
@@ -227,6 +241,28 @@ class RedisCatalog(Catalog):
         finally:
             if task.cancelling() > cancellations:  # asyncio.wait_for of Python 3.11, which the client uses, loses some
                 raise asyncio.CancelledError
+
+
+class RedisDocuments(Documents):
+    """The documents of a catalog on a server."""
+
+    def __init__(self, catalog: RedisCatalog) -> None:
+        self._catalog = catalog
+
+    async def put(self, name: str, body: bytes, seconds: float, expected: int | None = None) -> int | None:
+        folder = check_document(name, body)
+        wanted = "" if expected is None else expected
+        lasts = round(seconds * 1000)
+        revision: int | None = await self._catalog._call(
+            scripts.PUT_DOCUMENT, name, body, lasts, wanted, MOST_DOCUMENTS, folder=folder
+        )
+        return revision
+
+    async def read(self, folder: str, since: Mark = BEGINNING) -> Page:
+        reply = await self._catalog._call(scripts.READ_DOCUMENTS, since.epoch, since.revision, PAGE, folder=folder)
+        epoch, revision, restarted, caught_up, found = reply
+        documents = (Document(name.decode(), body, number, expires / 1000) for name, body, number, expires in found)
+        return Page(tuple(documents), Mark(epoch.decode(), revision), bool(restarted), bool(caught_up))
 
 
 def _connect(settings: RedisSettings) -> Redis | RedisCluster:

@@ -1,11 +1,15 @@
 """What a Redis or Valkey server runs for the catalog: each call is one script, so that it is atomic and one round trip.
 
-    {scope}meta     hash    epoch, seq, bytes, complete, token
+    {scope}meta     hash    epoch, seq, bytes, complete, token, revision
     {scope}blocks   hash    key -> packed entry
     {scope}changes  stream  seq-0 -> k (key), v (packed entry, or empty for a removal)
     {scope}claims   hash    name -> "token expires-in-ms holder"
 
-The braces put all four in one slot of a cluster. Values of ``meta`` are written as decimal text. ``ARGV[1]`` of each script is
+    {scope}documents:FOLDER   hash        name -> body
+    {scope}revisions:FOLDER   sorted set  name, by revision
+    {scope}expiries:FOLDER    sorted set  name, by expires-in-ms
+
+The braces put all of them in one slot of a cluster. Values of ``meta`` are written as decimal text. ``ARGV[1]`` of each script is
 a fresh name, for an epoch that it may have to begin.
 """
 
@@ -112,10 +116,14 @@ local caught_up = page == '-' and since == seq
 return {epoch, since, page, restarted and 1 or 0, caught_up and 1 or 0, get('complete'), get('bytes'), found}
 """)
 
-_CLAIMS = """
+_NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
 
+_CLAIMS = (
+    _NOW
+    + """
 local function living()
   local all, found = redis.call('HGETALL', claims), {}
   for i = 1, #all, 2 do
@@ -129,6 +137,7 @@ local function living()
   return found
 end
 """
+)
 
 # ARGV: name, holder, milliseconds (0: give back).
 CLAIM = Script(
@@ -163,3 +172,63 @@ if epoch ~= ARGV[2] then return 0 end
 set('complete', 1)
 return 1
 """)
+
+# What has expired goes first, so that nothing after this meets it.
+_DOCUMENTS = (
+    _NOW
+    + """
+local bodies, revisions, expiries = KEYS[5], KEYS[6], KEYS[7]
+
+local function drop(names)
+  for _, name in ipairs(names) do
+    redis.call('HDEL', bodies, name)
+    redis.call('ZREM', revisions, name)
+    redis.call('ZREM', expiries, name)
+  end
+end
+
+drop(redis.call('ZRANGEBYSCORE', expiries, '-inf', now))
+local newest = redis.call('ZRANGE', revisions, -1, -1, 'WITHSCORES')[2]
+local revision = math.max(get('revision'), tonumber(newest or 0))
+"""
+)
+
+# ARGV: name, body, milliseconds (0: remove), expected revision (empty: any), documents to keep.
+PUT_DOCUMENT = Script(
+    _DOCUMENTS
+    + """
+local name, body, lasts, expected, most = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+if expected ~= '' and tonumber(expected) ~= tonumber(redis.call('ZSCORE', revisions, name) or 0) then return false end
+revision = revision + 1
+set('revision', revision)
+if lasts == 0 then
+  drop({name})
+else
+  redis.call('HSET', bodies, name, body)
+  redis.call('ZADD', revisions, string.format('%.0f', revision), name)
+  redis.call('ZADD', expiries, string.format('%.0f', now + lasts), name)
+  drop(redis.call('ZRANGE', expiries, 0, -1 - most))
+end
+return revision
+"""
+)
+
+# ARGV: the mark (epoch, revision), limit.
+READ_DOCUMENTS = Script(
+    _DOCUMENTS
+    + """
+local since, limit, restarted = tonumber(ARGV[3]), tonumber(ARGV[4]), 0
+if ARGV[2] ~= epoch or since > revision then since, restarted = 0, 1 end
+local above = string.format('(%.0f', since)
+local found = {}
+local names = redis.call('ZRANGEBYSCORE', revisions, above, '+inf', 'WITHSCORES', 'LIMIT', 0, limit)
+for i = 1, #names, 2 do
+  since = tonumber(names[i + 1])
+  found[#found + 1] = {
+    names[i], redis.call('HGET', bodies, names[i]) or '', since, tonumber(redis.call('ZSCORE', expiries, names[i]) or 0)
+  }
+end
+local caught_up = #found < limit
+return {epoch, caught_up and revision or since, restarted, caught_up and 1 or 0, found}
+"""
+)

@@ -26,6 +26,16 @@ from kvstore.catalog.base import (
     check_name,
     read_changes,
 )
+from kvstore.catalog.documents import (
+    BEGINNING,
+    MOST_DOCUMENTS,
+    PAGE,
+    Document,
+    Documents,
+    Mark,
+    Page,
+    check_document,
+)
 from kvstore.errors import CatalogUnavailable, ConfigError
 from kvstore.identity import BlockKey
 
@@ -39,6 +49,8 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS blocks (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY, key BLOB NOT NULL, value BLOB);
 CREATE TABLE IF NOT EXISTS claims (name TEXT PRIMARY KEY, holder TEXT, token INTEGER, expires REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS documents (name TEXT PRIMARY KEY, folder TEXT, body BLOB, revision INTEGER, expires REAL);
+CREATE INDEX IF NOT EXISTS documents_written ON documents (folder, revision);
 """
 
 
@@ -48,6 +60,7 @@ class SQLiteCatalog(Catalog):
     def __init__(self, path: Path, scope: str) -> None:
         self._path = path
         self._scope = scope
+        self.documents = SQLiteDocuments(self)
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-catalog")
 
@@ -112,6 +125,19 @@ class SQLiteCatalog(Catalog):
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+class SQLiteDocuments(Documents):
+    """The documents of a catalog in a file."""
+
+    def __init__(self, catalog: SQLiteCatalog) -> None:
+        self._catalog = catalog
+
+    async def put(self, name: str, body: bytes, seconds: float, expected: int | None = None) -> int | None:
+        return await self._catalog._run(_put_document, check_document(name, body), name, body, seconds, expected)
+
+    async def read(self, folder: str, since: Mark = BEGINNING) -> Page:
+        return await self._catalog._run(_read_documents, folder, since)
 
 
 def _connect(path: Path, scope: str) -> sqlite3.Connection:
@@ -250,6 +276,39 @@ def _complete(db: sqlite3.Connection, epoch: str) -> bool:
         return False
     _set(db, "complete", 1)
     return True
+
+
+def _put_document(
+    db: sqlite3.Connection, folder: str, name: str, body: bytes, seconds: float, expected: int | None
+) -> int | None:
+    now = time.time()
+    db.execute("DELETE FROM documents WHERE folder = ? AND expires <= ?", (folder, now))
+    known = db.execute("SELECT revision FROM documents WHERE name = ?", (name,)).fetchone()
+    if expected is not None and expected != (known[0] if known else 0):
+        return None
+    revision = int(_get(db, "revision") or 0) + 1
+    _set(db, "revision", revision)
+    if not seconds:
+        db.execute("DELETE FROM documents WHERE name = ?", (name,))
+        return revision
+    row = (name, folder, body, revision, now + seconds)
+    db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?)", row)
+    spared = "SELECT name FROM documents WHERE folder = ? ORDER BY expires DESC LIMIT -1 OFFSET ?"
+    db.execute(f"DELETE FROM documents WHERE name IN ({spared})", (folder, MOST_DOCUMENTS))
+    return revision
+
+
+def _read_documents(db: sqlite3.Connection, folder: str, mark: Mark) -> Page:
+    epoch, revision = str(_get(db, "epoch")), int(_get(db, "revision") or 0)
+    restarted = mark.epoch != epoch or mark.revision > revision
+    since = 0 if restarted else mark.revision
+    query = (
+        "SELECT name, body, revision, expires FROM documents"
+        " WHERE folder = ? AND revision > ? AND expires > ? ORDER BY revision LIMIT ?"
+    )
+    found = tuple(Document(*row) for row in db.execute(query, (folder, since, time.time(), PAGE)))
+    caught_up = len(found) < PAGE
+    return Page(found, Mark(epoch, revision if caught_up else found[-1].revision), restarted, caught_up)
 
 
 def _begin_epoch(db: sqlite3.Connection) -> str:

@@ -23,11 +23,12 @@ from kvstore.catalog.base import BATCH, START, Batch, Catalog, Changes, Cursor, 
 from kvstore.envelope import HEADER_BYTES
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.testing.blocks import NAMESPACE, random_key
+from kvstore.testing.documents import DocumentsConformance
 
 Index = dict[BlockKey, Entry]
 
 
-class CatalogConformance:
+class CatalogConformance(DocumentsConformance):
     """The contract of ``kvstore.catalog.base``. Subclasses must define ``open``."""
 
     pytestmark = pytest.mark.asyncio
@@ -201,6 +202,9 @@ class CatalogConformance:
     def bounded_modules(self) -> list[object]:
         """Modules in which CHANGES_KEPT is looked up when changes are recorded."""
         return [base]
+
+    def document_bounds(self) -> list[object]:
+        return self.bounded_modules()
 
     # Epochs
 

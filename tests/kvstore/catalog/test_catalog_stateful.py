@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.catalog import open_catalog
 from kvstore.catalog.base import START, Catalog, Entry
+from kvstore.catalog.documents import BEGINNING
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.testing.catalog import Index, apply
 from kvstore.testing.redis import RedisServer, redis_server
@@ -24,6 +25,7 @@ from kvstore.testing.servers import ServerUnavailable
 KEYS = [BlockKey(bytes([number]) * 16) for number in range(12)]
 NAMESPACES = [b"n" * 16, b"m" * 16]
 HOLDERS = ["a", "b", "c"]
+NAMES = ["pins/a", "pins/b", "jobs/a"]
 
 keys = st.sampled_from(KEYS)
 known = st.tuples(
@@ -49,7 +51,7 @@ def says_more(new: Entry, old: Entry | None) -> bool:
 
 
 class CatalogMachine(RuleBasedStateMachine):
-    """Records, removals, resets and claims of a catalog, with two followers that read now and then."""
+    """Records, removals, resets, claims and documents of a catalog, with readers that look now and then."""
 
     url: str
 
@@ -61,6 +63,9 @@ class CatalogMachine(RuleBasedStateMachine):
         self.followers: list[tuple[Any, Index]] = [(START, {}), (START, {})]
         self.held: dict[str, tuple[str, int]] = {}
         self.tokens = 0
+        self.documents: dict[str, tuple[bytes, int]] = {}
+        self.revision = 0
+        self.reader: tuple[Any, dict[str, bytes]] = (BEGINNING, {})
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
@@ -116,6 +121,46 @@ class CatalogMachine(RuleBasedStateMachine):
             assert claim.token == token if token else claim.token > self.tokens
             self.tokens = max(self.tokens, claim.token)
             self.held[name] = holder, claim.token
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        body=st.binary(max_size=4),
+        remove=st.booleans(),
+        expected=st.sampled_from(["any", "none", "known", "stale"]),
+    )
+    def put_document(self, name: str, body: bytes, remove: bool, expected: str) -> None:
+        known = self.documents.get(name, (b"", 0))[1]
+        wanted = {"any": None, "none": 0, "known": known, "stale": self.revision + 1}[expected]
+        revision = self.do(self.catalog.documents.put(name, body, 0 if remove else 3600, wanted))
+        if wanted not in (None, known):
+            assert revision is None
+            return
+        assert revision > self.revision
+        self.revision = revision
+        if remove:
+            self.documents.pop(name, None)
+        else:
+            self.documents[name] = body, revision
+
+    @rule()
+    def read_documents(self) -> None:
+        mark, seen = self.reader
+        page = self.do(self.catalog.documents.read("pins", mark))
+        if page.restarted:
+            seen.clear()
+        seen.update((one.name, one.body) for one in page.documents)
+        living = {name: body for name, (body, _) in self.documents.items() if name.startswith("pins/")}
+        assert page.caught_up
+        assert {name: seen[name] for name in living} == living
+        self.reader = page.mark, seen
+
+    @invariant()
+    def documents_are_as_written(self) -> None:
+        for folder in ("pins", "jobs"):
+            found = self.do(self.catalog.documents.read_all(folder))
+            known = {name: one for name, one in self.documents.items() if name.startswith(folder)}
+            assert {name: (one.body, one.revision) for name, one in found.items()} == known
+            assert list(found) == sorted(known, key=lambda name: known[name][1])
 
     @invariant()
     def totals_are_right(self) -> None:
