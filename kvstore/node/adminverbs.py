@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
@@ -16,7 +17,7 @@ from kvstore.node.arguments import Arguments, integer_of, medium_of
 from kvstore.node.chains import Chain, Chains
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.policy.admission import ADMITTED, Mode, Target
-from kvstore.store import Store
+from kvstore.store import Store, contained, runs_of
 from kvstore.tiers.base import Medium
 
 MAX_COUNT = 1000
@@ -41,14 +42,13 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
         The prompt may also be given by the ``keys`` of its blocks, which costs the node least.
         """
         chain = Chain(split_keys(args["keys"]), None) if "keys" in args else await chains.named(args)
-        runs = store.peek(chain.keys)
-        return {
-            **_described(chain),
-            "tiers": [
-                [tier.medium.value, *usable, sum(map(tier.keys().__contains__, chain.keys))]
-                for tier, usable in zip(store.tiers, _usable(store, chain.keys, runs), strict=True)
-            ],
-        }
+        held = [(tier.medium, contained(chain.keys, tier.keys())) for tier in store.tiers]
+        usable = _usable(store, chain.keys, runs_of(held, len(chain.keys)))
+        tiers = [
+            [medium.value, *within, int(np.count_nonzero(here))]
+            for (medium, here), within in zip(held, usable, strict=True)
+        ]
+        return {**_described(chain), "tiers": tiers}
 
     async def where(caller: Caller, args: Arguments) -> Any:
         """``count`` blocks of a prompt from ``start`` on: the key of each, and the media that hold it, fastest first."""

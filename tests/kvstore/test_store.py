@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
 from kvstore.policy.admission import AdmissionPolicy, Mode
 from kvstore.policy.reuse import Traffic
-from kvstore.store import Session, Store, consecutive, runs_of
+from kvstore.store import Flags, Session, Store, consecutive, contained, runs_of
 from kvstore.telemetry import StoreMetrics
 from kvstore.testing.blocks import NAMESPACE, SealedBlock, random_chain
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
@@ -340,13 +340,29 @@ async def test_host_memory_over_a_real_disk(tmp_path: Path, chain: list[SealedBl
 def test_runs() -> None:
     keys = [BlockKey(bytes([i])) for i in range(6)]
     host, disk = set(keys[:1] + keys[3:4]), set(keys[:5])
-    held = [(Medium.HOST, host), (Medium.DISK, disk)]
     h, d = Medium.HOST, Medium.DISK
-    assert runs_of(held, keys) == [(h, 1), (d, 2), (h, 1), (d, 1)]
-    assert runs_of(held, keys[:1]) == [(h, 1)]
-    assert runs_of(held, keys[5:]) == []
-    assert runs_of(held, []) == []
-    assert runs_of([], keys) == []
+
+    def runs(keys: list[BlockKey]) -> list[tuple[Medium, int]]:
+        return runs_of([(h, contained(keys, host)), (d, contained(keys, disk))], len(keys))
+
+    assert runs(keys) == [(h, 1), (d, 2), (h, 1), (d, 1)]
+    assert runs(keys[:1]) == [(h, 1)]
+    assert runs(keys[5:]) == []
+    assert runs([]) == []
+    assert runs_of([], len(keys)) == []
+
+
+def test_what_the_fastest_tier_holds_is_not_looked_for_elsewhere() -> None:
+    keys = [BlockKey(bytes([i])) for i in range(6)]
+    asked = []
+
+    def tiers() -> Iterator[tuple[Medium, Flags]]:
+        for medium in (Medium.HOST, Medium.DISK):
+            asked.append(medium)
+            yield medium, contained(keys, set(keys))
+
+    assert runs_of(tiers(), len(keys)) == [(Medium.HOST, 6)]
+    assert asked == [Medium.HOST]
 
 
 async def test_admission_keeps_one_off_blocks_from_the_bucket_until_they_are_asked_for_again(
