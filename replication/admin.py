@@ -17,7 +17,7 @@ from kvstore.admin.models.status import Check
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import Site as ApiSite
 from kvstore.errors import ConfigError, KVStoreError
-from replication import adminjobs
+from replication import adminjobs, purgejob
 from replication.links import Links
 from replication.pause import pause, read_pauses, resume
 from replication.site import Site
@@ -121,6 +121,8 @@ def extend(api: ApiSite) -> APIRouter | None:
     if api.node is not None and config.object.url:
         api.jobs.register(adminjobs.warm_kind(config))
     if config.region.topology is None:
+        if config.object.url:
+            api.jobs.register(purgejob.purge_kind(Site(config)))
         return None
     topology, name = load_topology(config.region.topology), config.region.name
     if name not in topology.regions:
@@ -128,6 +130,7 @@ def extend(api: ApiSite) -> APIRouter | None:
     region = Region(Site(config, topology, name), topology, name)
     api.jobs.register(adminjobs.plan_kind(region.site))
     api.jobs.register(adminjobs.resync_kind(region.site))
+    api.jobs.register(purgejob.purge_kind(region.site))
     api.parts["replication"] = region.status
     if api.node is None:
         api.checks.append(region.answers)

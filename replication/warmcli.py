@@ -87,14 +87,14 @@ def warm(
     elif prime:
         if prompts is None:
             raise ConfigError("--prime", prime, "goes with --prompts", "Name a file of prompts.")
-        with options.connect(config, overrides, socket) as client, _interruptible():
+        with options.Node(config, overrides, socket).connect() as client, _interruptible():
             primer = {"model": prime_model, "api_key": prime_api_key, "at_once": at_once}
             report = _prime(loaded, client, prompts, namespace, prime, {**primer, "per_second": per_second or None})
         _show_primed(report, prefill_rate, json)
     else:
         if (prompts is None) == bool(namespace):
             raise ConfigError("--namespace", namespace, "goes with --prompts", "Give both, or neither.")
-        with options.connect(config, overrides, socket) as client, _interruptible():
+        with options.Node(config, overrides, socket).connect() as client, _interruptible():
             warmed = _warm(
                 loaded, client, prompts, namespace, options.size("--budget", budget), options.size("--rate", rate)
             )

@@ -48,16 +48,19 @@ async def everybody(_: Request) -> Principal:
     return Principal("local", Role.ADMIN)
 
 
+def require(who: Principal, role: Role) -> None:
+    """Raises Problem (403)."""
+    if not who.role.covers(role):
+        raise Problem(403, "forbidden", f"{who.name} is {who.role}; this needs {role}", required_role=role)
+
+
 def authorize(role: Role) -> Any:
     """The dependency of every route but health: the Principal, if it has ``role``; else Problem (401, 403)."""
 
     async def check(request: Request) -> Principal:
         principal: Principal = await request.app.state.site.authenticate(request)
         request.state.principal = principal  # for the audit log
-        if not principal.role.covers(role):
-            raise Problem(
-                403, "forbidden", f"{principal.name} is {principal.role}; this needs {role}", required_role=role
-            )
+        require(principal, role)
         return principal
 
     return Depends(check)

@@ -119,6 +119,9 @@ class AdminClient:
     def delete(self, keys: list[str]) -> Deleted:
         return self._post(Deleted, "/v1/blocks/delete", {"keys": keys})
 
+    def delete_prompt(self, prompt: Prompt) -> Deleted:
+        return self._post(Deleted, "/v1/blocks/delete", {"prompt": prompt.model_dump(exclude_defaults=True)})
+
     def delete_namespace(self, digest: str) -> Deleted:
         return self._read(Deleted, "DELETE", f"/v1/namespaces/{digest}/blocks")
 

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 from pydantic import BaseModel, ValidationError
 
+from kvstore.admin.auth import Role
 from kvstore.admin.models.jobs import Job, JobProgress, JobState
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError, KVStoreError
@@ -50,6 +51,8 @@ class JobKind:
 
     Cancelled, it stops soon and leaves things in order. A KVStoreError it raises fails the job with its message.
     """
+    role: Role = Role.OPERATOR
+    """What starting or resuming it needs."""
 
 
 class Running:
@@ -125,6 +128,14 @@ class Jobs:
     def register(self, kind: JobKind) -> None:
         self._kinds[kind.name] = kind
 
+    def kind(self, name: str) -> JobKind:
+        """Raises Problem (404)."""
+        if name not in self._kinds:
+            raise Problem(
+                404, "no-such-job-kind", f"there are no jobs of kind {name!r} here", kinds=sorted(self._kinds)
+            )
+        return self._kinds[name]
+
     @property
     def kinds(self) -> list[JobKind]:
         return [self._kinds[name] for name in sorted(self._kinds)]
@@ -141,7 +152,7 @@ class Jobs:
 
     def create(self, kind: str, options: dict[str, Any]) -> Job:
         """Start one. Raises Problem: 404 for an unknown kind, 422 for options that do not fit, 409 while one runs."""
-        known = self._kind(kind)
+        known = self.kind(kind)
         wanted = _checked(known, options)
         self._must_be_free(kind)
         self._latest = max(time.time_ns() // 1_000_000, self._latest + 1)  # so that names are in order
@@ -158,7 +169,7 @@ class Jobs:
         entry = self._entry(name)
         if entry.job.state in (JobState.RUNNING, JobState.DONE):
             raise Problem(409, "not-resumable", f"the job is {entry.job.state}")
-        known = self._kind(entry.job.kind)
+        known = self.kind(entry.job.kind)
         self._must_be_free(known.name)
         entry.change(state=JobState.RUNNING, finished=None, problem="", result=None, attempts=entry.job.attempts + 1)
         return self._start(entry, known, _checked(known, entry.job.options))
@@ -215,13 +226,6 @@ class Jobs:
         entry.task = None
         entry.change(state=state, problem=problem, result=result, finished=time.time())
         self._save(entry)
-
-    def _kind(self, name: str) -> JobKind:
-        if name not in self._kinds:
-            raise Problem(
-                404, "no-such-job-kind", f"there are no jobs of kind {name!r} here", kinds=sorted(self._kinds)
-            )
-        return self._kinds[name]
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -1,6 +1,6 @@
 """The ``kvstore`` command.
 
-    options.py   options that commands share
+    options.py   options that commands share; groups.py makes several of them one parameter
     output.py    tables and JSON
     settings.py  config
     node.py      node, status
@@ -13,7 +13,12 @@
     checks.py    doctor
     catalog.py   catalog status, catalog rebuild
     api.py       api
-    overhttp.py  jobs, policy
+    overhttp.py  the admin API, for those that talk to it:
+    top.py       top
+    jobs.py      jobs
+    policy.py    policy
+    replication.py  replication
+    purge.py     purge
 
 Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
@@ -27,9 +32,27 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvstore.cli import api, blocks, breakers, catalog, checks, explain, hot, node, overhttp, pins, settings, tokens
+from kvstore.cli import (
+    api,
+    blocks,
+    breakers,
+    catalog,
+    checks,
+    explain,
+    hot,
+    jobs,
+    node,
+    pins,
+    policy,
+    purge,
+    replication,
+    settings,
+    tokens,
+    top,
+)
 from kvstore.cli.output import fail
-from kvstore.errors import ConfigError, IdentityError, KVStoreError, NodeUnavailable
+from kvstore.cli.overhttp import TOKEN
+from kvstore.errors import AdminRefused, ConfigError, IdentityError, KVStoreError, NodeUnavailable
 
 OK, FOUND_PROBLEM, BAD_INPUT, NO_NODE = range(4)
 
@@ -45,7 +68,9 @@ class _Commands(TyperGroup):
         except (ConfigError, IdentityError) as error:
             fail(error, BAD_INPUT)
         except NodeUnavailable as error:
-            fail(error, NO_NODE, "Start one with `kvstore node`, or name its socket with --socket.")
+            fail(error, NO_NODE, "Start one with `kvstore node`, or say where it is with --socket or --api.")
+        except AdminRefused as error:
+            fail(error, FOUND_PROBLEM, f"Put the token into {TOKEN}." if error.status == 401 else "")
         except KVStoreError as error:
             fail(error, FOUND_PROBLEM)
 
@@ -53,7 +78,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="KV-cache persistence and sharing for LLM inference.",
     epilog=_EXIT_STATUS,
@@ -74,8 +98,11 @@ app.command("pins")(pins.show)
 app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")
-app.add_typer(overhttp.jobs, name="jobs")
-app.add_typer(overhttp.policy, name="policy")
+app.command("top")(top.run)
+app.command("purge")(purge.purge)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(policy.app, name="policy")
+app.add_typer(replication.app, name="replication")
 app.add_typer(tokens.app, name="token")
 app.command("key")(tokens.new_key)
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):

@@ -7,15 +7,12 @@ from typing import Annotated
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import note
 
 
-def run(
-    with_node: Annotated[bool, typer.Option("--with-node", hidden=True)] = False,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-) -> None:
+@grouped
+def run(node: options.Node, with_node: Annotated[bool, typer.Option("--with-node", hidden=True)] = False) -> None:
     """Run the admin API of this machine's node in the foreground, until SIGINT or SIGTERM. `kvstore node` starts one itself."""
     import asyncio
 
@@ -23,7 +20,7 @@ def run(
     from kvstore.admin.server import serve
     from kvstore.cli.logs import configure
 
-    loaded = options.load(config, overrides, socket)
+    loaded = node.load()
     configure(loaded.config.node.log_level)
 
     async def run() -> None:

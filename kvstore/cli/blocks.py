@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, number, print_json, print_table
 from kvstore.errors import BlockNotFound, ConfigError, NodeUnavailable
 
@@ -30,20 +31,20 @@ NamespaceOption = Annotated[
 ]
 
 
+@grouped
 def ls(
     tier: TierOption = None,
     namespace: NamespaceOption = None,
     prefix: Annotated[str, typer.Option(metavar="HEX", help="Only keys that start so.")] = "",
     after: Annotated[str, typer.Option(metavar="KEY", help="Continue behind this key.")] = "",
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Blocks to show of each tier.")] = 50,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """List the blocks that a tier holds."""
     start, cursor = _hex("--prefix", prefix), _hex("--after", after)
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         document = client.call("status")
         names = {space["digest"]: space["fields"].get("model", "") for space in document["namespaces"]}
         digest = namespace_of(namespace, names) if namespace else None
@@ -93,22 +94,22 @@ def _print_page(medium: str, page: dict[str, Any], names: dict[bytes, str]) -> N
         note(f"More in {medium}: --tier {medium} --after {page['cursor'].hex()}")
 
 
+@grouped
 def get(
     key: Annotated[str, typer.Argument(metavar="KEY", help="32 hexadecimal digits, as ls prints them.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the payload.")],
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="How long to wait for it.")
     ] = 30.0,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Write a block's payload to a file. The node verifies it on the way."""
     from kvstore.units import human_bytes
 
     block = key_of(key)
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         known = client.call("inspect", key=block)
         if not known["media"]:
             raise BlockNotFound(f"no tier of the node holds {key}")
@@ -131,11 +132,11 @@ def get(
         print(f"{human_bytes(known['length'])} from {medium} to {output}")
 
 
+@grouped
 def verify(
     tier: TierOption = None,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Read every block of a tier and check it. What is bad is dropped and quarantined, and the exit status is 1.
@@ -143,7 +144,7 @@ def verify(
     Through the node, or on the files and objects themselves while no node runs.
     """
     try:
-        with options.connect(config, overrides, socket) as client:
+        with node.connect() as client:
             results = {medium: _scrub(client, medium) for medium in _media(client.call("status"), tier)}
     except NodeUnavailable:
         if tier is options.TierName.host:
@@ -151,7 +152,7 @@ def verify(
         from kvstore.scrub import scrub_offline
 
         note("No node answers: reading the storage itself.")
-        results = scrub_offline(options.load(config, overrides, socket).config, tier.value if tier else None)
+        results = scrub_offline(node.load().config, tier.value if tier else None)
     if json:
         print_json(results)
     else:
@@ -187,13 +188,13 @@ def _print_scrub(results: dict[str, dict[str, Any]]) -> None:
             print(f"{medium}: {bad['key'].hex()}: {bad['reason']}; quarantined, the next save heals it")
 
 
+@grouped
 def rm(
     keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Keys as ls prints them.")] = None,
     namespace: NamespaceOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Delete blocks from every tier: the named keys, or all of a namespace."""
@@ -202,7 +203,7 @@ def rm(
     if bool(keys) == bool(namespace):
         raise ConfigError("rm", " ".join(keys or ()), "needs keys or --namespace, one of the two", "See kvstore ls.")
     blocks = [key_of(key) for key in keys or ()]
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         digest, what = None, f"{len(blocks)} block(s)"
         if namespace:
             spaces = client.call("status")["namespaces"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli import options, prompts
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import note, number, print_json, print_table
 from kvstore.errors import ConfigError
 
@@ -31,18 +32,18 @@ PromptsFile = Annotated[
 ]
 
 
+@grouped
 def show(
     file: PromptsFile = None,
     tokenizer: prompts.TokenizerName = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Places to show.")] = 10,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Show where prompts that share text part early, and how many tokens could be shared if what parts them came later."""
     if file is None:
-        with options.connect(config, overrides, socket) as client:
+        with node.connect() as client:
             report = client.call("breakers", 60.0)
         texts: dict[str, list[int]] = {}
         decoder = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, number, print_json, print_table
 from kvstore.errors import ConfigError
 
@@ -20,14 +21,15 @@ app = typer.Typer(no_args_is_help=True, help="The index of the bucket that the n
 
 
 @app.command()
-def status(config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False) -> None:
+@grouped
+def status(source: options.Settings, json: options.Json = False) -> None:
     """Show what the catalog holds, which nodes are alive, and who does the region's duties."""
     from kvstore.units import human_bytes
 
     async def ask(catalog: Catalog) -> Any:
         return await catalog.status()
 
-    found = asyncio.run(_with_catalog(options.load(config, overrides).config, ask))
+    found = asyncio.run(_with_catalog(source.load().config, ask))
     now = time.time()
     claims = [(claim.name, claim.holder, max(0.0, claim.expires - now)) for claim in found.claims]
     if json:
@@ -52,13 +54,14 @@ def status(config: options.ConfigFile = None, overrides: options.Overrides = Non
 
 
 @app.command()
-def rebuild(config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False) -> None:
+@grouped
+def rebuild(source: options.Settings, json: options.Json = False) -> None:
     """Drop the catalog's index and fill it again from a listing of the bucket. Nodes go on serving meanwhile."""
     from rich.console import Console
 
     from kvstore.assembly import rebuild_catalog
 
-    settings = options.load(config, overrides).config
+    settings = source.load().config
     started = time.monotonic()
 
     async def work(catalog: Catalog) -> int:

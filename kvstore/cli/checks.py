@@ -7,20 +7,17 @@ from dataclasses import asdict
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import print_json
 
 
-def doctor(
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def doctor(node: options.Node, json: options.Json = False) -> None:
     """Check this machine against the configuration: node, memory, disk, bucket, catalog, secret, GPU."""
     from kvstore.doctor import Verdict, examine
 
     results = []
-    for result in examine(options.load(config, overrides, socket).config):
+    for result in examine(node.load().config):
         results.append(result)
         if not json:
             color = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}[result.verdict]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from kvstore.cli import options, prompts
-from kvstore.cli.blocks import NamespaceOption
-from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.cli import options, output, prompts
+from kvstore.cli.groups import grouped
+from kvstore.cli.output import ago, note, number, print_table
 
 _GIB = 1 << 30
 _WORDS = {
@@ -27,31 +27,12 @@ _WORDS = {
 }
 
 
-def show(
-    request: prompts.Request = None,
-    key: prompts.Key = None,
-    text: prompts.Text = None,
-    file: prompts.File = None,
-    tokens: prompts.Tokens = None,
-    tokenizer: prompts.TokenizerName = None,
-    namespace: NamespaceOption = None,
-    cache_salt: prompts.Salt = "",
-    lora: prompts.Lora = "",
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def show(prompt: prompts.Named, node: options.Node, json: options.Json = False) -> None:
     """Say for each block of a prompt where it is, or why it was missed."""
-    with options.connect(config, overrides, socket) as client:
-        arguments = prompts.chain_arguments(
-            client, request, key, text, file, tokens, tokenizer, namespace, cache_salt, lora
-        )
-        document = client.call("explain", 30.0, **arguments)
-    if json:
-        print_json(document)
-    else:
-        _print(document)
+    with node.connect() as client:
+        document = client.call("explain", 30.0, **prompt.arguments(client))
+    output.show(json, document, lambda: _print(document))
 
 
 def _print(document: dict[str, Any]) -> None:

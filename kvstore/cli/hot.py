@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli import options, prompts
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, number, print_json, print_table
 
 if TYPE_CHECKING:
     from kvstore.node.client import Client
 
 
+@grouped
 def show(
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Prompts to show.")] = 20,
     tokenizer: prompts.TokenizerName = None,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Show the prompts that engines on this machine ask for most, best score first.
@@ -29,7 +30,7 @@ def show(
     """
     from kvstore.units import human_bytes
 
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         hottest = client.call("hot", limit=limit)["prompts"]
         names = {space["digest"]: space["fields"].get("model", "?") for space in client.call("status")["namespaces"]}
         texts = _texts(client, hottest, tokenizer) if tokenizer and hottest else []

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvstore.cli import options
-from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.cli import options, output
+from kvstore.cli.groups import grouped
+from kvstore.cli.output import ago, note, number, print_table
 
 
-def run(
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-) -> None:
+@grouped
+def run(node: options.Node) -> None:
     """Run this machine's node in the foreground, until SIGINT or SIGTERM."""
     import asyncio
 
@@ -20,32 +18,25 @@ def run(
     from kvstore.cli.logs import configure
     from kvstore.node.server import serve
 
-    loaded = options.load(config, overrides, socket)
+    loaded = node.load()
     configure(loaded.config.node.log_level)
     if loaded.config.identity.is_public and loaded.config.object.url.startswith("s3:"):
         note("Warning: no tenant secret is set, so whoever can list the bucket can guess which prompts are in it.")
         note("Set identity.secret_file on every node that shares the bucket.")
 
     async def run() -> None:
-        async with beside(loaded.config, options.arguments(config, overrides, socket)):
+        async with beside(loaded.config, node.arguments()):
             await serve(loaded.config)
 
     asyncio.run(run())
 
 
-def status(
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def status(node: options.Node, json: options.Json = False) -> None:
     """Show the node's tiers, counters and clients."""
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         document = client.call("status")
-    if json:
-        print_json(document)
-    else:
-        _print(document)
+    output.show(json, document, lambda: _print(document))
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,15 +44,6 @@ def load(config: Path | None, overrides: list[str] | None, socket: Path | None =
     return load_sources(config, [*(overrides or ()), *([f"node.socket={socket}"] if socket else ())])
 
 
-def arguments(config: Path | None, overrides: list[str] | None, socket: Path | None) -> list[str]:
-    """The same options for another command of this package."""
-    return [
-        *(["--config", str(config)] if config else []),
-        *(f"--set={override}" for override in overrides or ()),
-        *(["--socket", str(socket)] if socket else []),
-    ]
-
-
 def size(option: str, text: str) -> int | None:
     """The bytes that an option gives, or None when it is empty. Raises ConfigError."""
     from kvstore.errors import ConfigError
@@ -63,10 +55,42 @@ def size(option: str, text: str) -> int | None:
         raise ConfigError(option, text, str(error), "Write it as 16GiB, 500MB, or a number of bytes.") from None
 
 
-@contextmanager
-def connect(config: Path | None, overrides: list[str] | None, socket: Path | None) -> Iterator[Client]:
-    """A client of the configured node. Raises NodeUnavailable on first use."""
-    from kvstore.node.client import Client
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where settings come from."""
 
-    with Client(load(config, overrides, socket).config.node.socket, name="kvstore command") as client:
-        yield client
+    config: ConfigFile = None
+    overrides: Overrides = None
+
+    def load(self) -> Loaded:
+        """Raises ConfigError."""
+        return load(self.config, self.overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The node of this machine, and its settings."""
+
+    config: ConfigFile = None
+    overrides: Overrides = None
+    socket: Socket = None
+
+    def load(self) -> Loaded:
+        """Raises ConfigError."""
+        return load(self.config, self.overrides, self.socket)
+
+    @contextmanager
+    def connect(self) -> Iterator[Client]:
+        """A client of it. Raises NodeUnavailable on first use."""
+        from kvstore.node.client import Client
+
+        with Client(self.load().config.node.socket, name="kvstore command") as client:
+            yield client
+
+    def arguments(self) -> list[str]:
+        """The same options for another command of this package."""
+        return [
+            *(["--config", str(self.config)] if self.config else []),
+            *(f"--set={override}" for override in self.overrides or ()),
+            *(["--socket", str(self.socket)] if self.socket else []),
+        ]

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import typer
 
 
 def print_json(document: object) -> None:
-    """One JSON document; byte strings become hex."""
+    """One JSON document; byte strings become hex, models of the API their JSON form."""
     typer.echo(json.dumps(document, indent=2, default=_plain))
+
+
+def show(json: bool, document: object, text: Callable[[], None]) -> None:
+    """One result, for programs or for people."""
+    if json:
+        print_json(document)
+    else:
+        text()
 
 
 def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.hex()
+    if hasattr(value, "model_dump"):  # not imported here: most commands have no use for the API's models
+        return value.model_dump(mode="json")
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvstore.cli import options, prompts
-from kvstore.cli.blocks import NamespaceOption
-from kvstore.cli.output import ago, note, number, print_json, print_table
+from kvstore.cli import options, output, prompts
+from kvstore.cli.groups import grouped
+from kvstore.cli.output import ago, note, number, print_table
 from kvstore.errors import ConfigError
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
@@ -20,76 +20,38 @@ Duration = Annotated[
 ]
 
 
-def pin(
-    request: prompts.Request = None,
-    duration: Duration = "1h",
-    key: prompts.Key = None,
-    text: prompts.Text = None,
-    file: prompts.File = None,
-    tokens: prompts.Tokens = None,
-    tokenizer: prompts.TokenizerName = None,
-    namespace: NamespaceOption = None,
-    cache_salt: prompts.Salt = "",
-    lora: prompts.Lora = "",
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def pin(prompt: prompts.Named, node: options.Node, duration: Duration = "1h", json: options.Json = False) -> None:
     """Ask the node to keep a prompt until a deadline. Its blocks are given up last, and admitted to every tier."""
     seconds = _seconds(duration)
-    with options.connect(config, overrides, socket) as client:
-        arguments = prompts.chain_arguments(
-            client, request, key, text, file, tokens, tokenizer, namespace, cache_salt, lora
-        )
-        document = client.call("pin", 30.0, seconds=seconds, **arguments)
-    if json:
-        print_json(document)
-        return
+    with node.connect() as client:
+        document = client.call("pin", 30.0, seconds=seconds, **prompt.arguments(client))
+    output.show(json, document, lambda: _print(document, duration))
+
+
+def _print(document: dict[str, Any], duration: str) -> None:
     print(f"{number(document['pinned'])} blocks pinned for {duration}; held now: {_held(document['held'])}.")
     if document["pinned"] < document["blocks"]:
         note(f"{number(document['blocks'] - document['pinned'])} are not: the node holds as many pins as it may.")
 
 
-def unpin(
-    request: prompts.Request = None,
-    key: prompts.Key = None,
-    text: prompts.Text = None,
-    file: prompts.File = None,
-    tokens: prompts.Tokens = None,
-    tokenizer: prompts.TokenizerName = None,
-    namespace: NamespaceOption = None,
-    cache_salt: prompts.Salt = "",
-    lora: prompts.Lora = "",
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def unpin(prompt: prompts.Named, node: options.Node, json: options.Json = False) -> None:
     """End the pins of a prompt's blocks."""
-    with options.connect(config, overrides, socket) as client:
-        arguments = prompts.chain_arguments(
-            client, request, key, text, file, tokens, tokenizer, namespace, cache_salt, lora
-        )
-        document = client.call("unpin", 30.0, **arguments)
-    if json:
-        print_json(document)
-    else:
-        print(f"{number(document['unpinned'])} blocks are not pinned any more.")
+    with node.connect() as client:
+        document = client.call("unpin", 30.0, **prompt.arguments(client))
+    output.show(json, document, lambda: print(f"{number(document['unpinned'])} blocks are not pinned any more."))
 
 
-def show(
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
-    json: options.Json = False,
-) -> None:
+@grouped
+def show(node: options.Node, json: options.Json = False) -> None:
     """List what is pinned, and for how long."""
-    with options.connect(config, overrides, socket) as client:
+    with node.connect() as client:
         pins = client.call("pins")["pins"]
-    if json:
-        print_json(pins)
-        return
+    output.show(json, pins, lambda: _print_pins(pins))
+
+
+def _print_pins(pins: list[dict[str, Any]]) -> None:
     if not pins:
         note("Nothing is pinned.")
         return

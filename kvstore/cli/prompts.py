@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstore.cli.blocks import key_of, namespace_of
+from kvstore.cli.blocks import NamespaceOption, key_of, namespace_of
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvstore.admin.models.prompts import Prompt
     from kvstore.node.client import Client
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -37,38 +39,69 @@ Salt = Annotated[str, typer.Option("--cache-salt", metavar="TEXT", help="cache_s
 Lora = Annotated[str, typer.Option("--lora", metavar="DIGEST", help="Digest of the LoRA adapter's weights.")]
 
 
-def chain_arguments(
-    client: Client,
-    request: str | None,
-    key: str | None,
-    text: str | None,
-    file: Path | None,
-    tokens: Path | None,
-    tokenizer: str | None,
-    namespace: str | None,
-    salt: str,
-    lora: str,
-) -> dict[str, Any]:
-    """Arguments for the node's verbs that take a chain. Raises ConfigError unless exactly one way was used."""
-    given = [way for way in (request, key, text, file, tokens) if way is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            "prompt",
-            " ".join(map(str, given)),
-            "named in no way, or in several",
-            "Give REQUEST, --key, --text or --tokens.",
-        )
-    if request is not None:
-        return {"request": request}
-    if key is not None:
-        return {"key": key_of(key)}
-    ids = token_ids(read(tokens)) if tokens is not None else _encode(text if file is None else read(file), tokenizer)
-    return {
-        "tokens": packed(ids),
-        "namespace": _namespace(client, namespace),
-        "cache_salt": salt,
-        "lora": lora,
-    }
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A prompt, in one of those ways."""
+
+    request: Request = None
+    key: Key = None
+    text: Text = None
+    file: File = None
+    tokens: Tokens = None
+    tokenizer: TokenizerName = None
+    namespace: NamespaceOption = None
+    cache_salt: Salt = ""
+    lora: Lora = ""
+
+    @property
+    def given(self) -> bool:
+        """Whether one was named at all."""
+        return any(way is not None for way in (self.request, self.key, self.text, self.file, self.tokens))
+
+    def prompt(self) -> Prompt:
+        """As the admin API takes it; text without --tokenizer is for the API's own. Raises ConfigError."""
+        from kvstore.admin.models.prompts import Prompt
+
+        self._check()
+        if self.request is not None:
+            return Prompt(request=self.request)
+        if self.key is not None:
+            return Prompt(key=key_of(self.key).hex())
+        if not self.namespace:
+            raise ConfigError("--namespace", "", "needed beside tokens or text", "Give a model's name or a digest.")
+        about = {"namespace": self.namespace, "cache_salt": self.cache_salt, "lora": self.lora}
+        if self.tokens is None and self.tokenizer is None:
+            return Prompt(text=self.text if self.file is None else read(self.file), **about)
+        return Prompt(tokens=self._ids(), **about)
+
+    def arguments(self, client: Client) -> dict[str, Any]:
+        """For the node's verbs that take a chain. Raises ConfigError unless exactly one way was used."""
+        self._check()
+        if self.request is not None:
+            return {"request": self.request}
+        if self.key is not None:
+            return {"key": key_of(self.key)}
+        return {
+            "tokens": packed(self._ids()),
+            "namespace": _namespace(client, self.namespace),
+            "cache_salt": self.cache_salt,
+            "lora": self.lora,
+        }
+
+    def _check(self) -> None:
+        given = [way for way in (self.request, self.key, self.text, self.file, self.tokens) if way is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                "prompt",
+                " ".join(map(str, given)),
+                "named in no way, or in several",
+                "Give REQUEST, --key, --text, --file or --tokens.",
+            )
+
+    def _ids(self) -> list[int]:
+        if self.tokens is not None:
+            return token_ids(read(self.tokens))
+        return _encode(self.text if self.file is None else read(self.file), self.tokenizer)
 
 
 def read(path: Path | None) -> str:

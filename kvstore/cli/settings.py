@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import print_json, print_table
 
 
-def show(config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False) -> None:
+@grouped
+def show(source: options.Settings, json: options.Json = False) -> None:
     """Print every setting, its value and where the value came from. Secrets are masked."""
-    settings = options.load(config, overrides).settings()
+    settings = source.load().settings()
     if json:
         print_json([asdict(setting) for setting in settings])
     else:

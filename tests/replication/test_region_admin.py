@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import httpx
 import pytest
 from conftest import Pair
 from region_cases import KEY, LLAMA, PAYLOAD_BYTES, chain, store, stored
+from typer.testing import CliRunner, Result
 
 from kvstore.admin.client import AdminClient
 from kvstore.admin.models.jobs import Job, JobState
+from kvstore.cli import app
 from kvstore.errors import ConfigError
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode
@@ -75,6 +78,38 @@ async def test_resync_copies_and_a_pause_keeps_it_from_that(
     assert done.result is not None
     assert done.result["flows"][0]["copied"] == {"copied": 3}
     assert set(stored(pair.eu)) == {block.key for block in blocks}
+
+
+def command(service: httpx.Client, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--api", str(service.base_url)])
+
+
+async def test_a_region_is_steered_from_the_command_line(
+    pair: Pair, service: httpx.Client, random_source: random.Random
+) -> None:
+    blocks = chain(random_source, 3)
+    store(pair.na, blocks)
+    await pair.publish()
+    assert "never level" in command(service, "replication", "status").stdout
+    assert "na" in command(service, "replication", "topology").stdout
+    assert "na is paused" in command(service, "replication", "pause", "na").stderr
+    assert command(service, "replication", "pause", "no such region").exit_code == 1
+    assert "paused" in command(service, "replication", "status", "--json").stdout
+    assert "Nothing is paused" in command(service, "replication", "resume").stderr
+    planned = json.loads(command(service, "replication", "plan", "--json").stdout)
+    assert planned["result"]["flows"][0]["blocks"] == 3
+    assert command(service, "replication", "resync").exit_code == 0
+    assert len(stored(pair.eu)) == 3
+    assert "na" in command(service, "top").stdout
+
+    purged = command(service, "purge", "--key", blocks[1].key.hex(), "--everywhere", "--yes", "--json")
+    assert purged.exit_code == 0, purged.output
+    assert json.loads(purged.stdout)["result"]["deleted"] == 2
+    assert set(stored(pair.eu)) == {blocks[0].key}
+    assert command(service, "replication", "resync").exit_code == 0
+    assert set(stored(pair.eu)) == {blocks[0].key}, "what was purged came back"
+    assert command(service, "purge", "-n", LLAMA.model, "--everywhere", "--yes").exit_code == 0
+    assert stored(pair.eu) == {}
 
 
 async def test_only_sources_can_be_paused(pair: Pair, service: httpx.Client) -> None:

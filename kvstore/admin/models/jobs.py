@@ -60,6 +60,7 @@ class JobKindInfo(Model):
 
     name: str = Field(examples=["scrub"])
     summary: str
+    role: str = Field(description="What starting one needs.", examples=["operator"])
     options: dict[str, Any] = Field(description="JSON schema of the options.")
 
 

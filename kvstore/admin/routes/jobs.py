@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from kvstore.admin.auth import Role, reads, writes
+from kvstore.admin.auth import Principal, Role, authorize, reads, require, writes
 from kvstore.admin.models.jobs import Job, JobKindInfo, JobPage, JobState, NewJob
 from kvstore.admin.paging import Cursor, Limit, page_of
 from kvstore.admin.problems import documented
@@ -26,13 +26,16 @@ async def _job(job: str, site: CurrentSite) -> Job:
 
 
 CurrentJob = Annotated[Job, Depends(_job)]
+Operator = Annotated[Principal, authorize(Role.OPERATOR)]
 
 
 @router.get("/job-kinds", dependencies=reads())
 async def job_kinds(site: CurrentSite) -> list[JobKindInfo]:
     """What can be run as a job here."""
     return [
-        JobKindInfo(name=kind.name, summary=kind.summary, options=kind.options.model_json_schema())
+        JobKindInfo(
+            name=kind.name, summary=kind.summary, role=kind.role.value, options=kind.options.model_json_schema()
+        )
         for kind in site.jobs.kinds
     ]
 
@@ -51,8 +54,9 @@ async def list_jobs(
 
 
 @router.post("/jobs", dependencies=writes(Role.OPERATOR), status_code=202, responses=documented(404, 409, 422))
-async def create_job(wanted: NewJob, site: CurrentSite) -> Job:
-    """Start a job. One of a kind runs at a time."""
+async def create_job(wanted: NewJob, site: CurrentSite, who: Operator) -> Job:
+    """Start a job. One of a kind runs at a time. Kinds that delete need an admin."""
+    require(who, site.jobs.kind(wanted.kind).role)
     return site.jobs.create(wanted.kind, wanted.options)
 
 
@@ -79,6 +83,7 @@ async def cancel_job(job: CurrentJob, site: CurrentSite) -> Job:
 @router.post(
     "/jobs/{job}/resume", dependencies=writes(Role.OPERATOR), status_code=202, responses=documented(404, 409, 422)
 )
-async def resume_job(job: CurrentJob, site: CurrentSite) -> Job:
-    """Go on with a job that was cancelled, interrupted or failed."""
+async def resume_job(job: CurrentJob, site: CurrentSite, who: Operator) -> Job:
+    """Go on with a job that was cancelled, interrupted or failed. Needs the role that starting it needs."""
+    require(who, site.jobs.kind(job.kind).role)
     return site.jobs.resume(job.id)
