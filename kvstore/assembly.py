@@ -215,9 +215,12 @@ async def open_sharing(config: Config) -> Sharing | None:
     catalog = await open_catalog(config)
     if catalog is None:
         return None
+    from kvstore.catalog.presence import Presence
     from kvstore.catalog.sharing import Sharing
 
-    return Sharing(catalog, config.object.bytes, config.host.extent)
+    api = config.api.url if config.api.listen else ""
+    here = Presence.here(node_name(config.node.directory), config.region.name, api)
+    return Sharing(catalog, here, config.object.bytes, config.host.extent)
 
 
 def object_settings(config: Config) -> ObjectSettings:

@@ -7,6 +7,7 @@ import asyncio
 from kvstore.admin.cached import Cached
 from kvstore.admin.models.status import CatalogInfo, ClaimInfo
 from kvstore.catalog.base import Catalog
+from kvstore.catalog.presence import FOLDER, Presence, apis, present, this_host
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 
@@ -21,6 +22,7 @@ class CatalogView:
         self._catalog: Catalog | None = None
         self._opening = asyncio.Lock()
         self.status = Cached(self._status, STATUS_SECONDS)
+        self.nodes = Cached(self._nodes, STATUS_SECONDS)
 
     async def close(self) -> None:
         if self._catalog is not None:
@@ -36,6 +38,13 @@ class CatalogView:
             changes=found.changes,
             claims=[ClaimInfo(name=one.name, holder=one.holder, expires=one.expires) for one in found.claims],
         )
+
+    async def apis(self, name: str) -> list[str]:
+        """Addresses of the other nodes' APIs. ``name``: of the node here."""
+        return apis((node for node in await self.nodes() if node.name != name), this_host())
+
+    async def _nodes(self) -> list[Presence]:
+        return present((await (await self._open()).documents.read_all(FOLDER)).values())
 
     async def _open(self) -> Catalog:
         from kvstore.assembly import open_catalog

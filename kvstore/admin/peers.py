@@ -7,26 +7,44 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 from pydantic import ValidationError
 
 from kvstore.admin.models.prompts import RouterPeeked, Unanswered
-from kvstore.errors import ConfigError
+from kvstore.errors import CatalogUnavailable, ConfigError
 
 REST_SECONDS = 1.0
 """A peer that did not answer is asked again at most this often, so that not every request of a router waits for it."""
+LOOK_SECONDS = 2.0
+"""How old the list of the region's nodes may be: they say that they live so often."""
+MOST_PEERS = 1024
 MAX_TOKEN_BYTES = 4096
+
+Find = Callable[[], Awaitable[Sequence[str]]]
+"""Addresses of the region's other nodes. Raises CatalogUnavailable."""
+
+
+async def nobody() -> Sequence[str]:
+    return ()
 
 
 class Peers:
     """In one event loop."""
 
-    def __init__(self, urls: Sequence[str] = (), token_file: Path | None = None) -> None:
-        """``urls`` as ``http://10.0.0.2:7070``. Raises ConfigError when the token cannot be read."""
-        self.urls = tuple(dict.fromkeys(urls))
+    def __init__(self, urls: Sequence[str] = (), token_file: Path | None = None, find: Find = nobody) -> None:
+        """``urls``, as ``http://10.0.0.2:7070``, and those that ``find`` finds.
+
+        Raises ConfigError when the token cannot be read.
+        """
+        self._named = tuple(dict.fromkeys(urls))
+        self._find = find
+        self._found: Sequence[str] = ()
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = 0.0
         self._headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file else {}
         self._http: httpx.AsyncClient | None = None
         self._resting: dict[str, tuple[float, str]] = {}
@@ -34,17 +52,35 @@ class Peers:
 
     async def ask(self, chains: Sequence[bytes], timeout: float) -> list[tuple[str, RouterPeeked | Unanswered]]:
         """What each peer could serve of ``chains`` of joined keys, by its address. Returns within ``timeout`` seconds."""
-        if not self.urls or not chains:
+        urls = await self._urls(timeout) if chains else ()
+        if not urls:
             return []
         if self._http is None:
             self._http = httpx.AsyncClient(headers=self._headers, timeout=None)
         body = {"chains": [chain.hex() for chain in chains]}
-        answers = await asyncio.gather(*(self._ask(self._http, url, body, timeout) for url in self.urls))
-        return list(zip(self.urls, answers, strict=True))
+        answers = await asyncio.gather(*(self._ask(self._http, url, body, timeout) for url in urls))
+        return list(zip(urls, answers, strict=True))
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         if self._http is not None:
             await self._http.aclose()
+
+    async def _urls(self, timeout: float) -> Sequence[str]:
+        """All that are known. Only the first call waits for the catalog, and for half of ``timeout`` at most."""
+        first = self._looking is None
+        if self._looking is None or (self._looking.done() and time.monotonic() - self._looked_at > LOOK_SECONDS):
+            self._looking = asyncio.create_task(self._look())
+        if first:
+            await asyncio.wait([self._looking], timeout=timeout / 2)
+        return tuple(dict.fromkeys((*self._named, *self._found)))
+
+    async def _look(self) -> None:
+        with suppress(CatalogUnavailable):  # those found last are still asked
+            self._found = (await self._find())[:MOST_PEERS]
+        self._looked_at = time.monotonic()
 
     async def _ask(
         self, http: httpx.AsyncClient, url: str, body: dict[str, list[str]], timeout: float

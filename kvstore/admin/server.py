@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,7 +19,7 @@ from kvstore.admin.catalog import CatalogView
 from kvstore.admin.guard import LOOPBACK
 from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
-from kvstore.admin.peers import Peers
+from kvstore.admin.peers import Peers, nobody
 from kvstore.admin.site import Site
 from kvstore.admin.tokenizers import Tokenizers
 from kvstore.admin.tokens import BearerTokens
@@ -91,14 +92,17 @@ async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
 def open_site(loaded: Loaded, node: bool = True) -> Site:
     """What the routes of this configuration work with. Raises ConfigError."""
     config = loaded.config
+    name = node_name(config.node.directory) if node else config.region.name
+    catalog = CatalogView(config) if config.catalog.url else None
+    named = [peer for peer in config.api.peers if peer != config.api.url]
     return Site(
         loaded,
         NodeView(config.node.socket, Tokenizers(config.api.tokenizers)) if node else None,
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
-        name=node_name(config.node.directory) if node else config.region.name,
+        name=name,
         url=config.api.url,
-        peers=Peers([peer for peer in config.api.peers if peer != config.api.url], config.api.peer_token),
-        catalog=CatalogView(config) if config.catalog.url else None,
+        peers=Peers(named, config.api.peer_token, partial(catalog.apis, name) if catalog is not None else nobody),
+        catalog=catalog,
         authenticate=BearerTokens(config.api.tokens) if config.api.tokens else everybody,
     )
 

@@ -141,7 +141,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A name that one holder has until a time: a role that must be played once, or a node that is alive."""
+    """A name that one holder has until a time: a role that must be played once."""
 
     name: str
     holder: str

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import secrets
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
@@ -16,7 +12,9 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvstore.catalog.base import Catalog, Entry
+from kvstore.catalog.documents import Documents
 from kvstore.catalog.follower import Follower
+from kvstore.catalog.presence import Presence
 from kvstore.catalog.publisher import Publisher
 from kvstore.catalog.rebuild import ROLE as REBUILD
 from kvstore.catalog.rebuild import ROLE_SECONDS as REBUILD_SECONDS
@@ -49,13 +47,13 @@ class Sharing(Peers):
     queue, and it asks the bucket itself for blocks that others may have stored.
     """
 
-    def __init__(self, catalog: Catalog, capacity: int | None, largest_block: int) -> None:
+    def __init__(self, catalog: Catalog, node: Presence, capacity: int | None, largest_block: int) -> None:
         """``capacity``: bytes that the nodes of the region keep the bucket under together; None: no limit.
 
         ``largest_block``: envelope bytes that the node can load.
         """
-        host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
-        self.name = f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.name = node.process
+        self._node = node
         self.keep_room = capacity is not None
         self._catalog = catalog
         self._publisher = Publisher(catalog)
@@ -65,6 +63,16 @@ class Sharing(Peers):
         self._follower: Follower
         self._evictor = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._further: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def documents(self) -> Documents:
+        """What the processes of the region tell each other."""
+        return self._catalog.documents
+
+    def also(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do ``work`` every ``DUTY_SECONDS`` too, from ``join`` on. A KVStoreError that it raises is logged."""
+        self._further.append(work)
 
     def watch(self, registry: CollectorRegistry) -> None:
         """Show the state of the link in ``registry``."""
@@ -93,6 +101,7 @@ class Sharing(Peers):
             self._forever(self._renew_claims, DUTY_SECONDS),
             self._forever(self._fill, DUTY_SECONDS),
             self._forever(self._evict, DUTY_SECONDS),
+            *(self._forever(work, DUTY_SECONDS) for work in self._further),
         ]
         self._tasks = [asyncio.create_task(work) for work in works]
 
@@ -123,7 +132,8 @@ class Sharing(Peers):
                 task.cancel()
             await asyncio.wait(tasks)
             with suppress(CatalogUnavailable):  # what is not given back runs out
-                for name in (self._heartbeat, EVICT, REBUILD):
+                await self._catalog.documents.put(self._node.document, b"", 0)
+                for name in (EVICT, REBUILD):
                     await self._catalog.claim(name, self.name, 0)
         await self._catalog.close()
 
@@ -142,10 +152,6 @@ class Sharing(Peers):
         await self._tier.probe(keys)
 
     # --- in the background
-
-    @property
-    def _heartbeat(self) -> str:
-        return f"node/{self.name}"
 
     async def _forever(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
         delay = seconds
@@ -167,7 +173,7 @@ class Sharing(Peers):
 
     async def _renew_claims(self) -> None:
         try:
-            await self._catalog.claim(self._heartbeat, self.name, LEASE_SECONDS)
+            await self._catalog.documents.put(self._node.document, self._node.pack(), LEASE_SECONDS)
             if self._capacity is not None:
                 self._evictor = await self._catalog.claim(EVICT, self.name, LEASE_SECONDS) is not None
         except CatalogUnavailable:

@@ -169,9 +169,9 @@ class SettingInfo(Model):
 
 
 class ClaimInfo(Model):
-    """Who has a role in the region, or is alive."""
+    """Who has a role in the region."""
 
-    name: str = Field(examples=["node/gpu-17:412:9f8e7d6c"])
+    name: str = Field(examples=["role/evictor"])
     holder: str
     expires: float
 
@@ -193,4 +193,6 @@ class NodeInfo(Model):
     name: str
     here: bool = Field(description="Whether this API is beside it.")
     url: str = Field("", description="Its API, where known.")
+    region: str = Field("", description="As it was configured.")
+    started: float | None = Field(None, description="When its process began.")
     expires: float | None = Field(None, description="When it counts as gone, unless it is heard of again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import tempfile
 import time
@@ -17,10 +18,12 @@ from kvstore.admin.auth import Role
 from kvstore.admin.client import AdminClient
 from kvstore.admin.models.prompts import Prompt
 from kvstore.admin.tokens import TokenBook
+from kvstore.catalog.documents import Document
+from kvstore.catalog.presence import Presence, apis, present, this_host
 from kvstore.config import load
 from kvstore.errors import ConfigError
 from kvstore.testing.admin import RunningApi
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import RunningNode, wait_for
 from kvstore.testing.servers import free_port
 
 SHORT = 3
@@ -120,3 +123,59 @@ def test_peers_may_be_a_list(tmp_path: Path) -> None:
     file.write_text('[api]\npeers = ["http://10.0.0.2:7070", "http://10.0.0.3:7070"]\n')
     listed = load(file, environ={}).config.api.peers
     assert listed == load(None, ["api.peers=http://10.0.0.2:7070, http://10.0.0.3:7070"], environ={}).config.api.peers
+
+
+def test_nodes_of_a_region_find_each_other_in_the_catalog() -> None:
+    with tempfile.TemporaryDirectory(prefix="kvp-") as name, ExitStack() as stack:
+        region = (f"object.url=file://{name}/bucket", f"catalog.url=sqlite://{name}/catalog.db")
+        apis = []
+        for number in range(2):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            address = f"api.listen=127.0.0.1:{free_port()}"
+            node = stack.enter_context(RunningNode(folder, *region, address, "policy.admission=off"))
+            if not number:
+                save_chain(node.socket, TOKENS)
+            apis.append(stack.enter_context(RunningApi(folder, *region, address)))
+        here, peer = apis
+        client = stack.enter_context(AdminClient(here.url))
+        wait_for(lambda: {node.url for node in client.nodes()} == {here.url, peer.url})
+        assert all(node.started is not None for node in client.nodes())
+
+        def found() -> set[str]:
+            return {node.url for node in client.router_lookup([PROMPT]).prompts[0].nodes}
+
+        wait_for(lambda: found() == {here.url, peer.url})
+
+
+def test_only_addresses_that_can_be_reached_are_asked() -> None:
+    def node(host: str, api: str) -> Presence:
+        return Presence(name=host, process=f"{host}:1:a", host=host, api=api)
+
+    nodes = [
+        node("a", "http://127.0.0.1:1"),
+        node("b", "http://127.0.0.1:2"),
+        node("c", "http://10.0.0.3:7070"),
+        node("d", "https://[::1]:3"),
+        node("e", ""),
+        node("f", "http://gpu-6:7070"),
+    ]
+    assert apis(nodes, "a") == ["http://127.0.0.1:1", "http://10.0.0.3:7070", "http://gpu-6:7070"]
+    assert Presence.here("n", "", "http://0.0.0.0:7070").api == f"http://{this_host()}:7070"
+    assert Presence.here("n", "", "https://[::]:7070").api == f"https://{this_host()}:7070"
+    assert Presence.here("n", "", "http://10.0.0.3:7070").api == "http://10.0.0.3:7070"
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"7", b"[]", b"{}", b'{"name": "a"}'])
+def test_what_is_no_presence_is_passed_over(body: bytes) -> None:
+    here = Presence.here("n", "eu", "")
+    documents = [Document("nodes/x", body, 1, 9.0), Document(here.document, here.pack(), 2, 9.0)]
+    assert present(documents) == [dataclasses.replace(here, expires=9.0)]
+
+
+def test_of_a_node_that_came_back_its_latest_life_counts() -> None:
+    lives = [
+        Presence(name="n", process=f"h:{pid}:a", host="h", started=at) for pid, at in ((1, 5.0), (2, 7.0), (3, 6.0))
+    ]
+    documents = [Document(one.document, one.pack(), 1, 9.0) for one in lives]
+    assert [one.process for one in present(documents)] == ["h:2:a"]
