@@ -66,7 +66,7 @@ def _measure(backend: str, folder: Path) -> dict[str, float]:
     if backend == "fs":
         return _bench({"type": "fs", "base_path": str(folder)}, folder)
     with NodeProcess(folder, *NODE) as node:
-        params = {"socket": str(node.socket), "autostart": False}
+        params = {"socket": str(node.socket), "autostart": False, "names": str(folder / "names.db")}
         described = {"type": backend, "module_path": "connectors.lmcache", "class_name": OURS[backend]}
         return _bench({**described, "adapter_params": params}, folder)
 

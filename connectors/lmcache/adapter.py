@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
-from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.api import EncodedObjectKey, KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
@@ -19,10 +17,15 @@ from lmcache.v1.platform import create_event_notifier
 
 from connectors.lmcache.chunks import Chunks
 from connectors.lmcache.connector import flat
+from connectors.lmcache.names import Names
 from connectors.lmcache.options import Options
 
-REMEMBERED_KEYS = 1 << 17
-"""Keys that a listing can name: the node knows blocks by keyed hashes, so only keys seen here have a name."""
+BATCH = 1000
+"""Names of which the node is asked at a time, for a listing."""
+MOST_BATCHES = 10
+"""Of one page: what the node has given up is named for a while, and passed over."""
+LAST = "\U0010ffff"
+"""Comes after every name."""
 
 
 class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
@@ -45,7 +48,8 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
         self._lookups: dict[int, Bitmap] = {}
         self._loads: dict[int, Bitmap] = {}
         self._stored, self._looked_up, self._loaded = (create_event_notifier() for _ in range(3))
-        self._seen: OrderedDict[str, tuple[ObjectKey, int]] = OrderedDict()
+        space = f"{options.weights}|{options.dtype}|{options.chunk_tokens}"
+        self._named = Names(options.names_file, space)
 
     def get_store_event_fd(self) -> int:
         return int(self._stored.fileno())
@@ -64,7 +68,7 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
             stored = self._chunks.save(names, buffers)
             kept = [place for place, well in enumerate(stored) if well]
             if kept:
-                self._remember([(names[place], keys[place], sizes[place]) for place in kept])
+                self._named.add([(names[place], sizes[place]) for place in kept])
                 self._notify_keys_stored([keys[place] for place in kept], [sizes[place] for place in kept])
             return L2StoreResult(all(stored), sum(sizes) if all(stored) else 0)
 
@@ -102,6 +106,7 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
 
         def work() -> Bitmap:
             loaded = self._chunks.load(names, buffers)
+            self._named.add([(n, b.nbytes) for n, b, well in zip(names, buffers, loaded, strict=True) if well])
             self._notify_keys_accessed([key for key, well in zip(keys, loaded, strict=True) if well])
             return _bitmap(loaded)
 
@@ -114,29 +119,35 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
     def delete(self, keys: list[ObjectKey]) -> None:
         """Delete from every tier of the node; a chunk that is locked goes when it is unlocked."""
         names = _names(keys)
-        done = {name for name, well in zip(names, self._chunks.delete(names), strict=True) if well}
-        with self._lock:
-            gone = [self._seen.pop(name) for name in names if name in done and name in self._seen]
+        done = self._chunks.delete(names)
+        sizes = self._named.remove([name for name, well in zip(names, done, strict=True) if well])
+        gone = [(key, sizes[name]) for key, name in zip(keys, names, strict=True) if name in sizes]
         if gone:
             self._notify_keys_deleted([key for key, _ in gone], [size for _, size in gone])
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
-        """Keys stored by this process that the node still holds, by name."""
+        """What the node holds of the chunks that LMCache servers of this machine have stored or loaded, by name.
+
+        A page may have fewer entries than ``page_size``, or none, and yet not be the last one.
+        """
         if page_size < 1:
             raise ValueError(f"page_size is {page_size}; it must be positive")
-        with self._lock:
-            seen = dict(self._seen)
-        names = sorted(name for name, (key, _) in seen.items() if model_name in (None, key.model_name))
-        rest = names[bisect_right(names, cursor) if cursor else 0 :]
-        page = rest[:page_size]
-        entries = tuple(
-            KeyEntry(seen[name][0].to_encoded_object_key(), seen[name][1])
-            for name, held in zip(page, self._chunks.holds(page), strict=True)
-            if held
-        )
-        return KeyListPage(entries, page[-1] if len(rest) > page_size else None)
+        at, end = ("", LAST) if model_name is None else (model_name + "@", model_name + "A")  # "A" comes after "@"
+        at = max(at, cursor or "")
+        entries: list[KeyEntry] = []
+        for _ in range(MOST_BATCHES):
+            named = self._named.between(at, end, BATCH)
+            if not named:
+                return KeyListPage(tuple(entries), None)
+            held = self._chunks.holds([name for name, _ in named])
+            for (at, size), here in zip(named, held, strict=True):
+                if here:
+                    entries.append(KeyEntry(_key(at), size))
+                if len(entries) == page_size:
+                    return KeyListPage(tuple(entries), at)
+        return KeyListPage(tuple(entries), at)
 
     def report_status(self) -> dict[str, Any]:
         """Whether the node answers, and why chunks were missed since the start."""
@@ -145,6 +156,7 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._chunks.close()
+        self._named.close()
         for notifier in (self._stored, self._looked_up, self._loaded):
             notifier.close()
 
@@ -163,13 +175,6 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
         self._pool.submit(run)
         return task
 
-    def _remember(self, stored: Sequence[tuple[str, ObjectKey, int]]) -> None:
-        with self._lock:
-            for name, key, size in stored:
-                self._seen[name] = key, size
-            while len(self._seen) > REMEMBERED_KEYS:
-                self._seen.popitem(last=False)
-
 
 def _names(keys: Sequence[ObjectKey]) -> list[str]:
     """The text form of keys that ``native_plugin`` uses, so that both adapters share their chunks."""
@@ -185,6 +190,12 @@ def _names(keys: Sequence[ObjectKey]) -> list[str]:
         )
         for key in keys
     ]
+
+
+def _key(name: str) -> EncodedObjectKey:
+    """What ``_names`` made the name from."""
+    model, rank, group, digest, *salt = name.split("@")
+    return EncodedObjectKey(digest, model, int(rank, 16), int(group, 16), "".join(salt))
 
 
 def _bitmap(flags: Sequence[bool]) -> Bitmap:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from connectors import settings
+from kvstore.config.schema import default_directory
 from kvstore.errors import ConfigError
 
 
@@ -27,6 +29,12 @@ class Options:
     """LMCache's ``--chunk-size``."""
     workers: int = 4
     """Threads that copy."""
+    names: str = ""
+    """File with the names of chunks, for listings; empty for ``lmcache-names.db`` in the default of ``node.directory``."""
+
+    @property
+    def names_file(self) -> Path:
+        return Path(self.names) if self.names else default_directory() / "lmcache-names.db"
 
     @classmethod
     def parse(cls, params: dict[str, Any]) -> Options:

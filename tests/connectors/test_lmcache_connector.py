@@ -13,6 +13,7 @@ import pytest
 
 from connectors.lmcache.chunks import MAX_SIZES, Chunks
 from connectors.lmcache.connector import Completion, KVStoreConnector
+from connectors.lmcache.names import Names
 from connectors.lmcache.options import Options
 from kvstore.errors import ConfigError
 from kvstore.testing.node import RunningNode
@@ -235,11 +236,11 @@ class Item:
     byte_array: memoryview
 
 
-def test_the_adapter_locks_lists_and_reports(node: RunningNode) -> None:
+def test_the_adapter_locks_lists_and_reports(node: RunningNode, tmp_path: Path) -> None:
     api = pytest.importorskip("lmcache.v1.distributed.api")
     from connectors.lmcache import KVStoreAdapter
 
-    adapter = KVStoreAdapter({"socket": str(node.socket), "autostart": False})
+    adapter = KVStoreAdapter({"socket": str(node.socket), "autostart": False, "names": str(tmp_path / "names.db")})
     adapter.set_backend_identity("plugin")
     keys = [api.ObjectKey(bytes([number]) * 32, "org/model", 0x01000100) for number in range(5)]
     stored, buffers = payloads(5), empty(5)
@@ -274,6 +275,71 @@ def test_the_adapter_locks_lists_and_reports(node: RunningNode) -> None:
     assert adapter.list_l2_keys("other").entries == ()
     assert adapter.report_status()["is_healthy"]
     adapter.close()
+
+
+def test_a_listing_shows_what_the_node_holds_whoever_stored_it_and_whenever(tmp_path: Path) -> None:
+    api = pytest.importorskip("lmcache.v1.distributed.api")
+    from connectors.lmcache import KVStoreAdapter
+
+    def adapter(node: RunningNode, **params: str) -> KVStoreAdapter:
+        names = str(tmp_path / "names.db")
+        return KVStoreAdapter({"socket": str(node.socket), "autostart": False, "names": names, **params})
+
+    def store(into: KVStoreAdapter, keys: list[object]) -> None:
+        task = into.submit_store_task(keys, [Item(memoryview(buffer)) for buffer in payloads(len(keys))])
+        wait_until(lambda: task in into.pop_completed_store_tasks())
+
+    def listed(by: KVStoreAdapter, model: str | None = None) -> list[object]:
+        found, cursor = [], None
+        while True:
+            page = by.list_l2_keys(model, page_size=2, cursor=cursor)
+            found += [entry.key.to_object_key() for entry in page.entries]
+            assert {entry.size_bytes for entry in page.entries} <= {SIZE}
+            if (cursor := page.next_page_token) is None:
+                return found
+
+    keys = [api.ObjectKey(bytes([number]) * 32, "org/model", 0x02010201, 1, "salt") for number in range(5)]
+    other = [api.ObjectKey(bytes([number]) * 32, "org/model2", 0x01000100) for number in range(2)]
+    with RunningNode(tmp_path) as node:
+        first = adapter(node)
+        store(first, keys)
+        store(first, other)
+        second = adapter(node)
+        assert listed(second) == [*other, *keys], "by name"
+        assert listed(second, "org/model") == keys
+        assert listed(second, "org/model2") == other
+        assert listed(second, "org") == []
+        second.delete(keys[:1])
+        assert listed(first, "org/model") == keys[1:]
+        apart = adapter(node, dtype="float8")
+        assert listed(apart) == []
+        for each in (first, second, apart):
+            each.close()
+    with RunningNode(tmp_path) as node:
+        later = adapter(node)
+        assert listed(later) == [*other, *keys[1:]], "from the disk, by another process"
+        later.close()
+
+
+def test_names_are_bounded_and_outlive_their_process(tmp_path: Path) -> None:
+    names = Names(tmp_path / "names.db", "space", most=3)
+    names.add((f"model@{number}", 10 + number) for number in range(4))
+    names.add([("model@3", 13)])
+    names.close()
+    again = Names(tmp_path / "names.db", "space")
+    assert again.between("", "n", 10) == [("model@1", 11), ("model@2", 12), ("model@3", 13)]
+    assert again.between("model@1", "model@3", 10) == [("model@2", 12)]
+    assert again.remove(["model@2", "model@9"]) == {"model@2": 12}
+    assert again.between("", "n", 1) == [("model@1", 11)]
+    again.close()
+
+
+def test_without_a_place_for_names_a_process_names_what_it_moved(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    names = Names(tmp_path / "file" / "names.db", "space")
+    names.add([("model@1", 1)])
+    assert names.between("", "n", 10) == [("model@1", 1)]
+    names.close()
 
 
 def completions(connector: KVStoreConnector, count: int) -> dict[int, Completion]:

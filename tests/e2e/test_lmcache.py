@@ -39,7 +39,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
 def adapter(kind: str, node: NodeProcess, **fields: Any) -> str:
     """The one flag that a user adds."""
     class_name = {"native_plugin": "KVStoreConnector", "plugin": "KVStoreAdapter"}[kind]
-    params = {"socket": str(node.socket), "autostart": False}
+    params = {"socket": str(node.socket), "autostart": False, "names": str(node.directory / "names.db")}
     described = {"type": kind, "module_path": "connectors.lmcache", "class_name": class_name}
     return json.dumps({**described, "adapter_params": params, **fields})
 
