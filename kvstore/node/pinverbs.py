@@ -34,9 +34,7 @@ def pin_verbs(store: Store, pins: Pins, chains: Chains) -> Mapping[str, Verb]:
 
     async def unpin(caller: Caller, args: Arguments) -> Any:
         chain = await chains.named(args)
-        pinned = sum(pins.hold(chain.keys, time.time()))
-        pins.unpin(chain.keys)
-        return {"unpinned": pinned}
+        return {"unpinned": pins.unpin(chain.keys, time.time())}
 
     async def list_pins(caller: Caller, args: Arguments) -> Any:
         """What is pinned, by deadline; ``key`` is the last block that was named with it."""

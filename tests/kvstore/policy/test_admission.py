@@ -140,7 +140,7 @@ def test_pins_end_by_themselves() -> None:
     assert pins.pin(chain("c", 4), until=1e12, now=60.0) == 4
     assert pins.pin(chain("d", 1), until=1e12, now=60.0) == 0, "full"
     assert pins.hold(chain("c", 1), 60.0 + LONGEST) == [False]
-    pins.unpin(chain("c", 4))
+    assert pins.unpin(chain("c", 4), 60.0) == 4
     assert len(pins) == 0
 
 
