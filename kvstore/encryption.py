@@ -1,7 +1,7 @@
 """Keys for encryption at rest.
 
 A keyring is text: one ``id:key`` a line, both in hexadecimal, the active key first; the others only decrypt. To rotate, put a
-new line on top and keep the old ones until nothing uses them. Where keys come from a KMS, implement ``KeyRing``.
+new line on top and keep the old ones until nothing uses them. A line may be encrypted by a KMS (``kvstore/kms.py``).
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Protocol
 
+import structlog
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvstore.errors import ConfigError
+from kvstore.kms import KEY_ID_BYTES, MARK, SECRET_BYTES, kms_at
 
-KEY_ID_BYTES = 8
-SECRET_BYTES = 32
+log = structlog.get_logger(__name__)
+
 MAX_FILE_BYTES = 1 << 20
+RETRY_SECONDS = 30.0
+"""How long a file whose lines the KMS did not decrypt is left alone."""
 _LINE = re.compile(rf"([0-9a-f]{{{2 * KEY_ID_BYTES}}}):([0-9a-f]{{{2 * SECRET_BYTES}}})")
 
 
@@ -56,15 +63,26 @@ class TenantKeys:
         return self._secrets.get(identity)
 
 
-class KeyFile:
-    """``TenantKeys`` from a file that is read again when it changes, so that keys rotate without a restart."""
+Unwrap = Callable[[str], str]
+"""A keyring's text with what a KMS has encrypted in it decrypted. Raises ConfigError."""
 
-    def __init__(self, path: Path, tenant: str) -> None:
+
+class KeyFile:
+    """``TenantKeys`` from a file that is read again when it changes, so that keys rotate without a restart.
+
+    Lines that a KMS must decrypt are asked for in a thread, so that no block waits: meanwhile the keys are those of before.
+    """
+
+    def __init__(self, path: Path, tenant: str, unwrap: Unwrap | None = None) -> None:
         """Raises ConfigError."""
         self._path = path
         self._tenant = tenant
+        self._unwrap = unwrap or kms_at().unwrap
         self._seen: tuple[int, int] = (0, 0)
-        self._keys = self._read()
+        self._complained_of = self._seen
+        self._rests_until = 0.0
+        text, self._seen = self._read()
+        self._keys = self._parse(text)
 
     def active(self) -> tuple[bytes, bytes]:
         self._refresh()
@@ -79,14 +97,36 @@ class KeyFile:
 
     def _refresh(self) -> None:
         """A file that is bad or gone leaves the keys as they are."""
+        if time.monotonic() < self._rests_until:
+            return
         try:
             stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_ino) != self._seen:
-                self._keys = self._read()
+            if (stat.st_mtime_ns, stat.st_ino) == self._seen:
+                return
+            text, seen = self._read()
+            if MARK in text:
+                self._rests_until = time.monotonic() + RETRY_SECONDS
+                Thread(target=self._adopt, args=(text, seen), name="keys", daemon=True).start()
+            else:
+                self._adopt(text, seen)
         except (OSError, ConfigError):
             pass
 
-    def _read(self) -> TenantKeys:
+    def _adopt(self, text: str, seen: tuple[int, int]) -> None:
+        try:
+            self._keys = self._parse(text)
+        except ConfigError as error:
+            if seen != self._complained_of:
+                self._complained_of = seen
+                log.warning("encryption keys not read again", error=str(error))
+            return
+        self._seen, self._rests_until = seen, 0.0
+
+    def _parse(self, text: str) -> TenantKeys:
+        return TenantKeys(self._unwrap(text), self._tenant, "encryption.key_file")
+
+    def _read(self) -> tuple[str, tuple[int, int]]:
+        """The file's text, and which version of it that is. Raises ConfigError."""
         try:
             stat = self._path.stat()
             if stat.st_mode & 0o027:
@@ -94,14 +134,11 @@ class KeyFile:
                 raise ConfigError("encryption.key_file", str(self._path), "others may read it", remedy)
             if stat.st_size > MAX_FILE_BYTES:
                 raise ConfigError("encryption.key_file", str(self._path), "too large", "Name the right file.")
-            text = self._path.read_text("ascii")
+            return self._path.read_text("ascii"), (stat.st_mtime_ns, stat.st_ino)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 "encryption.key_file", str(self._path), str(error), "Make one with: kvstore key"
             ) from error
-        keys = TenantKeys(text, self._tenant, "encryption.key_file")
-        self._seen = stat.st_mtime_ns, stat.st_ino
-        return keys
 
 
 def new_key() -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, print_json, print_table
 from kvstore.errors import ConfigError
 
@@ -96,8 +97,19 @@ def _book(config: Path | None, overrides: list[str] | None) -> TokenBook:
     return TokenBook(path)
 
 
-def new_key() -> None:
+@grouped
+def new_key(
+    source: options.Settings,
+    kms: Annotated[
+        str, typer.Option("--kms", metavar="KEY", help="Encrypted by this key of AWS KMS: an id, ARN or alias/name.")
+    ] = "",
+) -> None:
     """Print a new key for encryption at rest: a line for encryption.key_file."""
     from kvstore.encryption import new_key as make
+    from kvstore.kms import kms_at
 
-    print(make())
+    if not kms:
+        print(make())
+        return
+    settings = source.load().config.encryption
+    print(kms_at(settings.kms_region, settings.kms_endpoint).new_line(kms))
