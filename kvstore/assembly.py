@@ -21,6 +21,7 @@ from kvstore.encryption import KeyFile, KeyRing, TenantKeys
 from kvstore.errors import TierError
 from kvstore.history import History
 from kvstore.identity import Namespace
+from kvstore.kms import kms_at
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.arena import Arena
 from kvstore.policy.admission import AdmissionPolicy, Mode
@@ -141,10 +142,11 @@ def node_name(directory: Path) -> str:
 def encryption_keys(config: Config) -> KeyRing | None:
     """What blocks are encrypted with, if anything. Raises ConfigError."""
     settings, tenant = config.encryption, config.identity.tenant
+    unwrap = kms_at(settings.kms_region, settings.kms_endpoint).unwrap
     if settings.key_file is not None:
-        return KeyFile(settings.key_file, tenant)
+        return KeyFile(settings.key_file, tenant, unwrap)
     if text := settings.keys.get_secret_value():
-        return TenantKeys(text, tenant)
+        return TenantKeys(unwrap(text), tenant)
     return None
 
 

@@ -118,7 +118,10 @@ def up(
     configure(settings.node.log_level)
 
     async def main() -> None:
-        async with beside(settings, options.Node(config, chosen, socket).arguments()), beside_a_node(site, private, registry):
+        async with (
+            beside(settings, options.Node(config, chosen, socket).arguments()),
+            beside_a_node(site, private, registry),
+        ):
             await serve(settings)
 
     asyncio.run(main())
