@@ -8,7 +8,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from kvstore.demand import Demand, prefill_seconds
 from kvstore.encryption import KeyFile, KeyRing, TenantKeys
 from kvstore.errors import TierError
 from kvstore.history import History
-from kvstore.identity import Namespace
+from kvstore.identity import BlockKey, Namespace
 from kvstore.kms import kms_at
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.arena import Arena
@@ -39,6 +39,7 @@ from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 if TYPE_CHECKING:
     from kvstore.burials import Undertaker
     from kvstore.catalog import Catalog
+    from kvstore.catalog.hotness import Reporter
     from kvstore.catalog.sharing import Sharing
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
@@ -75,8 +76,9 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
+                _heed_region(sharing, demand, undertaker, lambda keys: [tier.touch(keys) for tier in (host, *lower)])
             _share_namespaces(namespaces, bucket)
-            demand.publish = partial(_tell_region, demand, bucket, node_name(config.node.directory))
+            demand.publish = _reporter(config, demand, bucket, sharing)
         if (keys := encryption_keys(config)) is not None:
             lower = [Encrypting(tier, keys) for tier in lower]
         store = Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
@@ -89,14 +91,22 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
         raise
 
 
-async def _tell_region(demand: Demand, bucket: ObjectTier, node: str) -> None:
-    """What is expected of the bucket's blocks, and what was counted of those that this node knows nothing else of."""
-    from kvstore.tiers.object.hotness import HotnessSnapshot
+def _heed_region(
+    sharing: Sharing, demand: Demand, undertaker: Undertaker, pinned: Callable[[Sequence[BlockKey]], object]
+) -> None:
+    """Have the node share its pins with those of its region, and hear of purges at once."""
+    from kvstore.catalog.pins import RegionPins
+    from kvstore.catalog.purges import Bell
 
-    now = time.time()
-    counted = HotnessSnapshot.of(demand.hotness, now, prefill_seconds)
-    expected = HotnessSnapshot.learnt(demand.traffic, bucket.index, now, prefill_seconds)
-    await bucket.put_hotness(node, expected.with_more(counted))
+    sharing.also(RegionPins(sharing.documents, demand.pins, pinned).round)
+    sharing.also(Bell(sharing.documents, undertaker.wake).round)
+
+
+def _reporter(config: Config, demand: Demand, bucket: ObjectTier, sharing: Sharing | None) -> Reporter:
+    from kvstore.catalog.hotness import Reporter
+
+    documents = None if sharing is None else sharing.documents
+    return Reporter(demand, bucket, node_name(config.node.directory), documents)
 
 
 def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from kvstore.tombstones import Graves, Labelled, Tombstone, buried
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 15.0
-"""One listing of a few names. What is deleted for good is gone from every node of a region so soon after its tombstone."""
+"""One listing of a few names. Where a catalog tells of something new (``kvstore.catalog.purges``), nodes look at once."""
 MAX_TOMBSTONES = 10_000
 MAX_TOMBSTONE_BYTES = 8 << 10
 JUDGED_AT_ONCE = 500
@@ -73,6 +74,7 @@ class Undertaker:
         self._known = {stone.identity for stone in self.graves}
         self._unswept: list[Tombstone] = []
         self._watching: asyncio.Task[None] | None = None
+        self._woken = asyncio.Event()
 
     def over(self, tier: Tier) -> Tier:
         """The tier without what is buried."""
@@ -90,6 +92,10 @@ class Undertaker:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+
+    def wake(self) -> None:
+        """Look now: somebody says that there is something new."""
+        self._woken.set()
 
     async def look(self, store: Store, objects: Objects) -> None:
         """Carry out what is new. Raises TierError; what could not be carried out is tried again the next time."""
@@ -113,7 +119,9 @@ class Undertaker:
                 await self.look(store, objects)
             except TierError as error:
                 log.warning("tombstones not followed", error=str(error))
-            await asyncio.sleep(POLL_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), POLL_SECONDS)
+            self._woken.clear()
 
     async def _sweep(self, store: Store, stones: Sequence[Tombstone]) -> int:
         """Delete what new tombstones bury in memory and on disk; how many blocks.

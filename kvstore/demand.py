@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 SAME_REQUEST_SECONDS = 10.0
 KEEP_EVERY_SECONDS = 60.0
+REPORT_SECONDS = 15.0
+"""How often the region is told: what a new cluster is warmed with is out of date so soon."""
 
 _REMEMBERED_REQUESTS = 4096
 _PREFILL_SECONDS_PER_TOKEN = 33e-6
@@ -48,7 +50,7 @@ class Demand:
     def __init__(self, path: Path) -> None:
         """``path`` is the file that keeps the counts; ``traffic.msgpack`` and ``pins.msgpack`` beside it keep the rest."""
         self.publish: Publish | None = None
-        """Tells the region; may raise TierError."""
+        """Tells the region, every ``REPORT_SECONDS``; may raise TierError."""
         now = time.time()
         self._path = path
         self._traffic_path, self._pins_path = path.with_name("traffic.msgpack"), path.with_name("pins.msgpack")
@@ -57,7 +59,7 @@ class Demand:
         pins = _read(self._pins_path, lambda data: Pins.unpack(data, now))
         self.pins = pins if pins is not None else Pins()
         self._recent: dict[tuple[object, BlockKey], float] = {}
-        self._keeping = asyncio.create_task(self._keep_regularly())
+        self._works = [asyncio.create_task(self._keep_regularly()), asyncio.create_task(self._report_regularly())]
 
     def observe(self, client: object, keys: Sequence[BlockKey], block_tokens: int, block_bytes: int) -> None:
         """A client looks this chain up, from its head."""
@@ -72,9 +74,11 @@ class Demand:
         return self.hotness.top(count, time.time(), prefill_seconds)
 
     async def close(self) -> None:
-        """Keep what was counted."""
-        self._keeping.cancel()
+        """Keep what was counted, and tell it."""
+        for work in self._works:
+            work.cancel()
         await self._keep()
+        await self._report()
 
     def _seen_just_now(self, client: object, last: BlockKey) -> bool:
         now = time.monotonic()
@@ -89,6 +93,11 @@ class Demand:
             await asyncio.sleep(KEEP_EVERY_SECONDS)
             await self._keep()
 
+    async def _report_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            await self._report()
+
     async def _keep(self) -> None:
         hotness, pins = self.hotness.pack(), self.pins.pack()
         kept = [(self._path, lambda: hotness), (self._traffic_path, self.traffic.pack), (self._pins_path, lambda: pins)]
@@ -97,6 +106,8 @@ class Demand:
                 await asyncio.to_thread(_write, path, pack)
             except OSError as error:
                 log.warning("what was learnt is not kept", file=str(path), error=str(error))
+
+    async def _report(self) -> None:
         if self.publish is None:
             return
         try:

@@ -4,6 +4,8 @@ sharing     a node's part in its region: joins an object tier to a catalog
 ├── publisher   tells the catalog what the node did
 ├── follower    learns from it what others did
 ├── presence    says that the node lives, and how to reach it
+├── pins        what is pinned on one node is pinned on all
+├── hotness     what the node's engines ask for, told to the region
 └── rebuild     fills it from the bucket
 base        the interface and what it speaks of; documents: what else the region's processes tell each other
 ├── sqlite      one file, for one machine

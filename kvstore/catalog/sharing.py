@@ -63,7 +63,6 @@ class Sharing(Peers):
         self._follower: Follower
         self._evictor = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._further: list[Callable[[], Awaitable[None]]] = []
 
     @property
     def documents(self) -> Documents:
@@ -71,8 +70,8 @@ class Sharing(Peers):
         return self._catalog.documents
 
     def also(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do ``work`` every ``DUTY_SECONDS`` too, from ``join`` on. A KVStoreError that it raises is logged."""
-        self._further.append(work)
+        """Do ``work`` every ``DUTY_SECONDS`` too, until ``close``. A KVStoreError that it raises is logged."""
+        self._tasks.append(asyncio.create_task(self._forever(work, DUTY_SECONDS)))
 
     def watch(self, registry: CollectorRegistry) -> None:
         """Show the state of the link in ``registry``."""
@@ -101,9 +100,8 @@ class Sharing(Peers):
             self._forever(self._renew_claims, DUTY_SECONDS),
             self._forever(self._fill, DUTY_SECONDS),
             self._forever(self._evict, DUTY_SECONDS),
-            *(self._forever(work, DUTY_SECONDS) for work in self._further),
         ]
-        self._tasks = [asyncio.create_task(work) for work in works]
+        self._tasks += [asyncio.create_task(work) for work in works]
 
     async def stock(self) -> bool:
         try:

@@ -53,6 +53,7 @@ async def test_a_request_that_asks_again_counts_once(tmp_path: Path) -> None:
 
 async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvstore.demand, "KEEP_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(kvstore.demand, "REPORT_SECONDS", 0.01)
     published: list[list[BlockKey]] = []
     failures = [TierUnavailable("away")]
 
@@ -69,6 +70,8 @@ async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, mon
     while not published:
         await asyncio.sleep(0.01)
     assert published[0] == [prompt[-1]]
+    while not (tmp_path / "hotness.msgpack").exists():
+        await asyncio.sleep(0.01)
     await demand.close()
 
 

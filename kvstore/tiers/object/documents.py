@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import structlog
@@ -53,4 +54,5 @@ async def read_namespace(objects: Objects, digest: bytes) -> Namespace | None:
 
 async def write_hotness(objects: Objects, node: str, snapshot: HotnessSnapshot) -> None:
     """Replace what a node said before. Raises TierUnavailable."""
-    await objects.put(hotness_name(node), snapshot.pack(), create=False)
+    body = await asyncio.to_thread(snapshot.pack)  # tens of milliseconds
+    await objects.put(hotness_name(node), body, create=False)

@@ -62,16 +62,16 @@ class HotnessSnapshot:
         rows = rows[index.tokens[rows] > 0]
         if len(rows) > MOST_RANKED:
             rows = rows[np.argpartition(-index.accessed[rows], MOST_RANKED)[:MOST_RANKED]]
-        rates = traffic.values(index.key_bytes(rows), index.hits[rows], now - index.accessed[rows])
+        packed = index.key_bytes(rows)
+        rates = traffic.values(packed, index.hits[rows], now - index.accessed[rows])
         tokens = index.tokens[rows].astype(np.int64)
         before = index.depth[rows] * tokens
-        scores = {}
-        for row, rate, start, end in zip(
-            rows, rates.tolist(), before.tolist(), (before + tokens).tolist(), strict=True
-        ):
-            scores[index.key(int(row))] = rate * EXPECTED_WITHIN * (prefill_seconds(end) - prefill_seconds(start))
-        hit = rows[index.hits[rows] > 0]
-        used = {index.key(int(row)): float(index.accessed[row]) for row in hit}
+        lengths, places = np.unique(np.concatenate([before, before + tokens]), return_inverse=True)
+        prefill = np.array([prefill_seconds(length) for length in lengths.tolist()])[places.reshape(2, -1)]
+        keys = _cut(packed)
+        scores = dict(zip(keys, (rates * EXPECTED_WITHIN * (prefill[1] - prefill[0])).tolist(), strict=True))
+        times, hits = index.accessed[rows].tolist(), (index.hits[rows] > 0).tolist()
+        used = {key: at for key, at, hit in zip(keys, times, hits, strict=True) if hit}
         return cls(now, EXPECTED_WITHIN, scores, used)
 
     def with_more(self, other: Self) -> Self:
@@ -106,9 +106,13 @@ class HotnessSnapshot:
         sound = np.all(np.isfinite(values) & (values >= 0)) and math.isfinite(taken) and half_life > 0
         if not sound or len(keys) != KEY_BYTES * len(values) or len(times) != len(values):
             raise ProtocolError("a hotness snapshot with impossible values")
-        cut = [BlockKey(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES)]
+        cut = _cut(keys)
         uses = {key: float(at) for key, at in zip(cut, times.tolist(), strict=True) if at}
         return cls(taken, half_life, dict(zip(cut, values.tolist(), strict=True)), uses)
+
+
+def _cut(keys: bytes) -> list[BlockKey]:
+    return [BlockKey(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES)]
 
 
 def merged(snapshots: Iterable[HotnessSnapshot], now: float) -> dict[BlockKey, float]:

@@ -4,150 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from region_nodes import BLOCK_BYTES, SPACE, Peer, Region, wait_for
 
 from kvstore.catalog import open_catalog, publisher
 from kvstore.catalog.base import Entry
-from kvstore.identity import BlockKey, Namespace, chain_digests
-from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
-from kvstore.testing.redis import RedisServer, redis_server
-from kvstore.testing.servers import ServerUnavailable
-from kvstore.tiers.base import Medium
-from kvstore.tiers.object import ObjectSettings, ObjectTier
-from kvstore.tiers.object.names import block_name
-from kvstore.tiers.wrappers import Wrapped
-
-BLOCK_BYTES = 50_000
-SPACE = Namespace(
-    model="tiny", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
-    block_tokens=16, layout="opaque:test",
-)  # fmt: skip
-
-
-class Region:
-    """Nodes over one bucket (a folder) and one catalog."""
-
-    def __init__(self, folder: Path, catalog: str, stack: ExitStack) -> None:
-        self.folder = folder
-        self.bucket = f"file://{folder}/bucket"
-        self.catalog = catalog
-        self._stack = stack
-        self._nodes = 0
-
-    def node(self, *overrides: str) -> Peer:
-        self._nodes += 1
-        directory = self.folder / f"node-{self._nodes}"
-        settings = [f"object.url={self.bucket}", f"catalog.url={self.catalog}", "disk.enabled=false"]
-        running = RunningNode(directory, *settings, *overrides)
-        self._stack.callback(running.stop)
-        client = Client(running.socket, name="test")
-        self._stack.callback(client.close)
-        return Peer(running, client)
-
-    def object(self, key: BlockKey) -> Path:
-        return self.folder / "bucket" / block_name(SPACE.digest, key)
-
-
-class Peer:
-    """A node and a client of it."""
-
-    def __init__(self, running: RunningNode, client: Client) -> None:
-        self.running = running
-        self.client = client
-        self.keyring = client.open_namespace(SPACE, BLOCK_BYTES)
-
-    def chain(self, seed: int, blocks: int = 3) -> list[BlockKey]:
-        tokens = range(seed * 100_000, seed * 100_000 + blocks * SPACE.block_tokens)
-        return self.keyring.block_keys(chain_digests(tokens, SPACE.block_tokens))
-
-    def save(self, seed: int, blocks: int = 3) -> list[BlockKey]:
-        """A chain, durable in the bucket on return."""
-        keys, durable = self.offer(seed, blocks)
-        assert durable == tuple(keys)
-        return keys
-
-    def offer(self, seed: int, blocks: int = 3) -> tuple[list[BlockKey], tuple[BlockKey, ...]]:
-        """Save a chain; its blocks, and those that the bucket took."""
-        keys = self.chain(seed, blocks)
-        parents = [BlockKey(bytes(16)), *keys]
-        new = [NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(keys, parents, strict=False))]
-        reserved = self.client.reserve(SPACE, new)
-        for key, offset in zip(keys, reserved.offsets, strict=True):
-            assert offset is not None
-            reserved.arena.slot(offset, BLOCK_BYTES)[:] = payload(key)
-        return keys, self.client.commit(keys, durable=Medium.OBJECT, timeout=20)
-
-    def load(self, keys: list[BlockKey]) -> int:
-        """How many of a prefix are delivered; each as it was saved."""
-        acquired = self.client.acquire(keys, 10)
-        for key, offset in zip(keys, acquired.offsets, strict=False):
-            assert bytes(acquired.arena.slot(offset, BLOCK_BYTES)) == payload(key)
-        self.client.release(keys[: len(acquired.offsets)])
-        return len(acquired.offsets)
-
-    def lists(self, keys: list[BlockKey]) -> int:
-        """How many of a prefix the bucket's tier of this node lists."""
-        return sum(key in self.bucket.keys() for key in keys)
-
-    @property
-    def bucket(self) -> ObjectTier:
-        """To look at, not to call: it belongs to the node's thread."""
-        (tier,) = (tier for tier in self.running.node.store.tiers if tier.medium is Medium.OBJECT)
-        while isinstance(tier, Wrapped):
-            tier = tier.inner
-        assert isinstance(tier, ObjectTier)
-        return tier
-
-
-def payload(key: BlockKey) -> bytes:
-    return (key * (BLOCK_BYTES // len(key) + 1))[:BLOCK_BYTES]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> float:
-    """Seconds until ``condition`` held."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() < started + seconds, "waited in vain"
-        time.sleep(0.01)
-    return time.monotonic() - started
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A short path: a socket's has at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="kvs-") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(redis_server())
-        except ServerUnavailable as error:
-            pytest.skip(str(error))
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def region(request: pytest.FixtureRequest, folder: Path) -> Iterator[Region]:
-    url = request.getfixturevalue("redis").url if request.param == "redis" else f"sqlite://{folder}/catalog.db"
-    with ExitStack() as stack:
-        yield Region(folder, url, stack)
-
-
-@pytest.fixture
-def redis_region(redis: RedisServer, folder: Path) -> Iterator[Region]:
-    with ExitStack() as stack:
-        yield Region(folder, redis.url, stack)
+from kvstore.identity import BlockKey
+from kvstore.testing.redis import RedisServer
+from kvstore.tiers.object import ObjectSettings
 
 
 def test_a_block_saved_on_one_node_is_found_by_the_other(region: Region) -> None:
