@@ -8,12 +8,14 @@ which are new in every round. Blocks have 1 KiB: indices are asked, no block is 
 
 Beside it, in the same rounds and in changing order: ``cold_ms``, where nothing is remembered and all is hashed; ``peek_ms``, the
 node alone, with keys in hand; ``engine_lookup_ms``, what an engine's own lookup of these keys takes; ``http_json_ms``, the public
-API asked with token ids as JSON by the Python client, its parsing and checking of 128k numbers included; ``http_keys_ms``, what
-peers ask each other: keys over HTTP, for a router that derives keys itself.
+API asked with token ids as JSON by the Python client, its parsing and checking of 128k numbers included; ``http_packed_ms``, the
+same with the ids as bytes in base64; ``http_keys_ms``, what peers ask each other: keys over HTTP, for a router that derives keys
+itself.
 """
 
 from __future__ import annotations
 
+import base64
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -66,10 +68,15 @@ def _measure(client: Client, admin: AdminClient, http: httpx.Client) -> dict[str
     def peek(joined: bytes) -> int:
         found = client.call("peek", 5.0, keys=joined)["tiers"]
         assert [tier[0] for tier in found] == ["host", "disk"]
-        return min(tier[1] for tier in found) * space.block_tokens
+        return int(min(tier[1] for tier in found)) * space.block_tokens
 
     def over_http() -> int:
         answer = admin.router_lookup([Prompt(namespace="router", tokens=turn.tolist())])
+        return min(tier.usable_tokens for tier in answer.prompts[0].nodes[0].tiers)
+
+    def packed_over_http() -> int:
+        packed = base64.b64encode(turn.astype("<u4").tobytes())
+        answer = admin.router_lookup([Prompt(namespace="router", packed_tokens=packed)])
         return min(tier.usable_tokens for tier in answer.prompts[0].nodes[0].tiers)
 
     def keys_over_http() -> int:
@@ -82,6 +89,7 @@ def _measure(client: Client, admin: AdminClient, http: httpx.Client) -> dict[str
         "peek_ms": lambda: peek(joined),
         "engine_lookup_ms": lambda: client.lookup(split_keys(joined), timeout=5.0).blocks * space.block_tokens,
         "http_json_ms": over_http,
+        "http_packed_ms": packed_over_http,
         "http_keys_ms": keys_over_http,
     }
     samples: dict[str, list[float]] = {name: [] for name in ways}

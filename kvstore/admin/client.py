@@ -90,14 +90,14 @@ class AdminClient:
     # --- prompts
 
     def lookup(self, prompt: Prompt) -> LookupAnswer:
-        return self._post(LookupAnswer, "/v1/lookup", prompt.model_dump(exclude_defaults=True))
+        return self._post(LookupAnswer, "/v1/lookup", _body(prompt))
 
     def router_lookup(self, prompts: list[Prompt]) -> RouterAnswer:
-        body = {"prompts": [prompt.model_dump(exclude_defaults=True) for prompt in prompts]}
+        body = {"prompts": [_body(prompt) for prompt in prompts]}
         return self._post(RouterAnswer, "/v1/router/lookup", body)
 
     def explain(self, prompt: Prompt) -> Explanation:
-        return self._post(Explanation, "/v1/explain", prompt.model_dump(exclude_defaults=True))
+        return self._post(Explanation, "/v1/explain", _body(prompt))
 
     def hot(self, namespace: str = "") -> Iterator[HotPrompt]:
         return self._pages(HotPrompt, "/v1/hot", namespace=namespace)
@@ -120,7 +120,7 @@ class AdminClient:
         return self._post(Deleted, "/v1/blocks/delete", {"keys": keys})
 
     def delete_prompt(self, prompt: Prompt) -> Deleted:
-        return self._post(Deleted, "/v1/blocks/delete", {"prompt": prompt.model_dump(exclude_defaults=True)})
+        return self._post(Deleted, "/v1/blocks/delete", {"prompt": _body(prompt)})
 
     def delete_namespace(self, digest: str) -> Deleted:
         return self._read(Deleted, "DELETE", f"/v1/namespaces/{digest}/blocks")
@@ -129,7 +129,7 @@ class AdminClient:
         return self._get(list[Pin], "/v1/pins")
 
     def pin(self, prompt: Prompt, seconds: float) -> Pinned:
-        body = {"prompt": prompt.model_dump(exclude_defaults=True), "seconds": seconds}
+        body = {"prompt": _body(prompt), "seconds": seconds}
         return self._post(Pinned, "/v1/pins", body)
 
     def unpin(self, key: str) -> Unpinned:
@@ -150,7 +150,7 @@ class AdminClient:
         return self._read(Policy, "PATCH", "/v1/policy", {"mode": mode.value})
 
     def dry_run(self, prompt: Prompt) -> DryRun:
-        return self._post(DryRun, "/v1/policy/dry-run", prompt.model_dump(exclude_defaults=True))
+        return self._post(DryRun, "/v1/policy/dry-run", _body(prompt))
 
     # --- jobs
 
@@ -234,3 +234,7 @@ def _check(answer: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):
         detail, remedy = answer.text[:200] or answer.reason_phrase, ""
     raise AdminRefused(answer.status_code, detail, remedy)
+
+
+def _body(prompt: Prompt) -> dict[str, Any]:
+    return prompt.model_dump(mode="json", exclude_defaults=True)

@@ -16,7 +16,7 @@ from kvstore.admin.cached import Cached
 from kvstore.admin.models.prompts import HotPrompt, Prompt
 from kvstore.admin.models.status import NamespaceInfo, NodeStatus
 from kvstore.admin.problems import Problem
-from kvstore.identity import Keyring, chain_seed
+from kvstore.identity import Keyring, TokenIds, chain_seed
 from kvstore.node.client import AsyncClient, Client
 from kvstore.promptkeys import PromptKeys
 
@@ -111,10 +111,7 @@ class NodeView:
             named["key"] = bytes.fromhex(prompt.key)
         else:
             space = await self.namespace(prompt.namespace)
-            tokens = (
-                prompt.tokens if prompt.tokens is not None else await self._tokenize(space.model, prompt.text or "")
-            )
-            named["tokens"] = np.asarray(tokens, dtype="<u4").tobytes()
+            named["tokens"] = np.asarray(await self._token_ids(prompt, space), dtype="<u4").tobytes()
             named["namespace"] = bytes.fromhex(space.digest)
             named["cache_salt"], named["lora"] = prompt.cache_salt, prompt.lora
         return named
@@ -136,17 +133,22 @@ class NodeView:
 
         Raises Problem (404, 409).
         """
-        if prompt.tokens is None and prompt.text is None:
+        if prompt.request is not None or prompt.key is not None:
             return None
         space = await self.namespace(prompt.namespace)
         keyring = await self._keyring(space)
         if keyring is None:
             return None
-        tokens = prompt.tokens if prompt.tokens is not None else await self._tokenize(space.model, prompt.text or "")
+        tokens = await self._token_ids(prompt, space)
         seed = chain_seed(cache_salt=prompt.cache_salt, lora=prompt.lora)
         # Here and not in the node, which has engines to serve. In a thread: a long prompt takes milliseconds.
         keys = await asyncio.to_thread(self._known.keys, tokens, space.block_tokens, keyring, seed)
         return PromptChain(space.digest, space.block_tokens, keys)
+
+    async def _token_ids(self, prompt: Prompt, space: NamespaceInfo) -> TokenIds | Sequence[int]:
+        """Of a prompt that is named by tokens or text. Raises Problem (422)."""
+        given = prompt.token_ids
+        return given if given is not None else await self._tokenize(space.model, prompt.text or "")
 
     async def _keyring(self, space: NamespaceInfo) -> Keyring | None:
         """That turns digests into keys; None for a namespace that no client has opened, or of another tenant."""

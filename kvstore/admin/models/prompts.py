@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import Base64Bytes, ConfigDict, Field, model_validator
 
 from kvstore.admin.models.base import DIGEST_EXAMPLE, KEY_EXAMPLE, Hex, Key, Model, TierName, Wanted
+from kvstore.identity import TokenIds
 
 
 class HotPrompt(Model):
@@ -50,6 +52,12 @@ class Prompt(Wanted):
     )
 
     tokens: list[TokenId] | None = Field(None, max_length=MAX_TOKENS, description="Needs `namespace`.")
+    packed_tokens: Base64Bytes | None = Field(
+        None,
+        max_length=6 * MAX_TOKENS,
+        description="Token ids as little-endian unsigned 32-bit integers, in base64: a fraction of the work of `tokens`. "
+        "Needs `namespace`.",
+    )
     text: str | None = Field(
         None, max_length=MAX_TEXT, description="Needs `namespace`, and a tokenizer in `api.tokenizers`."
     )
@@ -65,14 +73,21 @@ class Prompt(Wanted):
     def _one_name(self) -> Self:
         named = [
             name
-            for name in ("tokens", "text", "request", "key")
+            for name in ("tokens", "packed_tokens", "text", "request", "key")
             if name in self.model_fields_set and getattr(self, name)
         ]
         if len(named) != 1:
-            raise ValueError("name the prompt by one of tokens, text, request, key")
-        if named[0] in ("tokens", "text") and not self.namespace:
+            raise ValueError("name the prompt by one of tokens, packed_tokens, text, request, key")
+        if named[0] not in ("request", "key") and not self.namespace:
             raise ValueError(f"{named[0]} needs a namespace")
+        if len(self.packed_tokens or b"") % 4 or len(self.packed_tokens or b"") > 4 * MAX_TOKENS:
+            raise ValueError(f"packed_tokens must be 4 bytes for each of at most {MAX_TOKENS} tokens")
         return self
+
+    @property
+    def token_ids(self) -> TokenIds | list[TokenId] | None:
+        """None for a prompt that is named otherwise."""
+        return self.tokens if self.packed_tokens is None else np.frombuffer(self.packed_tokens, dtype="<u4")
 
 
 class Found(Model):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import time
 
 import httpx
+import numpy as np
 import pytest
 from api_site import BLOCK_BYTES, BLOCKS, NAMESPACE, TOKENS, Site, api_site
 
@@ -92,6 +94,16 @@ def test_lookup_of_tokens_tells_each_tier(shared_api: Site) -> None:
     assert [tier["usable_blocks"] for tier in other["tiers"]] == [2, 2]
     assert shared_api.post("/v1/lookup", {**PROMPT, "cache_salt": "x"})["tiers"][0]["usable_blocks"] == 0
     assert shared_api.post("/v1/lookup", {"key": shared_api.keys[2].hex()})["blocks"] == 3
+
+
+def test_packed_tokens_name_the_same_prompt(shared_api: Site) -> None:
+    packed = base64.b64encode(np.array(TOKENS, dtype="<u4").tobytes()).decode()
+    prompt = {"namespace": "org/toy", "packed_tokens": packed}
+    assert shared_api.post("/v1/lookup", prompt) == shared_api.post("/v1/lookup", PROMPT)
+    found, wanted = (shared_api.post("/v1/router/lookup", {"prompts": [each]}) for each in (prompt, PROMPT))
+    assert found == wanted
+    pages = [shared_api.post("/v1/blocks/query", {"prompt": each}) for each in (prompt, PROMPT)]
+    assert [item["key"] for item in pages[0]["items"]] == [item["key"] for item in pages[1]["items"]]
 
 
 def test_lookup_does_not_count_as_a_use(shared_api: Site) -> None:
@@ -208,6 +220,10 @@ def test_large_bodies_are_refused(shared_api: Site) -> None:
         {"tokens": [1], "key": "0" * 32, "namespace": "org/toy"},
         {"text": "hello", "namespace": "org/toy"},
         {"key": "0" * 32, "surprise": 1},
+        {"packed_tokens": "AQAAAA=="},
+        {"packed_tokens": "AQAA", "namespace": "org/toy"},
+        {"packed_tokens": "", "namespace": "org/toy"},
+        {"packed_tokens": "AQAAAA==", "tokens": [1], "namespace": "org/toy"},
     ],
 )
 def test_a_prompt_that_cannot_be_is_refused(shared_api: Site, prompt: dict[str, object]) -> None:
