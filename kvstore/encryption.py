@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvstore.errors import ConfigError
-from kvstore.kms import KEY_ID_BYTES, MARK, SECRET_BYTES, kms_at
+from kvstore.kms import KEY_ID_BYTES as KEY_ID_BYTES  # a block's header has room for one
+from kvstore.kms import MARK, SECRET_BYTES, kms_at
 
 log = structlog.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """Who may do what. Each route names the role it needs; ``Site.authenticate`` says who asks.
 
-Without ``api.tokens`` the API listens on loopback only (``ApiSection`` refuses anything else) and everybody is an admin, as
-everybody who reaches the node's socket is.
+Without ``api.tokens`` or ``api.oidc_issuer`` the API listens on loopback only (``ApiSection`` refuses anything else) and
+everybody is an admin, as everybody who reaches the node's socket is.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import structlog
 import uvicorn
 
 from kvstore.admin.app import create_app
-from kvstore.admin.auth import everybody
+from kvstore.admin.auth import Authenticate, everybody
 from kvstore.admin.catalog import CatalogView
 from kvstore.admin.guard import LOOPBACK
 from kvstore.admin.jobs import Jobs
@@ -22,7 +22,7 @@ from kvstore.admin.node import NodeView
 from kvstore.admin.peers import Peers, nobody
 from kvstore.admin.site import Site
 from kvstore.admin.tokenizers import Tokenizers
-from kvstore.admin.tokens import BearerTokens
+from kvstore.admin.tokens import BearerTokens, Check, TokenBook, in_book
 from kvstore.assembly import node_name
 from kvstore.config import Loaded
 from kvstore.config.schema import ApiSection
@@ -65,7 +65,7 @@ async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
     if not api.listen:
         raise ConfigError("api.listen", "", "the API has no address to listen on", "Set it to 127.0.0.1:7070.")
     listener = _listen(*api.address)
-    app = create_app(site, None if api.tokens else LOOPBACK | {api.address[0]})
+    app = create_app(site, None if api.asks_who else LOOPBACK | {api.address[0]})
     server = _Server(
         uvicorn.Config(
             app,
@@ -103,8 +103,19 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
         url=config.api.url,
         peers=Peers(named, config.api.peer_token, partial(catalog.apis, name) if catalog is not None else nobody),
         catalog=catalog,
-        authenticate=BearerTokens(config.api.tokens) if config.api.tokens else everybody,
+        authenticate=_authenticator(config.api),
     )
+
+
+def _authenticator(api: ApiSection) -> Authenticate:
+    checks: list[Check] = []
+    if api.tokens is not None:
+        checks.append(in_book(TokenBook(api.tokens)))
+    if api.oidc_issuer:
+        from kvstore.admin.oidc import OidcTokens
+
+        checks.append(OidcTokens(api))
+    return BearerTokens(*checks) if checks else everybody
 
 
 def _tls(api: ApiSection) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,20 +129,35 @@ class TokenBook:
             ) from error
 
 
+Check = Callable[[str], Awaitable[Principal | None]]
+"""Whose token a text is; None: nobody's. Raises Problem (503) when that cannot be found out now."""
+
+
+def in_book(book: TokenBook) -> Check:
+    """The tokens of a book, as one of those that ``BearerTokens`` asks."""
+
+    async def check(text: str) -> Principal | None:
+        token = book.check(text)
+        return None if token is None else Principal(token.name, token.role)
+
+    return check
+
+
 class BearerTokens:
     """``Site.authenticate`` by token. Called in the API's event loop."""
 
-    def __init__(self, path: Path) -> None:
-        self._book = TokenBook(path)
+    def __init__(self, *checks: Check) -> None:
+        """They are asked in turn."""
+        self._checks = checks
         self._failures: dict[str, list[float]] = {}
 
     async def __call__(self, request: Request) -> Principal:
         address = request.client.host if request.client else ""
         self._hold_back(address)
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
-        token = self._book.check(text.strip()) if scheme.lower() == "bearer" else None
-        if token is not None:
-            return Principal(token.name, token.role)
+        for check in self._checks if scheme.lower() == "bearer" else ():
+            if (principal := await check(text.strip())) is not None:
+                return principal
         if text:
             self._failures.setdefault(address, []).append(time.monotonic())
         raise Problem(401, "unauthenticated", "a valid bearer token is needed", "Make one with kvstore token create.")

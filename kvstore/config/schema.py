@@ -7,6 +7,7 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
@@ -342,6 +343,19 @@ class ApiSection(_Section):
     tokens: Path | None = Field(
         None, description="File of the tokens that kvstore token makes; empty: whoever reaches the API may use it."
     )
+    oidc_issuer: str = Field(
+        "",
+        description="URL of an OpenID Connect issuer whose tokens are taken, as https://login.example.com; empty: none.",
+    )
+    oidc_audience: str = Field("", description="What such tokens must name as their audience.")
+    oidc_role_claim: str = Field(
+        "roles", min_length=1, description="Claim that gives the role, as roles or realm_access.roles."
+    )
+    oidc_roles: Texts = Field(
+        (),
+        max_length=256,
+        description="What values of that claim mean, as sre=operator,platform=admin; empty: viewer, operator, admin.",
+    )
     tls_certificate: Path | None = Field(None, description="PEM file of the API's certificate chain; empty: no TLS.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
     client_ca: Path | None = Field(
@@ -353,6 +367,11 @@ class ApiSection(_Section):
         description="APIs of nodes that lookups for routers ask too, as http://10.0.0.2:7070, with commas; may have its own.",
     )
     peer_token: Path | None = Field(None, description="File with the token that peers are asked with; empty: none.")
+
+    @property
+    def asks_who(self) -> bool:
+        """Whether requests must show a token."""
+        return self.tokens is not None or bool(self.oidc_issuer)
 
     @property
     def url(self) -> str:
@@ -372,6 +391,7 @@ class ApiSection(_Section):
                 raise _refuse(
                     "api.peers", f"{peer!r} is not the address of an API", "Write it as http://10.0.0.2:7070."
                 )
+        _check_oidc(self)
         if not self.listen:
             return self
         if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", self.listen) or self.address[1] > 65535:
@@ -381,13 +401,30 @@ class ApiSection(_Section):
             raise _refuse("api.tls_key" if self.tls_certificate else "api.tls_certificate", problem, "Set both.")
         if self.client_ca and not self.tls_certificate:
             raise _refuse("api.client_ca", "only TLS asks for certificates", "Set api.tls_certificate and api.tls_key.")
-        if not _is_loopback(self.address[0]) and self.tokens is None:
+        if not _is_loopback(self.address[0]) and not self.asks_who:
             raise _refuse(
                 "api.listen",
                 "others than this machine could reach it, and it does not ask who they are",
-                "Make a token with kvstore token create and set api.tokens, or listen on 127.0.0.1.",
+                "Make a token with kvstore token create and set api.tokens, set api.oidc_issuer, or listen on 127.0.0.1.",
             )
         return self
+
+
+def _check_oidc(api: ApiSection) -> None:
+    url = urlsplit(api.oidc_issuer)
+    if not api.oidc_issuer:
+        return
+    if not (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or ""))) or not url.hostname:
+        raise _refuse(
+            "api.oidc_issuer", "not an https address", "Write it as the issuer does: https://login.example.com."
+        )
+    if not api.oidc_audience:
+        raise _refuse(
+            "api.oidc_audience", "empty: tokens for other services would do here", "Set it as the issuer does."
+        )
+    for pair in api.oidc_roles:
+        if pair.rpartition("=")[2] not in ("viewer", "operator", "admin") or "=" not in pair:
+            raise _refuse("api.oidc_roles", f"{pair!r} is not value=role", "Write it as sre=operator,platform=admin.")
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ async def whoami(site: CurrentSite, who: Annotated[Principal, authorize(Role.VIE
     return WhoAmI(
         name=who.name,
         role=who.role.value,
-        token=config.api.tokens is not None,
+        token=config.api.asks_who,
         site=site.name,
         region=config.region.name,
         version=kvstore.__version__,

@@ -17,7 +17,7 @@ export function SignIn({ problem, onToken }) {
       <p class="problem" role="alert">${problem}</p>
       <label for=${id}>Token</label>
       <input id=${id} type="password" value=${text} onInput=${(event) => setText(event.target.value)} autocomplete="current-password" autofocus spellcheck=${false} />
-      <p class="small dim">As <code>kvstore token create</code> printed it. It is forgotten when this tab closes.</p>
+      <p class="small dim">As <code>kvstore token create</code> printed it, or an access token of your identity provider. It is forgotten when this tab closes.</p>
     <//>
   </main>`;
 }
