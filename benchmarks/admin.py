@@ -4,7 +4,8 @@ The node and the client that drives it share the first core; APIs and load gener
 cores that engines leave free. A busy second core alone slows the first one: the two may be threads of one physical core, and they
 share caches and memory. So the load of one round goes to the API of the node that is measured, and in another to the API of a
 second node that holds the same and serves nobody else. The ratio of the two is what the API's questions cost a node; the ratio
-to a round without any load is told too. The three kinds of round alternate, so all meet the same moments of the machine.
+to a round without any load is told too. The three kinds of round alternate, each in each place, so all meet the same moments of
+the machine. What a read of the API costs the node's process in processor time is counted besides, while nobody else asks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ HOST_BYTES = 1 << 30
 BLOCK_BYTES = 8 << 20
 BATCH = 8
 LOOKED_UP = 1024
+ALONE_SECONDS = 5.0
+"""How long the API is asked while the node has nothing else to do, to count what it costs the node's process."""
 LOOKUPS = 1000
 """In a round, with one save and one load of a batch after each hundred: about a second."""
 
@@ -88,28 +92,35 @@ def _site(node_core: int, api_core: int) -> Iterator[tuple[Work, Generator]]:
         node = int(client.call("status")["pid"])
         _pin(node, node_core)
         _pin(_child(node), api_core)
-        work = Work(client)
+        work = Work(client, node)
         with Generator(port, api_core, work.reads) as load:
             yield work, load
 
 
 def _measure(work: Work, asked: Generator, control: Generator) -> dict[str, float]:
     work.round()  # touches every slot and page
-    idle, beside, under = [], [], []
+    idle: list[dict[str, float]] = []
+    beside: list[dict[str, float]] = []
+    under: list[dict[str, float]] = []
+    kinds = deque([(idle, None), (beside, control), (under, asked)])
     for _ in range(ROUNDS):
-        idle.append(work.round())
-        with control.running():
-            beside.append(work.round())
-        with asked.running():
-            under.append(work.round())
+        for rounds, load in kinds:
+            with nullcontext() if load is None else load.running():
+                rounds.append(work.round())
+        kinds.rotate()  # what warms up or cools down in a turn is spread over all kinds
     if failed := asked.failed + control.failed:
         raise SystemExit(f"{failed} reads of the API failed")
+    asked_alone = _cpu_seconds(work.node)
+    with asked.running():
+        time.sleep(ALONE_SECONDS)
+    asked_alone = _cpu_seconds(work.node) - asked_alone
     every = ("lookup", "save", "load")
     return {
         "data_path_slowdown": _slowdown(beside, under, every),
         **{f"{part}_slowdown": _slowdown(beside, under, [part]) for part in every},
         "slowdown_to_idle_machine": _slowdown(idle, under, every),
         "busy_core_slowdown": _slowdown(idle, beside, every),
+        "node_cpu_share": asked_alone / ALONE_SECONDS,
         "lookup_1024_us": 1e6 * statistics.median(one["lookup"] for one in idle) / LOOKUPS,
         "api_reads_per_second": statistics.median(asked.rates),
         "api_read_ms": statistics.median(asked.milliseconds),
@@ -127,7 +138,9 @@ def _slowdown(
 class Work:
     """What engines do: lookups of a long chain; saves of new blocks, loads of these."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, node: int) -> None:
+        """``node``: the process."""
+        self.node = node
         self._client = client
         looked_up = namespace("looked up")
         blocks = chain(client, looked_up, 1024, LOOKED_UP, seed=1)
@@ -223,6 +236,12 @@ def _ready(port: int) -> bool:
 def _child(pid: int) -> int:
     children: Sequence[str] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(children[0])
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of all threads of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def _pin(pid: int, core: int) -> None:

@@ -35,13 +35,21 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
         render = openmetrics.generate_latest if args.get("openmetrics") is True else generate_latest
         return bytes(render(store.metrics.registry))
 
-    async def peek(caller: Caller, args: Arguments) -> Any:
+    def peek(caller: Caller, args: Arguments) -> Any:
         """For each tier ``[medium, blocks, seconds, held]``: the prefix of the prompt that it and the faster ones hold, how
         long that takes to get to the arena, and how many blocks of the prompt the tier holds, wherever they are in it.
 
-        The prompt may also be given by the ``keys`` of its blocks, which costs the node least.
+        The prompt may also be given by the ``keys`` of its blocks, which costs the node least: it is answered at once,
+        without a task.
         """
-        chain = Chain(split_keys(args["keys"]), None) if "keys" in args else await chains.named(args)
+        if "keys" in args:
+            return peeked(Chain(split_keys(args["keys"]), None))
+        return peek_named(args)
+
+    async def peek_named(args: Arguments) -> Any:
+        return peeked(await chains.named(args))
+
+    def peeked(chain: Chain) -> Any:
         held = [(tier.medium, contained(chain.keys, tier.keys())) for tier in store.tiers]
         usable = _usable(store, chain.keys, runs_of(held, len(chain.keys)))
         tiers = [
