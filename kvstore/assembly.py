@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import socket
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from kvstore.config import Config
-from kvstore.demand import Demand, prefill_seconds
+from kvstore.demand import Demand
 from kvstore.encryption import KeyFile, KeyRing, TenantKeys
 from kvstore.errors import TierError
 from kvstore.history import History
@@ -31,7 +30,7 @@ from kvstore.policy.reuse import Reuse
 from kvstore.store import Probe, Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tenancy import OneTenant
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import Medium, Tier
 from kvstore.tiers.encryption import Encrypting
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
@@ -41,19 +40,24 @@ if TYPE_CHECKING:
     from kvstore.catalog import Catalog
     from kvstore.catalog.hotness import Reporter
     from kvstore.catalog.sharing import Sharing
+    from kvstore.tenants.shared import Shared
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
 
 log = structlog.get_logger(__name__)
 
 
-async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, demand: Demand) -> Store:
-    """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again."""
+async def open_store(
+    config: Config, arena: Arena, namespaces: NamespaceBook, demand: Demand, shared: Shared | None = None
+) -> Store:
+    """Open every configured tier over ``arena``. Raises ConfigError; what was opened is closed again.
+
+    ``shared``, where the node has several tenants, is told of the tiers.
+    """
     metrics = StoreMetrics()
     measured = TierMetrics(metrics.registry)
     history = History()
-    ranking: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
-    eviction = PinnedLast(ranking, demand.pins)
+    eviction = ranking_for(config, demand)
     admission = AdmissionPolicy(demand.traffic, demand.pins, Mode(config.policy.admission))
     host = HostTier(arena, config.host.extent, eviction)
     host.on_evict = history.evicted
@@ -63,14 +67,19 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
     undertaker = open_undertaker(config, namespaces)
     try:
         if config.disk.enabled:
-            disk = await open_disk(config, eviction)
+            disk = await open_disk(config, eviction if shared is None else shared.fair(Medium.DISK, eviction))
             disk.on_evict = history.evicted
+            if shared is not None:
+                shared.take_disk(disk)
             lower.append(Metered(disk if undertaker is None else undertaker.over(disk), measured))
         if config.object.url:
             sharing = await open_sharing(config)
-            bucket = await open_object(config, sharing, eviction)
+            ranking = eviction if shared is None else shared.fair(Medium.OBJECT, eviction)
+            bucket = await open_object(config, sharing, ranking)
             bucket.on_evict = history.evicted
             assert undertaker is not None
+            if shared is not None:
+                shared.take_bucket(bucket, undertaker, bucket.probe if sharing is None else sharing.probe)
             own = OneTenant(bucket, config.identity.tenant, namespaces, bucket.namespace)
             lower.append(Metered(Breaker(undertaker.attend(own)), measured))
             probe = bucket.probe if sharing is None else sharing.probe
@@ -80,7 +89,10 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
             _share_namespaces(namespaces, bucket)
             demand.publish = _reporter(config, demand, bucket, sharing)
         if (keys := encryption_keys(config)) is not None:
-            lower = [Encrypting(tier, keys) for tier in lower]
+            own_or_each = (
+                Encrypting if shared is None else shared.encrypting(namespaces, partial(encryption_keys, config))
+            )
+            lower = [own_or_each(tier, keys) for tier in lower]
         store = Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
         if bucket is not None and undertaker is not None:
             undertaker.watch(store, bucket.objects)
@@ -89,6 +101,12 @@ async def open_store(config: Config, arena: Arena, namespaces: NamespaceBook, de
         for tier in reversed([host, *lower]):
             await tier.close()
         raise
+
+
+def ranking_for(config: Config, demand: Demand) -> EvictionPolicy:
+    """Which blocks go first, by what ``demand`` learnt and pinned."""
+    ranking: EvictionPolicy = Reuse(demand.traffic) if config.policy.eviction == "reuse" else LRU()
+    return PinnedLast(ranking, demand.pins)
 
 
 def _heed_region(
@@ -149,9 +167,9 @@ def node_name(directory: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{text}")[:128]
 
 
-def encryption_keys(config: Config) -> KeyRing | None:
-    """What blocks are encrypted with, if anything. Raises ConfigError."""
-    settings, tenant = config.encryption, config.identity.tenant
+def encryption_keys(config: Config, tenant: str = "") -> KeyRing | None:
+    """What a tenant's blocks are encrypted with, if anything; by default the node's own. Raises ConfigError."""
+    settings, tenant = config.encryption, tenant or config.identity.tenant
     unwrap = kms_at(settings.kms_region, settings.kms_endpoint).unwrap
     if settings.key_file is not None:
         return KeyFile(settings.key_file, tenant, unwrap)
@@ -188,7 +206,7 @@ def open_undertaker(config: Config, namespaces: NamespaceBook) -> Undertaker | N
         return None
     from kvstore.burials import Undertaker
 
-    return Undertaker(namespaces, config.node.directory / "tombstones.json")
+    return Undertaker(namespaces, config.node.directory / "tombstones.json", node_name(config.node.directory))
 
 
 async def open_catalog(config: Config) -> Catalog | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Container, Iterable, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.namespaces import NamespaceBook
 from kvstore.store import Store
 from kvstore.tiers.base import Medium, PutResult, Tier
-from kvstore.tiers.object.names import TOMBSTONES
+from kvstore.tiers.object.names import TOMBSTONES, receipt_name
 from kvstore.tiers.object.objects import Objects
 from kvstore.tiers.wrappers import Wrapped
 from kvstore.tombstones import Graves, Labelled, Tombstone, buried
@@ -66,8 +67,13 @@ class Buried(Wrapped):
 class Undertaker:
     """Follows the bucket's tombstones and sweeps the node's own tiers. Owned by the node's event loop."""
 
-    def __init__(self, namespaces: NamespaceBook, file: Path) -> None:
-        """``file`` keeps the tombstones that this node has carried out."""
+    def __init__(self, namespaces: NamespaceBook, file: Path, node: str) -> None:
+        """``file`` keeps the tombstones that this node has carried out; ``node`` is its name in the region."""
+        self.others: Callable[[], Iterable[Store]] = tuple
+        """Stores of this node to sweep beside the one that is watched."""
+        self._node = node
+        self._unconfirmed: dict[str, bytes] = {}
+        """Receipts that the bucket lacks, by name."""
         self._namespaces = namespaces
         self._file = file
         self.graves = Graves(self._label, _read(file))
@@ -104,14 +110,25 @@ class Undertaker:
         self.graves.add(new.values())
         self._unswept += new.values()
         if not self._unswept:
+            await self._confirm(objects)
             return
-        swept = await self._sweep(store, self._unswept)
+        swept = sum([await self._sweep(each, self._unswept) for each in (store, *self.others())])
+        for stone in self._unswept:
+            receipt = {"node": self._node, "time": time.time(), "blocks": swept}
+            self._unconfirmed[receipt_name(stone.identity, self._node)] = json.dumps(receipt).encode()
         self._unswept = []
         log.info("carried out tombstones", new=len(new), blocks=swept)
         try:
             await asyncio.to_thread(_write, self._file, list(self.graves))
         except OSError as error:  # they are carried out once more after the next start
             log.warning("tombstones not kept", file=str(self._file), error=str(error))
+        await self._confirm(objects)
+
+    async def _confirm(self, objects: Objects) -> None:
+        """Tell the region what this node has carried out."""
+        for name, receipt in list(self._unconfirmed.items()):
+            await objects.put(name, receipt, create=False)
+            del self._unconfirmed[name]
 
     async def _watch(self, store: Store, objects: Objects) -> None:
         while True:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, KeysView, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.envelope import HEADER_BYTES, Header
+from kvstore.envelope import HEADER_BYTES, Header, envelope_bytes
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
 from kvstore.tiers.base import BlockStat
 
@@ -34,6 +34,13 @@ _COLUMNS: dict[str, tuple[str, int]] = {  # dtype and the value of an unused row
     "tokens": ("u2", 0),
     "pins": ("u2", 0),  # leases and pending writes: a pinned row is no victim
 }
+
+
+class Listener(Protocol):
+    """Told of every block that an index lists or unlists, with the bytes of its envelope. Must not block or raise."""
+
+    def listed(self, key: BlockKey, namespace: bytes, nbytes: int) -> None: ...
+    def unlisted(self, key: BlockKey, namespace: bytes, nbytes: int) -> None: ...
 
 
 class BlockIndex:
@@ -59,6 +66,7 @@ class BlockIndex:
         self._parents: Identities = np.zeros(0, dtype=f"V{KEY_BYTES}")
         for name, (dtype, _) in _COLUMNS.items():
             setattr(self, name, np.zeros(0, dtype=dtype))
+        self.listener: Listener | None = None
         self.namespaces: list[bytes] = []
         self._namespace_numbers: dict[bytes, int] = {}
 
@@ -83,6 +91,11 @@ class BlockIndex:
     def used(self) -> Rows:
         """All rows in use."""
         return np.flatnonzero(self.location >= 0)
+
+    def in_namespace(self, digest: bytes) -> Rows:
+        """Rows in use of one namespace: a pass over the index."""
+        number = self._namespace_numbers.get(digest, -1)
+        return np.flatnonzero((self.namespace == number) & (self.location >= 0))
 
     def key(self, row: int) -> BlockKey:
         key = self._keys[row]
@@ -164,6 +177,8 @@ class BlockIndex:
         self.tokens[row] = header.tokens
         self.pins[row] = 0
         self._link(row, header)
+        if self.listener is not None:
+            self.listener.listed(header.key, header.namespace, header.envelope_bytes)
         return row
 
     def remove(self, key: BlockKey) -> int | None:
@@ -176,6 +191,9 @@ class BlockIndex:
         self._keys[row] = None
         self.location[row] = -1
         self._free.append(row)
+        if self.listener is not None:
+            namespace, nbytes = self.namespaces[self.namespace[row]], envelope_bytes(int(self.length[row]))
+            self.listener.unlisted(key, namespace, nbytes)
         return location
 
     def touch(self, keys: Iterable[BlockKey], now: float) -> None:

@@ -84,6 +84,11 @@ class NodeSection(_Section):
         description="Users that may use the socket besides the node's own and root, as numbers: [1000, 1001], "
         "or 1000,1001 in a text.",
     )
+    token_file: Path | None = Field(
+        None,
+        description="File with the token that a client of a node with several tenants shows; "
+        "empty: an engine is known by its user, an operator by being able to read tenants.book.",
+    )
     drain_seconds: float = Field(
         10.0,
         ge=0,
@@ -109,8 +114,13 @@ class HostSection(_Section):
     @property
     def extent(self) -> int:
         """``extent_bytes``, or its default. Few large extents waste little at their ends, many suit many block sizes."""
-        share = self.bytes // 16 // 4096 * 4096
-        return self.extent_bytes or min(max(share, 64 * _MIB), _GIB)
+        return self.extent_of(self.bytes, self.extent_bytes)
+
+    @staticmethod
+    def extent_of(nbytes: int, extent_bytes: int | None) -> int:
+        """The extent of an arena of that size."""
+        share = nbytes // 16 // 4096 * 4096
+        return extent_bytes or min(max(share, 64 * _MIB), _GIB)
 
     @model_validator(mode="after")
     def _check(self) -> HostSection:
@@ -270,6 +280,19 @@ class IdentitySection(_Section):
                 "Make one with: openssl rand -hex 32",
             )
         return secret
+
+
+class TenantsSection(_Section):
+    """Several tenants on one node."""
+
+    book: Path | None = Field(
+        None,
+        description="File of the tenants that kvstore tenants makes, as /var/lib/kvstore/tenants.json; "
+        "empty: the node has one, identity.tenant.",
+    )
+    host_bytes: Bytes = Field(
+        _GIB, ge=_MIB, description="Size of a tenant's arena, where it has no quota of its own; beside host.bytes."
+    )
 
 
 class EncryptionSection(_Section):
@@ -500,6 +523,7 @@ class Config(_Section):
     object: ObjectSection = ObjectSection()
     catalog: CatalogSection = CatalogSection()
     identity: IdentitySection = IdentitySection()
+    tenants: TenantsSection = TenantsSection()
     encryption: EncryptionSection = EncryptionSection()
     write: WriteSection = WriteSection()
     policy: PolicySection = PolicySection()

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +34,7 @@ from kvstore.node.arena import Arena
 from kvstore.node.peers import check_node
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
 from kvstore.policy.planner import Patience, Reason
+from kvstore.tenants.credentials import engine_token
 from kvstore.tiers.base import Medium
 
 GRACE_SECONDS = 0.25
@@ -55,11 +56,14 @@ class Client:
         socket_path: str | Path,
         name: str = "client",
         connect_timeout: float = 5.0,
+        token: Callable[[], str] = engine_token,
     ) -> None:
-        """``connect_timeout`` is in seconds and covers the greeting."""
+        """``connect_timeout`` is in seconds and covers the greeting. ``token`` gives what to show a node with several tenants,
+        at each connection; it may raise ConfigError."""
         self._path = str(socket_path)
         self._name = name
         self._connect_timeout = connect_timeout
+        self._token = token
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._retry_at = 0.0
@@ -203,7 +207,7 @@ class Client:
 
     def _connect(self) -> _Connection:
         """A connection on which the namespaces are open: all or nothing, since where one is not its blocks cannot be saved."""
-        connection = _Connection(self._path, self._name, self._connect_timeout)
+        connection = _Connection(self._path, self._name, self._connect_timeout, self._token())
         for namespace, (block_bytes, _, _) in self._namespaces.items():
             try:
                 self._namespaces[namespace] = self._open(connection, namespace, block_bytes)
@@ -283,7 +287,7 @@ class _Waiter:
 class _Connection:
     """One socket shared by threads. Whoever waits first reads for everybody, so no thread is kept for reading."""
 
-    def __init__(self, path: str, name: str, timeout: float) -> None:
+    def __init__(self, path: str, name: str, timeout: float, token: str) -> None:
         self.lost = False
         self._send_lock = threading.Lock()
         self._turn = threading.Condition()
@@ -296,7 +300,7 @@ class _Connection:
             self._socket.settimeout(timeout)
             self._socket.connect(path)
             check_node(self._socket, path)
-            self.arena = self._handshake(name)
+            self.arena = self._handshake(name, token)
         except (OSError, struct.error) as error:
             self._socket.close()
             raise NodeUnavailable(f"no node answers at {path}: {error}") from error
@@ -342,8 +346,9 @@ class _Connection:
             pass
         self._socket.close()
 
-    def _handshake(self, name: str) -> Arena:
-        self._socket.sendall(encode({"protocol": PROTOCOL_VERSION, "name": name, "pid": os.getpid()}))
+    def _handshake(self, name: str, token: str) -> Arena:
+        shown = {"token": token} if token else {}
+        self._socket.sendall(encode({"protocol": PROTOCOL_VERSION, "name": name, "pid": os.getpid(), **shown}))
         data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
         try:
             welcome = next(self._decoder.feed(data), None)
@@ -351,6 +356,10 @@ class _Connection:
                 spoken = welcome.get("protocol") if isinstance(welcome, dict) else None
                 raise ProtocolError(
                     f"the node speaks protocol {spoken}, this client {PROTOCOL_VERSION}: install the same version on both"
+                )
+            if "refused" in welcome:
+                raise ProtocolError(
+                    f"the node at {self._socket.getpeername()} refuses this client: {welcome['refused']}"
                 )
             if len(fds) != 1:
                 raise ProtocolError("the node sent no arena")

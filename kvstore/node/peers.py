@@ -22,7 +22,7 @@ def check_peer(client: socket.socket, further: Collection[int]) -> None:
 
     What counts is who connected (SO_PEERCRED), which no client can choose.
     """
-    pid, uid = _peer(client)
+    pid, uid = peer(client)
     if uid not in (os.geteuid(), ROOT) and uid not in further:
         raise ProtocolError(f"user {uid} (process {pid}) is not in node.allow_uids")
 
@@ -32,12 +32,12 @@ def check_node(node: socket.socket, path: str) -> None:
 
     A path that somebody chose may well be that of another user's node.
     """
-    pid, uid = _peer(node)
+    pid, uid = peer(node)
     if uid not in (os.geteuid(), ROOT) and path == str(default_socket()):
         raise NodeUnavailable(f"user {uid} (process {pid}) listens at {path}, which is not theirs: set node.socket")
 
 
-def _peer(connection: socket.socket) -> tuple[int, int]:
+def peer(connection: socket.socket) -> tuple[int, int]:
     """Process and user at the other end."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(packed)

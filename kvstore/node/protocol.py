@@ -1,7 +1,8 @@
 """Frames between a node and its clients.
 
-A frame is a little-endian u32 length and that many bytes of msgpack. The client speaks first: ``{"protocol", "name", "pid"}``;
-the node answers ``{"protocol", "version", "epoch", "arena_bytes"}`` and attaches the arena's descriptor. Then requests
+A frame is a little-endian u32 length and that many bytes of msgpack. The client speaks first: ``{"protocol", "name", "pid"}``,
+with a ``"token"`` where the node has several tenants; the node answers ``{"protocol", "version", "epoch", "arena_bytes"}`` and
+attaches the arena's descriptor, or ``{"protocol", "refused": message}`` to who is of no tenant. Then requests
 ``[id, verb, {argument: value}]`` are answered, in any order, by ``[id, None, result]`` or ``[id, error name, message]``; a
 request with id 0 is not answered. Block data never crosses the socket.
 """

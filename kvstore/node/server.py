@@ -29,11 +29,13 @@ from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
 from kvstore.node.launch import lock_path
-from kvstore.node.peers import check_peer, listen, make_folder
+from kvstore.node.peers import ROOT, check_peer, listen, make_folder
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.planning import Planning
 from kvstore.store import Session, Store
+from kvstore.tenants.pipelines import Place, Shown, Tenants
+from kvstore.tenants.verbs import tenant_verbs
 from kvstore.warmth import forget_warmth
 
 log = structlog.get_logger(__name__)
@@ -49,9 +51,17 @@ SWITCH_INTERVAL = 0.0002
 class Node:
     """A running node: store, socket, clients."""
 
-    def __init__(self, config: Config, arena: Arena, store: Store, namespaces: NamespaceBook, demand: Demand) -> None:
+    def __init__(
+        self,
+        config: Config,
+        arena: Arena,
+        store: Store,
+        namespaces: NamespaceBook,
+        demand: Demand,
+        tenants: Tenants | None = None,
+    ) -> None:
         self.store = store
-        self._arena = arena
+        self._tenants = tenants
         self._verbs = Verbs(
             store,
             namespaces,
@@ -65,6 +75,11 @@ class Node:
             store, self._verbs.callers, demand.pins, lambda: self._verbs.draining, config.node.directory
         )
         store.metrics.registry.register(gauges)
+        self._place = Place(self._verbs, store, arena)
+        """Of everybody where there is one tenant; of operators where there are several."""
+        if tenants is not None:
+            tenants.changed = self._cut_off
+            self._verbs.table |= tenant_verbs(tenants, self._verbs)
         self._allow_uids = frozenset(config.node.allow_uids)
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -74,25 +89,29 @@ class Node:
     async def open(cls, config: Config) -> AsyncIterator[Node]:
         """Start a node and stop it again, with what was saved written down as far as ``node.drain_seconds`` allow."""
         path = config.node.socket
-        make_folder(path, config.node.allow_uids)
+        others = config.node.allow_uids if config.tenants.book is None else (*config.node.allow_uids, ROOT)
+        make_folder(path, others)
         with _exclusive(path):
             namespaces = NamespaceBook(config.node.directory / "namespaces")
             arena = Arena.create(config.host.bytes, secrets.randbits(63) or 1)
             if not config.disk.enabled:
                 forget_warmth(config.node.directory)  # it was in the memory of the node that was here before
+            tenants = None if config.tenants.book is None else Tenants(config, namespaces)
             demand = Demand(config.node.directory / "hotness.msgpack")
             try:
-                store = await open_store(config, arena, namespaces, demand)
+                store = await open_store(config, arena, namespaces, demand, tenants.shared if tenants else None)
             except BaseException:
                 await demand.close()
                 raise
-            node = cls(config, arena, store, namespaces, demand)
+            node = cls(config, arena, store, namespaces, demand, tenants)
             events: KVEvents | None = None
             try:
+                if tenants is not None:
+                    await tenants.start(store)
                 if config.events.listen:
                     events = KVEvents(config.events.listen, store.host.stat)
                     store.history.listener = events.tell
-                listener = listen(path, config.node.allow_uids)
+                listener = listen(path, others)
                 accepting = asyncio.create_task(node._accept(listener))
                 try:
                     yield node
@@ -106,6 +125,8 @@ class Node:
                     for connection in list(node._connections):
                         connection.close()
             finally:
+                if tenants is not None:
+                    await tenants.close()
                 await demand.close()
                 await store.close()
                 if events is not None:
@@ -122,16 +143,37 @@ class Node:
     async def _welcome(self, client: socket.socket) -> None:
         client.setblocking(False)
         try:
-            check_peer(client, self._allow_uids)
+            if self._tenants is None:
+                check_peer(client, self._allow_uids)
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                caller = await self._handshake(client)
+                caller, place, shown = await self._handshake(client)
             loop = asyncio.get_running_loop()
-            await loop.connect_accepted_socket(lambda: _Connection(self, caller), client)
+            await loop.connect_accepted_socket(lambda: _Connection(self, caller, place, shown), client)
         except (OSError, TimeoutError, ProtocolError) as error:
             log.warning("client refused", error=str(error) or "no greeting in time")
             client.close()
 
-    async def _handshake(self, client: socket.socket) -> Caller:
+    def _cut_off(self) -> None:
+        """Close the connections of clients that belong elsewhere by now, or nowhere."""
+        for connection in list(self._connections):
+            self._check_place(connection)
+
+    def _check_place(self, connection: _Connection) -> None:
+        if connection.shown is None:  # there is one tenant
+            return
+        try:
+            if self._belongs(connection.shown) is connection.place:
+                return
+        except ProtocolError:
+            pass
+        connection.close()
+
+    def _belongs(self, shown: Shown) -> Place:
+        """Raises ProtocolError for who is of no tenant."""
+        assert self._tenants is not None
+        return self._tenants.place(shown) or self._place
+
+    async def _handshake(self, client: socket.socket) -> tuple[Caller, Place, Shown | None]:
         loop = asyncio.get_running_loop()
         decoder = FrameDecoder()
         hello: Any = None
@@ -142,22 +184,32 @@ class Node:
             hello = next(decoder.feed(data), None)
         if not isinstance(hello, dict) or not isinstance(hello.get("pid"), int):
             raise ProtocolError("not a greeting")
+        place, shown = self._place, None
+        if self._tenants is not None:
+            try:
+                shown = Shown.of(client, hello)
+                place = self._belongs(shown)
+            except ProtocolError as error:
+                await loop.sock_sendall(client, encode({"protocol": PROTOCOL_VERSION, "refused": str(error)}))
+                raise
         welcome = {
             "protocol": PROTOCOL_VERSION,
             "version": kvstore.__version__,
-            "epoch": self._arena.epoch,
-            "arena_bytes": self._arena.nbytes,
+            "epoch": place.arena.epoch,
+            "arena_bytes": place.arena.nbytes,
         }
-        socket.send_fds(client, [encode(welcome)], [self._arena.fd])
+        socket.send_fds(client, [encode(welcome)], [place.arena.fd])
         if hello.get("protocol") != PROTOCOL_VERSION:
             raise ProtocolError(f"protocol {hello.get('protocol')!r} is not {PROTOCOL_VERSION}")
-        return Caller(str(hello.get("name"))[:64], hello["pid"], Session(), time.monotonic())
+        return Caller(str(hello.get("name"))[:64], hello["pid"], Session(), time.monotonic()), place, shown
 
 
 class _Connection(asyncio.Protocol):
     """One client. Requests that need no I/O are answered in the call that received them."""
 
-    def __init__(self, node: Node, caller: Caller) -> None:
+    def __init__(self, node: Node, caller: Caller, place: Place, shown: Shown | None) -> None:
+        self.place = place
+        self.shown = shown
         self._node = node
         self._caller = caller
         self._decoder = FrameDecoder()
@@ -168,17 +220,18 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._node._connections.add(self)
-        self._node._verbs.callers.add(self._caller)
+        self.place.verbs.callers.add(self._caller)
         log.info("client connected", client=self._caller.name, pid=self._caller.pid)
+        self._node._check_place(self)
 
     def connection_lost(self, _: Exception | None) -> None:
         self._transport = None
         self._node._connections.discard(self)
-        self._node._verbs.callers.discard(self._caller)
+        self.place.verbs.callers.discard(self._caller)
         for task in self._tasks:
             task.cancel()
         ending = asyncio.gather(*self._tasks, return_exceptions=True)
-        ending.add_done_callback(lambda _: self._node.store.end(self._caller.session))
+        ending.add_done_callback(lambda _: self.place.store.end(self._caller.session))
         log.info("client left", client=self._caller.name, pid=self._caller.pid)
 
     def data_received(self, data: bytes) -> None:
@@ -199,7 +252,7 @@ class _Connection(asyncio.Protocol):
                 pass
             case _:
                 raise ProtocolError("not a request")
-        handler = self._node._verbs.table.get(verb)
+        handler = self.place.verbs.table.get(verb)
         if handler is None:
             self._answer(request, ProtocolError(f"unknown verb {verb!r}"))
             return

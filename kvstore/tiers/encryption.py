@@ -81,8 +81,12 @@ class Encrypting(Wrapped):
         await self.inner.close()
         self._pool.shutdown()
 
+    def keys_for(self, header: Header) -> KeyRing:
+        """Those of a block. Called in the wrapper's own threads."""
+        return self._keys
+
     def _encrypt(self, header: Header, envelope: memoryview, stage: memoryview) -> Header:
-        identity, secret = self._keys.active()
+        identity, secret = self.keys_for(header).active()
         nonce = os.urandom(NONCE_BYTES)
         header = replace(header, codecs=(*header.codecs, AES_256_GCM))
         cipher = Cipher(AES(secret), GCM(nonce)).encryptor()
@@ -103,7 +107,7 @@ class Encrypting(Wrapped):
         if not header.codecs or header.codecs[-1] != AES_256_GCM:
             raise BlockCorrupt("not encrypted")
         identity, nonce, tag = _CIPHER.unpack_from(header.cipher)
-        secret = self._keys.get(identity)
+        secret = self.keys_for(header).get(identity)
         if secret is None:
             raise TierUnavailable(f"encrypted under key {identity.hex()}, which is not configured")
         cipher = Cipher(AES(secret), GCM(nonce, tag)).decryptor()

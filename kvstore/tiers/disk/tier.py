@@ -19,7 +19,7 @@ import structlog
 from kvstore.envelope import Header, envelope_bytes, verify
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
-from kvstore.index import slot_sizes
+from kvstore.index import BlockIndex, slot_sizes
 from kvstore.policy.eviction import LRU, EvictionPolicy
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.disk.files import Files
@@ -157,6 +157,11 @@ class DiskTier(Tier):
             evicted=self._evicted,
             refused=self._refused,
         )
+
+    @property
+    def index(self) -> BlockIndex:
+        """What is known of its blocks; to be read only."""
+        return self._index
 
     def bad_blocks(self) -> tuple[BadBlock, ...]:
         """The last blocks that failed verification, oldest first."""

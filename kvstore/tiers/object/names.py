@@ -5,6 +5,7 @@
 * ``quarantine/{namespace}/{key}-{microseconds}``: a block that failed verification
 * ``hotness/{node}.msgpack``: what a node's engines ask for most (``kvstore.tiers.object.hotness``)
 * ``tombstones/{id}.json``: what must never come back (``kvstore.tombstones``)
+* ``receipts/{id}/{node}.json``: that a node has carried a tombstone out, when, and how many blocks went with it
 
 Namespaces and keys are written as 32 hexadecimal digits.
 """
@@ -21,6 +22,7 @@ QUARANTINE = "quarantine"
 SCRATCH = "scratch"
 HOTNESS = "hotness"
 TOMBSTONES = "tombstones"
+RECEIPTS = "receipts"
 
 _BLOCK = re.compile(rf"{BLOCKS}/([0-9a-f]{{32}})/([0-9a-f]{{2}})/(\2[0-9a-f]{{30}})")
 _NAMESPACE = re.compile(rf"{NAMESPACES}/([0-9a-f]{{32}})\.json")
@@ -58,3 +60,8 @@ def hotness_name(node: str) -> str:
 def tombstone_name(identity: str) -> str:
     """``identity`` as ``Tombstone.identity``."""
     return f"{TOMBSTONES}/{identity}.json"
+
+
+def receipt_name(identity: str, node: str) -> str:
+    """``identity`` as ``Tombstone.identity``; ``node`` as for ``hotness_name``."""
+    return f"{RECEIPTS}/{identity}/{node}.json"

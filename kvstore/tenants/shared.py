@@ -1,0 +1,102 @@
+"""What the tenants of a node share: disk and bucket, whose every block is somebody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvstore.encryption import KeyRing
+from kvstore.envelope import Header
+from kvstore.identity import BlockKey, Namespace
+from kvstore.namespaces import NamespaceBook
+from kvstore.policy.eviction import EvictionPolicy
+from kvstore.store import Probe, Store
+from kvstore.tenants.fairness import FairShare
+from kvstore.tenants.ledger import Ledger
+from kvstore.tiers.base import Medium, OnEvict, Tier
+from kvstore.tiers.encryption import Encrypting
+
+if TYPE_CHECKING:
+    from kvstore.burials import Undertaker
+    from kvstore.tiers.disk import DiskTier
+    from kvstore.tiers.object import ObjectTier
+
+
+class Shared:
+    """Filled by ``kvstore.assembly.open_store``. Owned by the node's event loop."""
+
+    def __init__(self, policies: Mapping[str, EvictionPolicy], quotas: Mapping[str, int]) -> None:
+        """Both by tenant, live; ``quotas`` are those of the disk, in bytes."""
+        self.disk: DiskTier | None = None
+        self.bucket: ObjectTier | None = None
+        self.undertaker: Undertaker | None = None
+        self.probe: Probe | None = None
+        self.ledgers: dict[Medium, Ledger] = {}
+        self.stores: Callable[[], Mapping[str, Store]] = dict
+        """By tenant, as they are now."""
+        self._policies = policies
+        self._quotas = quotas
+
+    def adopt(self, namespace: Namespace) -> None:
+        """The blocks of a namespace are its tenant's, in every tier."""
+        for ledger in self.ledgers.values():
+            ledger.adopt(namespace)
+
+    def fair(self, medium: Medium, policy: EvictionPolicy) -> EvictionPolicy:
+        """The tier's ranking; ``policy`` is that of blocks whose tenant has none of its own."""
+        quotas = self._quotas if medium is Medium.DISK else {}
+        return FairShare(lambda: self.ledgers[medium], self._policies, policy, lambda: quotas)
+
+    def take_disk(self, disk: DiskTier) -> None:
+        """Just opened."""
+        self.disk, self.ledgers[Medium.DISK] = disk, Ledger(disk.index)
+        if disk.on_evict is not None:
+            disk.on_evict = self.telling(disk.on_evict)
+
+    def take_bucket(self, bucket: ObjectTier, undertaker: Undertaker, probe: Probe) -> None:
+        """Just opened."""
+        self.bucket, self.ledgers[Medium.OBJECT] = bucket, Ledger(bucket.index)
+        self.undertaker, self.probe = undertaker, probe
+        undertaker.others = lambda: self.stores().values()
+        if bucket.on_evict is not None:
+            bucket.on_evict = self.telling(bucket.on_evict)
+
+    def encrypting(
+        self, namespaces: NamespaceBook, keys_of: Callable[[str], KeyRing | None]
+    ) -> Callable[[Tier, KeyRing], Tier]:
+        """What encrypts a tier of all tenants."""
+        kept: dict[str, KeyRing | None] = {}
+
+        def ring(tenant: str) -> KeyRing | None:
+            if tenant not in kept:
+                kept[tenant] = keys_of(tenant)
+            return kept[tenant]
+
+        return lambda tier, keys: EncryptingEach(tier, keys, namespaces, ring)
+
+    def telling(self, own: OnEvict) -> OnEvict:
+        """``own``, and each tenant of its blocks that went to make room for others, though not for whom."""
+
+        def tell(medium: Medium, keys: Sequence[BlockKey], newcomer: BlockKey | None) -> None:
+            own(medium, keys, newcomer)
+            for tenant, mine in self.ledgers[medium].had(keys).items():
+                if (store := self.stores().get(tenant)) is not None:
+                    store.history.evicted(medium, mine, None)
+
+        return tell
+
+
+class EncryptingEach(Encrypting):
+    """Encrypts and decrypts each block with the keys of its tenant: for whoever looks after all of them."""
+
+    def __init__(
+        self, inner: Tier, keys: KeyRing, namespaces: NamespaceBook, keys_of: Callable[[str], KeyRing | None]
+    ) -> None:
+        """``keys`` are for blocks of namespaces that are not known."""
+        super().__init__(inner, keys)
+        self._namespaces = namespaces
+        self._keys_of = keys_of
+
+    def keys_for(self, header: Header) -> KeyRing:
+        known = self._namespaces.get(header.namespace)
+        return (known and self._keys_of(known.fields.tenant)) or self._keys
