@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Self
 
 import structlog
 
 from kvstore.catalog.base import START, Catalog, Entry
+from kvstore.catalog.cursors import SourceCursor
+from kvstore.catalog.hotness import reports
+from kvstore.catalog.pins import pinned_blocks
 from kvstore.catalog.publisher import Publisher
-from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError
+from kvstore.catalog.purges import ring
+from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError, ProtocolError
 from kvstore.identity import BlockKey
 from kvstore.tiers.object.contents import size_only
-from kvstore.tiers.object.names import BLOCKS, TOMBSTONES, block_name, parse_block_name
+from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot
+from kvstore.tiers.object.names import BLOCKS, HOTNESS, TOMBSTONES, block_name, hotness_name, parse_block_name
 from kvstore.tiers.object.objects import Found
 from kvstore.tombstones import Tombstone
 from replication.links import Links
@@ -90,6 +95,40 @@ class Contents:
         known = (self._stones[found.name] for found in listed)
         return [stone for stone in known if stone is not None]
 
+    async def reports(self) -> list[HotnessSnapshot]:
+        """What each of the region's nodes said last: to the catalog, else in the bucket. Raises TierUnavailable."""
+        told: Mapping[str, HotnessSnapshot] = {}
+        if self.catalog is not None:
+            try:
+                told = await reports(self.catalog.documents)
+            except CatalogUnavailable as error:
+                log.warning("the catalog does not answer: reading the bucket's reports", error=str(error))
+        names = {hotness_name(node) for node in told}
+        others = [found for found in await self.bucket.listing(HOTNESS) if found.name not in names]
+        read: list[HotnessSnapshot | None] = list(told.values())
+        for start in range(0, len(others), READS_AT_ONCE):
+            read += await asyncio.gather(*map(self._read_report, others[start : start + READS_AT_ONCE]))
+        return [report for report in read if report is not None]
+
+    async def pinned(self) -> set[BlockKey]:
+        """Blocks that somebody wants kept, as far as the catalog tells."""
+        if self.catalog is not None:
+            with suppress(CatalogUnavailable):
+                return await pinned_blocks(self.catalog.documents)
+        return set()
+
+    async def purged(self) -> None:
+        """Tombstones were written: have nodes look at once. Without a catalog they look every few seconds."""
+        if self.catalog is not None:
+            with suppress(CatalogUnavailable):
+                await ring(self.catalog.documents)
+
+    async def came_to(self, cursor: SourceCursor) -> None:
+        """Tell whoever asks the catalog how far replication is."""
+        if self.catalog is not None:
+            with suppress(CatalogUnavailable):
+                await cursor.tell(self.catalog.documents)
+
     async def used_bytes(self) -> int | None:
         """Bytes of all blocks, by the catalog; None without one that covers the bucket. Raises CatalogUnavailable."""
         if self.catalog is None or not await self._follow(self.catalog):
@@ -114,6 +153,15 @@ class Contents:
                 await self._publisher.flush({entry.key for entry in batch}, TOLD_SECONDS)
             await self.bucket.delete([block_name(entry.namespace, entry.key) for entry in batch])
         return len(waiting)
+
+    async def _read_report(self, found: Found) -> HotnessSnapshot | None:
+        """None for what is none, or is gone again."""
+        try:
+            body = await self.bucket.read(found.name, MAX_SNAPSHOT_BYTES)
+            return None if body is None else HotnessSnapshot.unpack(body)
+        except (ProtocolError, BlockTooLarge) as error:
+            log.warning("unreadable report", name=found.name, error=str(error))
+            return None
 
     async def _read_tombstone(self, found: Found) -> Tombstone | None:
         """None for what is none, or is gone again."""

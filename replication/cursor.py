@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvstore.catalog.cursors import SourceCursor
 from kvstore.errors import BlockTooLarge
 from replication.links import Links
 from replication.names import cursor_name
@@ -58,6 +59,20 @@ class Cursor:
         spent = self.spent.setdefault(flow, Spent())
         spent.roll(now)
         return spent
+
+    @property
+    def told(self) -> SourceCursor:
+        """What of it anybody may ask the catalog for."""
+        return SourceCursor(
+            source=self.source,
+            sequence=self.sequence,
+            published=self.published,
+            caught_up=self.caught_up,
+            blocks=self.blocks,
+            nbytes=self.nbytes,
+            updated=self.updated,
+            problem=self.problem,
+        )
 
     async def save(self, bucket: Links) -> None:
         """Raises TierUnavailable."""

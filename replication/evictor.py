@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from kvstore.catalog.base import Entry
 from kvstore.identity import BlockKey
 from kvstore.tiers.object.hotness import merged
 from replication.contents import Contents
-from replication.hotset import kept_manifests, read_snapshots
-from replication.links import Links
+from replication.hotset import kept_manifests
 from replication.manifest import HotBlock
 
 BEGIN_SHARE, END_SHARE = 3 / 32, 4 / 32
@@ -32,23 +32,27 @@ async def make_room(contents: Contents, capacity: int) -> int:
     used = await contents.used_bytes()
     if used is None or used <= capacity * (1 - BEGIN_SHARE):
         return 0
-    scores = await known_scores(contents.bucket)
+    scores, pinned = await known_scores(contents), await contents.pinned()
     blocks = await contents.blocks()
     excess = used - int(capacity * (1 - END_SHARE))
-    return await contents.delete(await asyncio.to_thread(victims, blocks.values(), scores, excess))
+    return await contents.delete(await asyncio.to_thread(victims, blocks.values(), scores, excess, pinned))
 
 
-async def known_scores(bucket: Links) -> dict[BlockKey, float]:
+async def known_scores(contents: Contents) -> dict[BlockKey, float]:
     """What the nodes of the region expect of their blocks, and the sources of theirs. Raises TierUnavailable."""
-    scores = merged(await read_snapshots(bucket), time.time())
-    for manifest in await kept_manifests(bucket):
+    scores = merged(await contents.reports(), time.time())
+    for manifest in await kept_manifests(contents.bucket):
         for block in manifest.blocks:
             scores[block.key] = max(scores.get(block.key, 0.0), block.score)
     return scores
 
 
 def overflow(
-    blocks: Collection[Entry], scores: Mapping[BlockKey, float], coming: Sequence[HotBlock], capacity: int
+    blocks: Collection[Entry],
+    scores: Mapping[BlockKey, float],
+    coming: Sequence[HotBlock],
+    capacity: int,
+    pinned: AbstractSet[BlockKey] = frozenset(),
 ) -> set[BlockKey]:
     """Those of the blocks to come (parents first) that would be given up as soon as they are there; pure.
 
@@ -62,16 +66,24 @@ def overflow(
     together = [*blocks, *arrivals]
     excess = sum(entry.envelope_bytes for entry in together) - int(capacity * (1 - END_SHARE))
     reduced = {**scores, **{block.key: NEWCOMER * block.score for block in coming}}
-    return {entry.key for entry in victims(together, reduced, excess)} & {block.key for block in coming}
+    return {entry.key for entry in victims(together, reduced, excess, pinned)} & {block.key for block in coming}
 
 
-def victims(blocks: Collection[Entry], scores: Mapping[BlockKey, float], nbytes: int) -> list[Entry]:
+def victims(
+    blocks: Collection[Entry],
+    scores: Mapping[BlockKey, float],
+    nbytes: int,
+    pinned: AbstractSet[BlockKey] = frozenset(),
+) -> list[Entry]:
     """The least valuable blocks that free ``nbytes``, each before its parent; pure.
 
-    By score per byte, what has none before what has one, and by age among equals. A block is worth at least as much as what
-    continues it.
+    By score per byte, what has none before what has one, and by age among equals; what is pinned last of all. A block is worth
+    at least as much as what continues it.
     """
-    worth = {entry.key: (scores.get(entry.key, 0.0) / entry.envelope_bytes, entry.stored) for entry in blocks}
+    worth = {
+        entry.key: (entry.key in pinned, scores.get(entry.key, 0.0) / entry.envelope_bytes, entry.stored)
+        for entry in blocks
+    }
     for entry in sorted(blocks, key=lambda entry: -entry.depth):
         above = worth.get(entry.parent)
         if above is not None and above < worth[entry.key]:

@@ -1,9 +1,9 @@
 """What is hot in a bucket, found from the bucket alone, or quicker with its catalog.
 
-Scores come from the snapshots that nodes leave there (``hotness/``); a block is at least as hot as what continues it. While no
-snapshot names a block of the bucket, the blocks stored last count as the hottest: 1 for a block stored now, half of it for
-each day since. Parents and times of creation come from the blocks' headers; those
-that the catalog knows, or an earlier manifest listed, are not read again.
+Scores come from what nodes report to the catalog, or leave in the bucket (``hotness/``); a block is at least as hot as what
+continues it. While no report names a block of the bucket, the blocks stored last count as the hottest: 1 for a block stored
+now, half of it for each day since. Parents and times of creation come from the blocks' headers; those that the catalog knows,
+or an earlier manifest listed, are not read again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import structlog
 
 from kvstore.catalog.base import Entry
 from kvstore.envelope import HEADER_BYTES, Header
-from kvstore.errors import BlockCorrupt, BlockTooLarge, IdentityError, ProtocolError
+from kvstore.errors import BlockCorrupt, BlockTooLarge, IdentityError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
-from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot, merged
+from kvstore.tiers.object.hotness import merged
 from kvstore.tiers.object.names import (
-    HOTNESS,
     NAMESPACES,
     block_name,
     namespace_name,
@@ -97,11 +96,6 @@ async def kept_manifests(bucket: Links) -> list[Manifest]:
     return [m for one in found if (m := await kept_manifest(bucket, one.name.split("/")[1])) is not None]
 
 
-async def read_snapshots(bucket: Links) -> list[HotnessSnapshot]:
-    """What the region's nodes said last. Raises TierUnavailable."""
-    return await _read_all(bucket, HOTNESS, MAX_SNAPSHOT_BYTES, lambda _, body: HotnessSnapshot.unpack(body))
-
-
 async def find_hot_set(contents: Contents, previous: Manifest | None, now: float, most: int = MOST_BLOCKS) -> HotSet:
     """The hottest blocks that can be used: whole chains, at most ``most`` blocks.
 
@@ -109,7 +103,7 @@ async def find_hot_set(contents: Contents, previous: Manifest | None, now: float
     """
     held = await contents.blocks()
     namespaces = await read_namespaces(contents.bucket)
-    snapshots = await read_snapshots(contents.bucket)
+    snapshots = await contents.reports()
     scores = {key: score for key, score in merged(snapshots, now).items() if key in held}
     if not scores:
         scores = {k: 0.5 ** (max(0.0, now - block.stored) / RECENCY_HALF_LIFE) for k, block in held.items()}
@@ -274,7 +268,7 @@ async def _read_all(bucket: Links, folder: str, limit: int, parse: Callable[[Fou
         try:
             into = memoryview(bytearray(min(found.size, limit)))
             return await bucket.get(found.name, into, lambda found, body: parse(found, bytes(body)))
-        except (ValueError, IdentityError, ProtocolError, BlockTooLarge) as error:
+        except (ValueError, IdentityError, BlockTooLarge) as error:
             log.warning("unreadable object", name=found.name, error=str(error))
             return None
 

@@ -60,6 +60,7 @@ async def entomb(contents: Contents, stones: list[Tombstone]) -> int:
     bucket = contents.bucket
     for stone in stones:
         await bucket.put(tombstone_name(stone.identity), stone.to_json().encode(), create=True)
+    await contents.purged()
     labels = {digest: label_of(namespace) for digest, namespace in (await read_namespaces(bucket)).items()}
     dead: list[Entry] = []
     doubtful: dict[BlockKey, Entry] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from kvstore.catalog.base import Entry
 from kvstore.identity import BlockKey
@@ -29,9 +30,9 @@ async def keep_quotas(contents: Contents, quotas: Mapping[str, int], enforce: bo
     if await contents.used_bytes() is None:
         return 0
     owners = await read_owners(contents.bucket)
-    scores = await known_scores(contents.bucket)
+    scores, pinned = await known_scores(contents), await contents.pinned()
     blocks = (await contents.blocks()).values()
-    going = await asyncio.to_thread(beyond, blocks, owners, scores, quotas)
+    going = await asyncio.to_thread(beyond, blocks, owners, scores, quotas, pinned)
     return await contents.delete(going) if enforce else len(going)
 
 
@@ -41,7 +42,11 @@ async def read_owners(bucket: Links) -> dict[bytes, str]:
 
 
 def beyond(
-    blocks: Collection[Entry], owners: Owners, scores: Mapping[BlockKey, float], quotas: Mapping[str, int]
+    blocks: Collection[Entry],
+    owners: Owners,
+    scores: Mapping[BlockKey, float],
+    quotas: Mapping[str, int],
+    pinned: AbstractSet[BlockKey] = frozenset(),
 ) -> list[Entry]:
     """What has to go, tails before heads; pure. The same part of a quota is kept free as of a cap."""
     going: list[Entry] = []
@@ -49,7 +54,7 @@ def beyond(
         own = [entry for entry in blocks if owners.get(entry.namespace) == tenant]
         used = sum(entry.envelope_bytes for entry in own)
         if used > quota * (1 - BEGIN_SHARE):
-            going += victims(own, scores, used - int(quota * (1 - END_SHARE)))
+            going += victims(own, scores, used - int(quota * (1 - END_SHARE)), pinned)
     return going
 
 
@@ -59,10 +64,12 @@ def overflow_of_tenants(
     scores: Mapping[BlockKey, float],
     coming: Sequence[HotBlock],
     quotas: Mapping[str, int],
+    pinned: AbstractSet[BlockKey] = frozenset(),
 ) -> set[BlockKey]:
     """Those of the blocks to come (parents first) that a quota would give up as soon as they are there; pure."""
     lost: set[BlockKey] = set()
     for tenant, quota in quotas.items():
         own = [entry for entry in blocks if owners.get(entry.namespace) == tenant]
-        lost |= overflow(own, scores, [block for block in coming if owners.get(block.namespace) == tenant], quota)
+        theirs = [block for block in coming if owners.get(block.namespace) == tenant]
+        lost |= overflow(own, scores, theirs, quota, pinned)
     return lost

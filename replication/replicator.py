@@ -206,7 +206,8 @@ class Replicator:
     async def _plan(self, cycle: Cycle, pulled: Mapping[str, _Pulled], stones: Sequence[Tombstone]) -> None:
         held = await self._contents.blocks()
         quotas = self.topology.quotas
-        scores = {} if self._capacity is None and not quotas else await known_scores(self.near)
+        bounded = self._capacity is not None or quotas
+        scores, pinned = (await known_scores(self._contents), await self._contents.pinned()) if bounded else ({}, set())
         owners = await read_owners(self.near) if quotas else {}
         have: set[BlockKey] = set(held)
         retired = await read_retired(self.near)
@@ -227,10 +228,10 @@ class Replicator:
             coming = [*(block for earlier in cycle.flows for block in earlier.plan.blocks), *report.plan.blocks]
             lost: set[BlockKey] = set()
             if self._capacity is not None:
-                lost |= overflow(held.values(), scores, coming, self._capacity)
+                lost |= overflow(held.values(), scores, coming, self._capacity, pinned)
             if quotas:
                 owners |= {label.digest: label.tenant for label in manifest.labels.values()}
-                lost |= overflow_of_tenants(held.values(), owners, scores, coming, quotas)
+                lost |= overflow_of_tenants(held.values(), owners, scores, coming, quotas, pinned)
             report.plan = report.plan.without(lost, LeftOut.ROOM)
             have.update(block.key for block in report.plan.blocks)
             left = None if left is None else left - report.plan.nbytes
@@ -257,6 +258,7 @@ class Replicator:
         cursor.problem = cycle.problems.get(source, "")
         cycle.lag[source] = cursor.lag(time.time())
         await cursor.save(self.near)
+        await self._contents.came_to(cursor.told)
 
     async def _copy(self, cycle: Cycle, manifest: Manifest, cursor: Cursor, progress: Progress) -> None:
         """All flows from one source, one after the other: they share its links."""

@@ -14,8 +14,9 @@ import structlog
 
 from kvstore.errors import BlockTooLarge, TierUnavailable
 from kvstore.identity import KEY_BYTES, BlockKey
+from kvstore.tiers.object.hotness import HotnessSnapshot
 from replication.contents import Contents
-from replication.hotset import kept_manifests, read_namespaces, read_snapshots
+from replication.hotset import kept_manifests, read_namespaces
 from replication.links import Links
 from replication.names import RETIRED, USES
 from replication.retention import MOST_REMEMBERED, Retired, Uses, decide, observe, remember
@@ -42,10 +43,11 @@ async def retire(contents: Contents, rules: Sequence[Retention], enforce: bool) 
     """
     bucket, now = contents.bucket, time.time()
     blocks, namespaces = await contents.blocks(), await read_namespaces(bucket)
-    reports = await read_snapshots(bucket)
+    reports = await contents.reports()
+    heard = max((report.taken for report in reports), default=0.0)
+    reports.append(HotnessSnapshot(now, 1.0, {}, dict.fromkeys(await contents.pinned(), now)))  # a pin counts as a use
     uses, retired = await _read_uses(bucket), await read_retired(bucket)
     uses, retired = await asyncio.to_thread(observe, blocks, reports, uses, retired, now)
-    heard = max((report.taken for report in reports), default=0.0)
     decision = await asyncio.to_thread(decide, blocks, namespaces, rules, uses, heard, now)
     report = RetireReport(nbytes=sum(entry.envelope_bytes for entry, _ in decision.blocks))
     for entry, reason in decision.blocks:

@@ -7,6 +7,8 @@ sharing     a node's part in its region: joins an object tier to a catalog
 ├── pins        what is pinned on one node is pinned on all
 ├── hotness     what the node's engines ask for, told to the region
 └── rebuild     fills it from the bucket
+cursors     how far the region has come with others
+purges      rings when something was purged
 base        the interface and what it speaks of; documents: what else the region's processes tell each other
 ├── sqlite      one file, for one machine
 └── redis       Redis or Valkey, for a region; scripts: what the server runs
