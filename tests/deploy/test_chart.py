@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,8 @@ USES = {
         "warm.budget=1TiB",
         "serviceMonitor.enabled=true",
         "serviceMonitor.tokenSecretName=viewer",
+        "prometheusRule.enabled=true",
+        "prometheusRule.labels.release=prometheus",
     ],
 }
 
@@ -63,7 +67,9 @@ def test_kubernetes_takes_every_document(use: str) -> None:
             validate.validate(document, KUBERNETES, strict=True)
     kinds = {document["kind"] for document in documents}
     assert {"DaemonSet", "ConfigMap", "NetworkPolicy", "ServiceAccount"} <= kinds
-    assert ({"Deployment", "CronJob", "Service", "ServiceMonitor"} <= kinds) == (use == "everything")
+    assert ({"Deployment", "CronJob", "Service", "ServiceMonitor", "PodMonitor", "PrometheusRule"} <= kinds) == (
+        use == "everything"
+    )
 
 
 @pytest.mark.parametrize("use", USES)
@@ -95,6 +101,18 @@ def test_the_commands_of_its_containers_exist() -> None:
             )
             assert page.returncode == 0, page.stderr
             assert [option for option in options if option not in page.stdout] == []
+
+
+def test_its_alerts_are_those_that_are_tested_and_meet_its_own_jobs() -> None:
+    documents = {document["kind"]: document for document in render(USES["everything"])}
+    rule = documents["PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    endpoints = (
+        documents["ServiceMonitor"]["spec"]["endpoints"] + documents["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    )
+    jobs = {one["replacement"] for endpoint in endpoints for one in endpoint["relabelings"]}
+    assert jobs == set(re.findall(r'job="([^"]+)"', json.dumps(rule).replace("\\", "")))
 
 
 @pytest.mark.parametrize("missing", ["api.tokensSecretName", "region.topology", "region.name", "region.keySecretName"])

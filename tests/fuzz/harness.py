@@ -6,11 +6,17 @@ So does an input that takes long (``-timeout``) or allocates beyond a bound.
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import random
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import atheris
@@ -21,12 +27,21 @@ with atheris.instrument_imports(include=["kvstore", "replication"]):
     from kvstore.config import load
     from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, Header, crc32c
     from kvstore.errors import BlockCorrupt, ConfigError, ProtocolError
+    from kvstore.index import slot_sizes
     from kvstore.node.protocol import FrameDecoder, encode, split_keys
+    from kvstore.testing.blocks import random_chain
+    from kvstore.tiers.disk import DiskTier
+    from kvstore.tiers.disk.files import Files
+    from kvstore.tiers.disk.opening import open_directory
+    from kvstore.tiers.disk.records import RECORD_BYTES
     from kvstore.tombstones import Tombstone
     from replication.manifest import Manifest, ManifestRefused, open_manifest, read_trusted
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNATURE_BYTES = 64
+CHECKSUM_BYTES = 4
+"""At the start of a record of the journal."""
+DISK_BYTES = 8 << 20
 MAX_DATA_BYTES = 1 << 30
 """Beyond it Python raises MemoryError, which no target expects. libFuzzer's own bound on resident memory cannot be used: it reads
 the peak of the process, which the kernel hands down from whoever started it, and a test suite that has loaded torch is large."""
@@ -75,8 +90,55 @@ def configuration(data: bytes) -> None:
         load(None, [data.decode("utf-8", "replace")], environ={}).settings()
 
 
+def journal(data: bytes) -> None:
+    """A disk tier's journal as it is, and with its records' checksums made good, so that they are replayed."""
+    recovered(data)
+    whole = bytearray(data)
+    for start in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
+        record = whole[start + CHECKSUM_BYTES : start + RECORD_BYTES]
+        whole[start : start + CHECKSUM_BYTES] = crc32c(record).to_bytes(CHECKSUM_BYTES, "little")
+    recovered(bytes(whole))
+
+
+def recovered(data: bytes) -> None:
+    """Open a disk tier whose journal says that: its blocks lie in its segments, each in a slot of its own."""
+    (disk() / "journal").write_bytes(data)
+    opened = open_directory(disk(), DISK_BYTES, None, 1, Unsynced())
+    with opened.resources:
+        index = opened.index
+        rows = index.used()
+        starts = index.location[rows].tolist()
+        ends = [start + size for start, size in zip(starts, slot_sizes(index.length[rows]).tolist(), strict=True)]
+        slots = sorted(zip(starts, ends, strict=True))
+        assert all(start >= 0 and end <= opened.slots.capacity for start, end in slots)
+        assert all(before[1] <= after[0] for before, after in pairwise(slots))
+
+
+class Unsynced(Files):
+    """Nobody pulls the plug here."""
+
+    def fdatasync(self, fd: int) -> None:
+        pass
+
+
+@cache
+def disk() -> Path:
+    """The directory of a disk tier with three blocks in it."""
+    directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm")  # in memory: the disk is not what is tried)
+    atexit.register(shutil.rmtree, directory)
+
+    async def fill() -> None:
+        tier = await DiskTier.open(directory, DISK_BYTES, segment_bytes=DISK_BYTES // 8, threads=1)
+        for block in random_chain(random.Random(1), 3, 5000):
+            await tier.put(block.header, memoryview(block.envelope))
+        await tier.close()
+
+    asyncio.run(fill())
+    return directory
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (protocol, envelope, manifest, configuration)
+    target.__name__: target for target in (protocol, envelope, journal, manifest, configuration)
 }
 
 
@@ -90,6 +152,8 @@ def seed(target: str) -> bytes:
             header = Header(key=bytes(range(16)), namespace=bytes(16), index=1, tokens=64, length=5, crc=7, created=1.0)  # type: ignore[arg-type]
             header.pack_into(page)
             return bytes(page)
+        case "journal":
+            return (disk() / "journal").read_bytes()[: 4 * RECORD_BYTES]  # a namespace and three blocks
         case "manifest":
             stone = Tombstone(time=1.0, tenant="acme")
             offer = Manifest(region="na", sequence=1, published=1.0, labels={}, blocks=[], tombstones=[stone])
