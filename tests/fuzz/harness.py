@@ -124,7 +124,7 @@ class Unsynced(Files):
 @cache
 def disk() -> Path:
     """The directory of a disk tier with three blocks in it."""
-    directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm")  # in memory: the disk is not what is tried)
+    directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))  # in memory: the disk is not what is tried
     atexit.register(shutil.rmtree, directory)
 
     async def fill() -> None:
