@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ BOUNDS = ["-timeout=10", "-max_len=16384"]
 @pytest.mark.parametrize("target", ["protocol", "envelope", "journal", "manifest", "configuration"])
 def test_nothing_but_refusals_comes_of_any_bytes(target: str, tmp_path: Path) -> None:
     command = [sys.executable, str(HARNESS), target, *BOUNDS, "-max_total_time=4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stderr[-3000:]}\nfound: {sorted(path.name for path in tmp_path.iterdir())}"
     runs = re.search(r"Done (\d+) runs", done.stderr)
     assert runs is not None
