@@ -13,9 +13,10 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferRes
 from connectors.link import Link
 from connectors.sglang.compat import prefix_of
 from connectors.sglang.geometry import KV, bind
+from connectors.sglang.hooks import OBSERVER
 from connectors.sglang.metrics import Recorder
 from connectors.sglang.options import Options
-from connectors.sglang.pools import usable_prefix
+from connectors.sglang.pools import limits, usable_prefix
 from connectors.sglang.transfers import PoolTransfers
 from kvstore.config import default_socket
 from kvstore.errors import KVStoreError
@@ -40,6 +41,8 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         self._options = Options.parse(storage_config.extra_config or {})
         self._socket = self._options.socket or str(default_socket())
         self._pools: dict[str, PoolTransfers] = {}
+        self._logical = False
+        """Whether the KV pool only numbers pages, all of whose bytes are in the other pools (DeepSeek V4)."""
         self.recorder = Recorder()
 
     # Attach and detach: SGLang's scheduler thread
@@ -53,6 +56,7 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         self._attach(str(host_pool_name), host_pool)
 
     def close(self) -> None:
+        OBSERVER.watch(None)
         pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.close()
@@ -77,22 +81,24 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         return pool.prefix(keys, prefix_of(extra_info)) if pool else 0
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        return self._load(KV, keys, host_indices)
+        return [True] * len(keys) if self._logical else self._load(KV, keys, host_indices)
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        return self._save(KV, keys, host_indices, extra_info)
+        return [True] * len(keys) if self._logical else self._save(KV, keys, host_indices, extra_info)
 
     # Pages of a hybrid model's other pools
 
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: Any = None
     ) -> PoolTransferResult:
-        kv_pages = self.batch_exists(keys, extra_info)
+        transfers = pool_transfers or ()
+        found_elsewhere = self._logical and any(map(limits, transfers))
+        kv_pages = len(keys) if found_elsewhere else self.batch_exists(keys, extra_info)
         held: dict[str, list[bool]] = {}
-        for transfer in pool_transfers or ():
+        for transfer in transfers:
             pool = self._pools.get(str(transfer.name))
             held[str(transfer.name)] = pool.holds(keys[:kv_pages]) if pool else [False] * kv_pages
-        return usable_prefix(kv_pages, pool_transfers or (), held)
+        return usable_prefix(kv_pages, transfers, held)
 
     def batch_get_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         return {each.name: self._load(str(each.name), each.keys or [], each.host_indices) for each in transfers}
@@ -122,9 +128,14 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         return False
 
     @property
+    def _asks(self) -> bool:
+        """Whether this rank's lookups stand for those of all ranks that serve the same requests."""
+        return bool(self._config.tp_rank == self._config.pp_rank == 0)
+
+    @property
     def _leads(self) -> bool:
-        config = self._config
-        return bool(config.tp_rank == config.pp_rank == getattr(config, "dp_rank", 0) == 0)
+        """Whether this is the first rank of all."""
+        return self._asks and getattr(self._config, "dp_rank", 0) == 0
 
     def _load(self, name: str, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         """A pool that was never registered, or is detached, has nothing."""
@@ -138,9 +149,14 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
     def _attach(self, name: str, pool: Any) -> None:
         if name in self._pools:
             return
+        if name == KV and getattr(pool, "kv_buffer", ...) is None:
+            self._logical = True
+            return
         binding = bind(name, pool, self._config, self._options)
         start = partial(launch, self._socket) if self._leads and self._options.autostart else None
         client = Client(self._socket, "SGLang", CONNECT_TIMEOUT)
         link = Link(client, binding.namespace, binding.pages.block_bytes, start)
-        self._pools[name] = PoolTransfers(name, binding, client, link, self._options, self.recorder)
+        self._pools[name] = PoolTransfers(name, binding, client, link, self._options, self.recorder, self._asks)
+        if name == KV and self._asks and self._config.pp_size == 1:  # stages take steps of each other's batches
+            OBSERVER.watch(link)
         logger.info("KV store: pool %s, blocks of %d bytes, %s", name, binding.pages.block_bytes, binding.namespace)

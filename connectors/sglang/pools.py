@@ -10,27 +10,28 @@ from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolTransferResu
 _HAS_RESTORABLE = "restorable_prefix_pages" in PoolTransferResult.__dataclass_fields__
 
 
+def limits(transfer: Any) -> bool:
+    """Whether a prefix is of no use without what this pool must hold for it."""
+    return transfer.hit_policy in (PoolHitPolicy.ALL_PAGES, PoolHitPolicy.TRAILING_PAGES)
+
+
 def usable_prefix(kv_pages: int, transfers: Sequence[Any], held: Mapping[str, Sequence[bool]]) -> PoolTransferResult:
     """``held`` says, by pool, of which of the first ``kv_pages`` pages it has something.
 
     A pool with policy ALL_PAGES must have every page of the prefix; one with TRAILING_PAGES, whose state stands for all tokens
-    before it, the last ones (as many as the transfer has keys). Any other policy reports its leading pages and decides nothing.
+    before it, the last ones (as many as the transfer has keys). Pools with any other policy decide nothing, and nothing is said
+    of them.
     """
     lengths = list(range(1, kv_pages + 1))
     hits = {"kv": kv_pages} if kv_pages else {}
-    for transfer in transfers:
+    for transfer in filter(limits, transfers):
         pages = held[str(transfer.name)]
-        leading = next((at for at, there in enumerate(pages) if not there), kv_pages)
         if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
             span = max(1, len(transfer.keys or ()))
             good = {length for length in range(1, kv_pages + 1) if all(pages[max(0, length - span) : length])}
-            hits[transfer.name] = max(good, default=0)
-        elif transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
-            good = set(range(1, leading + 1))
-            hits[transfer.name] = leading
         else:
-            hits[transfer.name] = leading
-            continue
+            good = set(range(1, next((at for at, there in enumerate(pages) if not there), kv_pages) + 1))
+        hits[transfer.name] = max(good, default=0)
         lengths = [length for length in lengths if length in good]
     found = {name: pages for name, pages in hits.items() if pages}
     usable = lengths[-1] if lengths else 0

@@ -5,27 +5,37 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from connectors.link import Link
-from connectors.sglang.geometry import Binding
-from connectors.sglang.metrics import Recorder
+from connectors.sglang.hooks import OBSERVER
 from connectors.sglang.options import Options
 from connectors.sglang.pages import Place
 from kvstore.errors import DeadlineExceeded, IdentityError, KVStoreError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring
-from kvstore.node.api import Acquired, Miss, NewBlock
+from kvstore.node.api import About, Acquired, Miss, NewBlock
 from kvstore.node.client import Client
+from kvstore.tiers.base import Medium
+
+if TYPE_CHECKING:
+    from connectors.sglang.geometry import Binding
+    from connectors.sglang.metrics import Recorder
 
 logger = logging.getLogger("kvstore")
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Of payload leased or reserved at a time: enough to hide a round trip, little enough to leave the arena to others."""
+
+AHEAD = 2
+"""Chunks that the node brings while one is copied: a disk that waits for the next to be asked for stands still."""
 
 T = TypeVar("T")
 
@@ -34,9 +44,20 @@ class PoolTransfers:
     """Lookups, loads and saves of one pool. Thread-safe; copies release the interpreter lock."""
 
     def __init__(
-        self, name: str, binding: Binding, client: Client, link: Link, options: Options, recorder: Recorder
+        self,
+        name: str,
+        binding: Binding,
+        client: Client,
+        link: Link,
+        options: Options,
+        recorder: Recorder,
+        leads: bool = True,
     ) -> None:
-        """``link`` keeps ``client`` connected; both are closed with this."""
+        """``link`` keeps ``client`` connected; both are closed with this.
+
+        SGLang asks on every rank and takes the least of the answers: what the rank that ``leads`` asks counts as the request,
+        and the node plans for it alone.
+        """
         self._name = name
         self._client = client
         self._link = link
@@ -45,15 +66,24 @@ class PoolTransfers:
         self._chunk = max(1, min(128, CHUNK_BYTES // self._bytes))
         self._options = options
         self._recorder = recorder
-        self._acquires = ThreadPoolExecutor(2, f"kvstore-{name}")
+        self._leads = leads
+        self._acquires = ThreadPoolExecutor(AHEAD, f"kvstore-{name}")
         link.on_node(self._prepare)
 
     def prefix(self, hashes: Sequence[str], before: Sequence[str]) -> int:
-        """How many of ``hashes`` are stored, from the first on. ``before`` are the prompt's hashes ahead of them."""
+        """How many of ``hashes`` to load, from the first on: those that are stored, or as many of them as the node advises.
+
+        ``before`` are the prompt's hashes ahead of them.
+        """
 
         def ask(keyring: Keyring) -> int:
             keys = keyring.block_keys(map(bytes.fromhex, (*before, *hashes)))
-            return self._client.lookup(keys, len(before), self._options.lookup_timeout_s).blocks
+            timeout = self._options.lookup_timeout_s
+            if not self._leads:
+                return leading(self._client.holds(keys[len(before) :], timeout))
+            about = About(OBSERVER.request) if OBSERVER.request else None
+            found = self._client.lookup(keys, len(before), timeout, about, OBSERVER.waiting)
+            return found.plan.blocks if found.plan else found.blocks
 
         return self._asked(ask, 0, len(hashes))
 
@@ -62,7 +92,8 @@ class PoolTransfers:
 
         def ask(keyring: Keyring) -> list[bool]:
             keys = keyring.block_keys(map(bytes.fromhex, hashes))
-            return self._client.holds(keys, self._options.lookup_timeout_s, self._binding.namespace)
+            counted = self._binding.namespace if self._leads else None
+            return self._client.holds(keys, self._options.lookup_timeout_s, counted)
 
         return self._asked(ask, [False] * len(hashes), len(hashes))
 
@@ -74,8 +105,10 @@ class PoolTransfers:
             keyring = self._keyring()
             places = self._binding.pages.places(host_indices, len(hashes))
             keys = keyring.block_keys(map(bytes.fromhex, hashes))
-            good, miss = self._load(keys, places, time.monotonic() + self._options.load_timeout_s)
+            good, miss, media = self._load(keys, places, time.monotonic() + self._options.load_timeout_s)
             reason = miss.value if miss else ""
+            if self._leads and good == len(hashes) and media == {Medium.HOST}:
+                self._link.report_load(good * self._bytes, time.perf_counter() - started)
         except Exception as error:
             reason = self._reason(error)
         if good:
@@ -121,29 +154,34 @@ class PoolTransfers:
         self._acquires.shutdown(wait=True)
         self._link.close()
 
-    def _load(self, keys: list[BlockKey], places: Sequence[Place], deadline: float) -> tuple[int, Miss | None]:
-        """Copies a chunk while the node brings the next one to its arena."""
+    def _load(
+        self, keys: list[BlockKey], places: Sequence[Place], deadline: float
+    ) -> tuple[int, Miss | None, set[Medium]]:
+        """How many blocks came, why no more did, and from which tiers. Copies a chunk while the node brings the next ones."""
+        chunks = iter([keys[at : at + self._chunk] for at in range(0, len(keys), self._chunk)])
+        ahead = deque((chunk, self._begin_acquire(chunk, deadline)) for chunk in islice(chunks, AHEAD))
         good = 0
-        ahead: Future[Acquired] | None = self._begin_acquire(keys[: self._chunk], deadline)
+        media: set[Medium] = set()
         try:
-            while ahead is not None:
-                chunk = keys[good : good + self._chunk]
-                acquired = ahead.result()
-                following = keys[good + len(chunk) : good + len(chunk) + self._chunk]
+            while ahead:
+                chunk, acquiring = ahead.popleft()
+                acquired = acquiring.result()
                 complete = len(acquired.offsets) == len(chunk)
-                ahead = self._begin_acquire(following, deadline) if complete and following else None
+                if complete:
+                    ahead.extend((more, self._begin_acquire(more, deadline)) for more in islice(chunks, 1))
                 try:
                     for offset, place in zip(acquired.offsets, places[good:], strict=False):
                         self._binding.pages.load(place, acquired.arena.slot(offset, self._bytes))
                 finally:
                     self._client.release(chunk[: len(acquired.offsets)])
                 good += len(acquired.offsets)
+                media.update(acquired.media)
                 if not complete:
-                    return good, acquired.miss or Miss.NOT_STORED
+                    return good, acquired.miss or Miss.NOT_STORED, media
         finally:
-            if ahead is not None:  # a copy failed: give back what the next chunk got
-                ahead.add_done_callback(lambda late: self._release_late(keys[good + self._chunk :], late))
-        return good, None
+            for chunk, acquiring in ahead:  # not wanted any more: give back what they get
+                acquiring.add_done_callback(partial(self._release_late, chunk))
+        return good, None, media
 
     def _begin_acquire(self, keys: Sequence[BlockKey], deadline: float) -> Future[Acquired]:
         return self._acquires.submit(self._acquire, keys, deadline)
@@ -217,6 +255,11 @@ class PoolTransfers:
             return Miss.UNAVAILABLE.value
         logger.exception("KV store, pool %s: moving pages failed", self._name, exc_info=error)
         return "error"
+
+
+def leading(held: Sequence[bool]) -> int:
+    """How many are True before the first that is not."""
+    return next((at for at, there in enumerate(held) if not there), len(held))
 
 
 class _NoNode(KVStoreError):

@@ -40,6 +40,8 @@ class Answer:
     """Prompt tokens whose KV came from storage."""
     cached: int
     """Prompt tokens that were not computed."""
+    request: str
+    """SGLang's id of the request."""
 
 
 class Engine:

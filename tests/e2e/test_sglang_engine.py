@@ -27,6 +27,8 @@ PAGE = 64
 LAYERS, KV_HEADS, HEAD_DIM = 4, 4, 64
 """Of the model that ``make_model`` makes."""
 SMALL = ["host.bytes=128MiB", "host.extent_bytes=8MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB"]
+OBSERVING = "policy.planner=observe"
+"""The planner learns, but whatever is stored is loaded: so small a model may be computed faster."""
 
 
 def prompt(seed: int, pages: int = 6) -> list[int]:
@@ -47,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    with NodeProcess(tmp_path_factory.mktemp("node"), *SMALL) as node:
+    with NodeProcess(tmp_path_factory.mktemp("node"), *SMALL, OBSERVING) as node:
         yield node
 
 
@@ -133,6 +135,21 @@ def served(engine: Engine, reference: list[Answer], forget: bool = True) -> list
 
 def test_storage_serves_what_was_flushed(engines: Engines, reference: list[Answer]) -> None:
     assert stored(served(engines.first, reference)) == FULL
+
+
+def test_the_node_knows_requests_by_their_ids_and_how_fast_they_are_computed(
+    engines: Engines, node: NodeProcess, reference: list[Answer]
+) -> None:
+    with node.client() as client:
+        explained = client.call("explain", 30.0, request=reference[3].request)
+        assert (explained["client"], explained["chain_blocks"]) == ("SGLang", 12)
+        assert sum(block["why"] == "never_stored" for block in explained["blocks"]) == 12
+
+        def steps() -> int:
+            found: int = sum(engine["prefill"]["steps"] for engine in client.call("planner")["engines"])
+            return found
+
+        wait_for(lambda: steps() >= 4)
 
 
 def test_a_fresh_engine_with_another_layout_loads_it(engines: Engines, reference: list[Answer]) -> None:

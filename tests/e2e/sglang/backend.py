@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 from conftest import (
     HEADS,
+    LAYERS,
     LAYOUTS,
     PAGE,
+    PAGES,
     Backends,
     content,
     fill,
@@ -26,11 +29,12 @@ from conftest import (
     storage_config,
     wait,
 )
-from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, PoolName, PoolTransfer
 from sglang.srt.mem_cache.utils import get_hash_str
 
 import connectors.sglang.geometry as geometry
 from connectors.sglang.geometry import bind
+from connectors.sglang.hooks import OBSERVER
 from connectors.sglang.options import Options
 from connectors.sglang.pages import page_view
 from connectors.sglang.pools import usable_prefix
@@ -149,6 +153,63 @@ def test_long_prompts_are_moved_in_chunks(backends: Backends, monkeypatch: pytes
     assert backend.batch_get_v1(keys, slots(*range(11))) == [True] * 5 + [False] * 6
     assert all(backend.batch_get_v1(keys[:5], slots(5, 6, 7, 8, 9)))
     assert torch.equal(content(pool, 5, 6, 7, 8, 9), content(pool, 0, 1, 2, 3, 4))
+
+
+# What the node is told
+
+
+def test_a_request_that_sglang_names_can_be_explained(backends: Backends, node: RunningNode) -> None:
+    backend = backends(fill(mha_pool("page_first"), 1))
+    keys = hashes(4)
+    backend.batch_set_v1(keys[:2], slots(0, 1))
+    with OBSERVER.asking("request 7"):
+        assert backend.batch_exists(keys) == 2
+    with Client(node.socket) as client:
+        found = client.call("explain", request="request 7")
+    assert (found["client"], found["chain_blocks"], found["usable_blocks"]) == ("SGLang", 4, 2)
+    assert [block["why"] for block in found["blocks"]] == ["held", "held", "never_stored", "never_stored"]
+
+
+def test_what_is_computed_faster_than_it_is_loaded_is_left_alone(backends: Backends, node: RunningNode) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool)
+    keys = hashes(4)
+    backend.batch_set_v1(keys, slots(0, 1, 2, 3))
+    assert all(backend.batch_get_v1(keys, slots(4, 5, 6, 7)))
+    scheduler, batch = (
+        SimpleNamespace(waiting_queue=[]),
+        SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True)),
+    )
+    OBSERVER.begun(scheduler, SimpleNamespace(**vars(batch), prefix_lens=[0], extend_lens=[64]))
+    OBSERVER.ended()
+    assert backend.batch_exists(keys) == 4, "nothing is known of one step"
+    for _ in range(8):
+        backend._pools["kv"]._link.report_step(100_000, 1e6, 1e-6)
+    with Client(node.socket) as client:
+
+        def planner() -> Any:
+            digest = backend._pools["kv"]._binding.namespace.to_dict()
+            found = client.call("planner")["engines"]
+            spaces = {each["digest"]: each["fields"] for each in client.call("status")["namespaces"]}
+            ours = [each for each in found if spaces[each["namespace"]]["weights"] == digest["weights"]]
+            return ours[0] if ours else {"prefill": {"steps": 0}}
+
+        wait(lambda: planner()["prefill"]["steps"] == 9)
+    assert backend.batch_exists(keys) == 0
+    assert backends(mha_pool("page_first", heads=HEADS // 2), rank=(1, 2)).batch_exists(keys) == 4
+
+
+def test_a_request_counts_once_however_many_ranks_ask(backends: Backends, node: RunningNode) -> None:
+    pools = [mha_pool("page_first", heads=HEADS // 2) for _ in range(2)]
+    ranks = [backends(pool, rank=(rank, 2)) for rank, pool in enumerate(pools)]
+
+    def requests() -> float:
+        with Client(node.socket) as client:
+            return float(client.call("status")["counters"]["kvstore_requests_total"])
+
+    before = requests()
+    assert [rank.batch_exists(hashes(3)) for rank in ranks] == [0, 0]
+    assert requests() == before + 1
 
 
 # Ranks
@@ -325,6 +386,72 @@ def test_the_usable_prefix_follows_the_pools_policy(policy: str, keys: int, held
     found = usable_prefix(4, [transfer], {"mamba": [flag == "1" for flag in held]})
     assert found.kv_hit_pages == max(usable, default=0)
     assert getattr(found, "restorable_prefix_pages", usable) == usable
+
+
+def test_the_usable_prefix_is_that_of_sglangs_own_file_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(HiCacheFile, "_collect_existing_component_keys"):
+        pytest.skip("this SGLang's file backend knows no other pools")
+    source = random.Random(1)
+    theirs = HiCacheFile(storage_config(None), str(tmp_path))
+    for _ in range(500):
+        keys = [f"k{page}" for page in range(source.randint(0, 9))]
+        kv_pages = source.randint(0, len(keys))
+        transfers = [
+            PoolTransfer(
+                name=name, keys=["k"] * source.randint(0, 3), hit_policy=source.choice(list(PoolHitPolicy)[:2])
+            )
+            for name in source.sample([PoolName.MAMBA, PoolName.SWA, PoolName.INDEXER], source.randint(0, 3))
+        ]
+        held = {str(each.name): [source.random() < 0.8 for _ in range(kv_pages)] for each in transfers}
+        there = {f"{theirs._get_component_key(key)}.bin" for key in keys[:kv_pages]}
+        for name, pages in held.items():
+            there |= {
+                f"{theirs._get_component_key(key, name)}.bin" for key, has in zip(keys, pages, strict=False) if has
+            }
+        monkeypatch.setattr(theirs, "_collect_existing_component_keys", lambda *_, there=there: there)
+        found, wanted = usable_prefix(kv_pages, transfers, held), theirs.batch_exists_v2(keys, transfers)
+        assert found.kv_hit_pages == wanted.kv_hit_pages
+        assert getattr(found, "restorable_prefix_pages", None) == getattr(wanted, "restorable_prefix_pages", None)
+        assert wanted.extra_pool_hit_pages.items() <= found.extra_pool_hit_pages.items()
+
+
+def test_a_kv_pool_without_bytes_follows_the_others(backends: Backends) -> None:
+    """As DeepSeek V4's, which only numbers the pages of its compressed pools."""
+    hosts = pytest.importorskip("sglang.srt.mem_cache.memory_pool_host")
+    if not hasattr(hosts, "LogicalHostPool"):
+        pytest.skip("this SGLang has no such pools")
+
+    def paged(name: str, seed: int) -> Any:
+        device = [torch.zeros(PAGES // 2, 640, dtype=torch.uint8) for _ in range(LAYERS)]
+        pool = hosts.DeepSeekV4PagedHostPool(
+            name, device, 640, PAGES, PAGE, layout="page_first", pin_memory=False, page_aligned_only=True
+        )
+        return fill(pool, seed)
+
+    compressed, window = paged("deepseek_v4_c4", 1), paged("swa", 2)
+    backend = backends(hosts.LogicalHostPool(PAGES * PAGE, PAGE), [("deepseek_v4_c4", compressed), ("swa", window)])
+    keys = hashes(6)
+    every = PoolTransfer(name=PoolName.DEEPSEEK_V4_C4, keys=keys[:5], host_indices=slots(0, 1, 2, 3, 4))
+    last = PoolTransfer(
+        name=PoolName.SWA, keys=keys[3:4], host_indices=slots(7), hit_policy=PoolHitPolicy.TRAILING_PAGES
+    )
+    assert backend.batch_set_v1(keys, slots(*range(6))) == [True] * 6
+    assert backend.batch_exists_v2(keys, [every, last]).kv_hit_pages == 0
+    assert backend.batch_set_v2([every, last]) == {every.name: [True] * 5, last.name: [True]}
+
+    found = backend.batch_exists_v2(keys, [every, last])
+    assert found.kv_hit_pages == 4
+    assert found.extra_pool_hit_pages == {"kv": 6, every.name: 5, last.name: 4}
+    assert backend.batch_exists(keys) == backend.batch_exists_v2(keys).kv_hit_pages == 0, "nothing says what is stored"
+    assert backend.batch_get_v1(keys[:4], slots(0, 1, 2, 3)) == [True] * 4
+    wanted = compressed.kv_buffer[:4].clone(), window.kv_buffer[7].clone()
+    back = [
+        PoolTransfer(name=every.name, keys=keys[:4], host_indices=slots(6, 7, 8, 9)),
+        PoolTransfer(name=last.name, keys=keys[3:4], host_indices=slots(2)),
+    ]
+    assert backend.batch_get_v2(back) == {every.name: [True] * 4, last.name: [True]}
+    assert torch.equal(compressed.kv_buffer[6:10], wanted[0])
+    assert torch.equal(window.kv_buffer[2], wanted[1])
 
 
 # Failure

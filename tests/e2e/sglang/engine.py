@@ -44,6 +44,7 @@ def generate(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
             "logprobs": [round(entry[0], 4) for entry in output["meta_info"]["output_token_logprobs"]],
             "stored": (output["meta_info"].get("cached_tokens_details") or {}).get("storage", 0),
             "cached": output["meta_info"]["cached_tokens"],
+            "request": output["meta_info"]["id"],
         }
         for output in outputs
     ]
