@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,12 +25,15 @@ app = typer.Typer(no_args_is_help=True, help="The index of the bucket that the n
 @grouped
 def status(source: options.Settings, json: options.Json = False) -> None:
     """Show what the catalog holds, which nodes are alive, and who does the region's duties."""
+    from kvstore.catalog.cursors import cursors
+    from kvstore.catalog.presence import FOLDER, present
     from kvstore.units import human_bytes
 
     async def ask(catalog: Catalog) -> Any:
-        return await catalog.status()
+        nodes = present((await catalog.documents.read_all(FOLDER)).values())
+        return await catalog.status(), nodes, await cursors(catalog.documents)
 
-    found = asyncio.run(_with_catalog(source.load().config, ask))
+    found, nodes, sources = asyncio.run(_with_catalog(source.load().config, ask))
     now = time.time()
     claims = [(claim.name, claim.holder, max(0.0, claim.expires - now)) for claim in found.claims]
     if json:
@@ -43,6 +47,8 @@ def status(source: options.Settings, json: options.Json = False) -> None:
                 "claims": [
                     {"name": name, "holder": holder, "seconds_left": round(left, 1)} for name, holder, left in claims
                 ],
+                "nodes": [asdict(node) for node in nodes],
+                "sources": [asdict(cursor) for cursor in sources],
             }
         )
         return
@@ -51,6 +57,25 @@ def status(source: options.Settings, json: options.Json = False) -> None:
     print(f"epoch {found.epoch}, {number(found.changes)} changes")
     if claims:
         print_table(("claim", "holder", ">runs out in"), [(name, holder, ago(left)) for name, holder, left in claims])
+    if nodes:
+        print_table(
+            ("node", "process", "API", "version", ">up for"),
+            [(one.name, one.process, one.api or "none", one.version, ago(max(now - one.started, 0))) for one in nodes],
+        )
+    if sources:
+        print_table(
+            ("source", ">manifest", ">copied", ">behind", "problem"),
+            [
+                (
+                    one.source,
+                    number(one.sequence),
+                    f"{number(one.blocks)} blocks, {human_bytes(one.nbytes)}",
+                    ago(max(now - one.caught_up, 0)) if one.caught_up else "never level",
+                    one.problem,
+                )
+                for one in sources
+            ],
+        )
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstore.cli import options, prompts
+from kvstore.cli import options, prompts, regionhot
 from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, number, print_json, print_table
 
@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 def show(
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Prompts to show.")] = 20,
     tokenizer: prompts.TokenizerName = None,
+    region: Annotated[bool, typer.Option("--region", help="Of all nodes of the region, from the catalog.")] = False,
     *,
     node: options.Node,
     json: options.Json = False,
 ) -> None:
     """Show the prompts that engines on this machine ask for most, best score first.
 
-    With --tokenizer also how they begin and end, where connectors were told to say so (preview_tokens).
+    With --region those of all nodes that share the bucket. With --tokenizer also how they begin and end, where connectors were
+    told to say so (preview_tokens).
     """
     from kvstore.units import human_bytes
 
+    if region:
+        regionhot.show(node.load().config, limit, json)
+        return
     with node.connect() as client:
         hottest = client.call("hot", limit=limit)["prompts"]
         names = {space["digest"]: space["fields"].get("model", "?") for space in client.call("status")["namespaces"]}
