@@ -20,14 +20,15 @@ import random
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.study import Study
 from kvstore.policy.planner import Decision, Patience, Prefetch, Reason, Request, Run, Wait, plan
-from kvstore.policy.prefill import Crowd, PrefillSpeed, attention
+from kvstore.policy.prefill import PrefillSpeed, attention
+from kvstore.policy.queueing import Flow, Work
 from kvstore.policy.speed import SpeedMeter
 from kvstore.tiers.base import Medium
 
@@ -105,7 +106,10 @@ class Simulation:
     splits: int = 0
     prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
     pages: SpeedMeter = field(default_factory=lambda: SpeedMeter(Medium.HOST, WINDOW))
-    crowd: Crowd = field(default_factory=Crowd)
+    engine: Flow = field(default_factory=Flow)
+    loads: Flow = field(default_factory=Flow)
+    loading: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """When requests that load are expected to be loaded, and what they then compute."""
     meter: SpeedMeter = field(default_factory=lambda: SpeedMeter(Medium.DISK, WINDOW))
     slowness: float = 1.0
     """Of the tier, at the last request."""
@@ -120,14 +124,13 @@ class Simulation:
         self._busy = False
         self.waiting: deque[Job] = deque()
         self._ready: deque[Job] = deque()
-        self._loading = 0
         self._background = 0
         self._fetching = False
 
     @property
     def behind(self) -> int:
-        """Requests that are not being computed yet, waiting, loading or loaded."""
-        return len(self.waiting) + self._loading + len(self._ready)
+        """Requests that wait for the engine; those that are loading do not yet."""
+        return len(self.waiting) + len(self._ready)
 
     def run(self, arrivals: list[Job]) -> list[float]:
         for job in arrivals:
@@ -203,7 +206,6 @@ class Simulation:
             self.pages.observe(nbytes, copied - self.now)
         self.promised += (decision.blocks - host) * self.case.model.block_bytes
         begun = self.now
-        self._loading += 1
         self.at(copied, lambda: self._window(job, decision.patience, begun, host, decision.blocks))
 
     def _window(self, job: Job, patience: Patience, begun: float, have: int, wanted: int) -> None:
@@ -220,21 +222,27 @@ class Simulation:
         def end() -> None:
             if self.now >= arrives:
                 if self.learns:
-                    if count > 1:
-                        self.meter.observe(ahead + size, first - asked)
-                    self.meter.observe(ahead + count * size, self.now - asked)
+                    came()
                 self.promised -= count * size
                 self._window(job, patience, begun, have + count, wanted)
-            else:
+                return
+            if self.meter.known:
                 self.meter.at_least(ahead + size, self.now - asked)
-                self.promised -= (wanted - have) * size
-                self._loaded(job, have)
+            else:  # a trial: what was asked for comes all the same
+                self.at(arrives, came)
+            self.promised -= (wanted - have) * size
+            self._loaded(job, have)
+
+        def came() -> None:
+            if count > 1:
+                self.meter.observe(ahead + size, first - asked)
+            self.meter.observe(ahead + count * size, arrives - asked)
 
         self.at(min(arrives, deadline), end)
 
     def _loaded(self, job: Job, blocks: int) -> None:
         job.have = blocks * BLOCK_TOKENS
-        self._loading -= 1
+        self.loading.pop(job.number, None)
         self._ready.append(job)
         self._pump()
 
@@ -269,9 +277,10 @@ class Simulation:
             return
         self._background -= count
         asked, ahead, nbytes = self.now, self.ahead(), count * self.case.model.block_bytes
-        _, arrives = self._transfer(nbytes, f"ahead/{next(self._numbers)}", self.slowness)
+        first, arrives = self._transfer(nbytes, f"ahead/{next(self._numbers)}", self.slowness)
 
         def end() -> None:
+            self.meter.observe(ahead + self.case.model.block_bytes, first - asked)
             self.meter.observe(ahead + nbytes, self.now - asked)
             self._fetch()
 
@@ -292,12 +301,23 @@ def recompute_all(simulation: Simulation, job: Job) -> Decision:
 
 def planned(simulation: Simulation, job: Job) -> Decision:
     simulation.slowness = job.slower
-    request = Request(simulation.runs(job), 0, job.tokens, BLOCK_TOKENS, simulation.crowd.behind(simulation.behind))
+    engine, loads, now = simulation.engine, simulation.loads, simulation.now
+    coming = [Work(max(comes - now, 0.0), seconds) for comes, seconds in simulation.loading.values()]
+    line = engine.line(now, simulation.behind, coming=coming)
+    request = Request(simulation.runs(job), 0, job.tokens, BLOCK_TOKENS, line)
     speeds = {Medium.HOST: simulation.pages.speed()}
     if simulation.meter.known:
-        speeds[Medium.DISK] = simulation.meter.speed(simulation.promised)
+        speed = simulation.meter.speed(simulation.promised)
+        waiting = simulation.behind * min(loads.rate(now) / max(engine.rate(now), 1e-9), 1.0)
+        speeds[Medium.DISK] = replace(speed, line=loads.line(now, waiting, speed.queued_bytes / speed.bandwidth))
     prefill = simulation.prefill.seconds if simulation.prefill.known else None
-    return plan(request, speeds, prefill, WAIT)
+    decision = plan(request, speeds, prefill, WAIT)
+    engine.add(now, decision.computing)
+    if seconds := decision.loading.get(Medium.DISK):
+        loads.add(now, seconds)
+    if decision.blocks and decision.chosen is not None:
+        simulation.loading[job.number] = now + decision.chosen - decision.computing, decision.computing
+    return decision
 
 
 def arrivals(case: Case, count: int, seed: int) -> list[Job]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import Counter
@@ -17,15 +17,18 @@ from kvstore.history import What
 from kvstore.identity import BlockKey
 from kvstore.namespaces import KnownNamespace
 from kvstore.policy.admission import Mode
-from kvstore.policy.planner import Decision, Prefetch, Reason, Request, Run, Speed, Wait, load_everything, plan
-from kvstore.policy.prefill import Crowd, PrefillSpeed
+from kvstore.policy.planner import WINDOW, Decision, Prefetch, Reason, Request, Run, Speed, Wait, load_everything, plan
+from kvstore.policy.prefill import PrefillSpeed
+from kvstore.policy.queueing import Flow, Line, Work
 from kvstore.policy.speed import SpeedMeter
-from kvstore.promotion import WINDOW
 from kvstore.store import Store
 from kvstore.tiers.base import Medium
 
 MOST_ENGINES = 64
 """Namespaces whose speeds are remembered; the one that reported longest ago is dropped."""
+
+MOST_LOADING = 1024
+"""Loads of an engine that are remembered until they are over."""
 
 PROMISED_SECONDS = 30.0
 """A planned load counts as work ahead of others for so long at most: its request may never be admitted."""
@@ -36,9 +39,19 @@ class _Engine:
     """What is known of the engines of one namespace."""
 
     prefill: PrefillSpeed
-    crowd: Crowd
     pages: SpeedMeter
     """From the arena to the engine's pages."""
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What one engine is asked for."""
+
+    flow: Flow = field(default_factory=Flow)
+    loading: dict[BlockKey, tuple[float, float]] = field(default_factory=dict)
+    """When requests that load are expected to be loaded and what they then compute, by their last block to load."""
+    last: BlockKey | None = None
+    """Whose request was planned last: it may ask again."""
 
 
 class Planning:
@@ -49,6 +62,8 @@ class Planning:
         self.wait = wait
         self._store = store
         self._engines: dict[bytes, _Engine] = {}
+        self._queues: dict[object, _Queue] = {}
+        self._loads = {medium: Flow() for medium in store.promoter.meters}
         self._planned = Counter(
             "kvstore_planned_requests",
             "Lookups that found something, by what the planner said of loading it",
@@ -75,30 +90,34 @@ class Planning:
         start: int,
         runs: Sequence[tuple[Medium, int]],
         waiting: int = 0,
+        asker: object = None,
     ) -> Decision:
         """What the engine is to load of ``runs``, which begin at ``keys[start]``; in ``observe`` what it would be told.
 
-        ``waiting``: the engine's requests that wait to be computed.
+        ``waiting``: requests of the engine ``asker`` that wait to be computed, without those that load.
         """
         assert namespace.block_bytes is not None
         size = namespace.fields.block_tokens
+        now = time.monotonic()
+        queue = self._queue(asker)
         request = Request(
             runs=tuple(Run(medium, blocks, blocks * namespace.block_bytes) for medium, blocks in runs),
             start=start * size,
             tokens=len(keys) * size,
             block_tokens=size,
-            waiting=self._engine(namespace.digest).crowd.behind(waiting),
+            line=self._line(queue, now, waiting),
         )
         if self.mode is Mode.OFF:
             decision = load_everything(request, self.wait, Reason.OFF)
         else:
             engine = self._engines.get(namespace.digest)
             prefill = engine.prefill.seconds if engine is not None and engine.prefill.known else None
-            decision = plan(request, self._speeds(engine, keys), prefill, self.wait)
+            decision = plan(request, self._speeds(engine, keys, now, queue, waiting), prefill, self.wait)
         if decision.found:
             self._count(decision)
         told = load_everything(request, self.wait, Reason.OFF) if self.mode is Mode.OBSERVE else decision
         self._follow(told, keys[start:], runs, namespace.block_bytes)
+        self._join(queue, decision, keys[start:], now)
         return told
 
     def prefill_seconds(self, namespace: KnownNamespace, start: int, tokens: int) -> float:
@@ -128,20 +147,58 @@ class Planning:
         }
 
     def _engine(self, digest: bytes) -> _Engine:
-        engine = self._engines.pop(digest, None) or _Engine(PrefillSpeed(), Crowd(), SpeedMeter(Medium.HOST, WINDOW))
+        engine = self._engines.pop(digest, None) or _Engine(PrefillSpeed(), SpeedMeter(Medium.HOST, WINDOW))
         self._engines[digest] = engine
         if len(self._engines) > MOST_ENGINES:
             del self._engines[next(iter(self._engines))]
         return engine
 
-    def _speeds(self, engine: _Engine | None, keys: Sequence[BlockKey]) -> Mapping[Medium, Speed]:
+    def _queue(self, asker: object) -> _Queue:
+        queue = self._queues.pop(asker, None) or _Queue()
+        self._queues[asker] = queue
+        if len(self._queues) > MOST_ENGINES:
+            del self._queues[next(iter(self._queues))]
+        return queue
+
+    def _line(self, queue: _Queue, now: float, waiting: int) -> Line:
+        """Who waits for the engine, and which loads will come back to it."""
+        promises = self._store.promoter.promises
+        done = [last for last, (comes, work) in queue.loading.items() if comes + work < now and last not in promises]
+        for last in done:
+            del queue.loading[last]
+        coming = [Work(max(comes - now, 0.0), work) for comes, work in queue.loading.values()]
+        return queue.flow.line(now, waiting, coming=coming)
+
+    def _join(self, queue: _Queue, decision: Decision, keys: Sequence[BlockKey], now: float) -> None:
+        """Count what was planned as work for the engine and the tiers, once for a request that asks again."""
+        last = keys[-1] if keys else None
+        if decision.blocks and decision.chosen is not None:
+            if len(queue.loading) == MOST_LOADING:
+                del queue.loading[next(iter(queue.loading))]
+            comes = now + decision.chosen - decision.computing
+            queue.loading[keys[decision.blocks - 1]] = comes, decision.computing
+        if last is not None and last == queue.last:
+            return
+        queue.last = last
+        queue.flow.add(now, decision.computing)
+        for medium, seconds in decision.loading.items():
+            self._loads[medium].add(now, seconds)
+
+    def _speeds(
+        self, engine: _Engine | None, keys: Sequence[BlockKey], now: float, queue: _Queue, waiting: int
+    ) -> Mapping[Medium, Speed]:
         """Of what was measured. A load from the arena that nobody timed yet is taken to be as fast as usual."""
         pages = engine.pages if engine is not None else SpeedMeter(Medium.HOST, WINDOW)
         speeds = {Medium.HOST: pages.speed()}
-        ahead = self._store.promoter.promises.ahead_of(keys, time.monotonic())
+        ahead = self._store.promoter.promises.ahead_of(keys, now)
+        requests = queue.flow.rate(now)
         for medium, meter in self._store.promoter.meters.items():
             if meter.known:
-                speeds[medium] = meter.speed(ahead[medium])
+                speed = meter.speed(ahead[medium])
+                loads = self._loads[medium]
+                share = min(loads.rate(now) / requests, 1.0) if requests else 0.0
+                line = loads.line(now, waiting * share, speed.queued_bytes / speed.bandwidth)
+                speeds[medium] = replace(speed, line=line)
         return speeds
 
     def _count(self, decision: Decision) -> None:

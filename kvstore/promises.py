@@ -21,6 +21,9 @@ class Promises:
     def __len__(self) -> int:
         return len(self._until)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._until
+
     def make(self, keys: Sequence[BlockKey], medium: Medium, block_bytes: int, until: float) -> None:
         """These are to be loaded from ``medium``. A request that asks again promises its blocks once."""
         for key in keys:

@@ -13,7 +13,7 @@ from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierError
 from kvstore.history import History, What
 from kvstore.identity import BlockKey
 from kvstore.node.api import Miss
-from kvstore.policy.planner import Run
+from kvstore.policy.planner import WINDOW, Run
 from kvstore.policy.speed import SpeedMeter
 from kvstore.promises import Promises
 from kvstore.tiers.base import Medium, Tier
@@ -21,9 +21,6 @@ from kvstore.tiers.host import HostTier
 
 FETCHES_PER_ACQUIRE = 32
 """Blocks that one acquire fetches at a time: enough to keep a tier busy, in order, so that a prefix arrives first."""
-
-WINDOW = 16
-"""Blocks that an engine asks for at a time (``connectors.vllm.worker.LOAD_CHUNK``): each window pays a tier's latency."""
 
 AHEAD = 4
 """Blocks fetched at a time for later requests: few, as engines wait for others."""
@@ -91,6 +88,15 @@ class Promoter:
                     lengths.setdefault(tier.medium, {})[key] = stat.length
                     break
         return Measurement(self.meters, lengths, dict(self._in_flight))
+
+    def measure_late(self, measurement: Measurement, delivered: Sequence[BlockKey], key: BlockKey) -> None:
+        """``key`` is late. Of a tier that nobody measured yet it still tells how slow that is, when it comes."""
+        flight = self._flights.get(key)
+        if measurement.first_of_its_tier and flight is not None:
+            keys = [*delivered, key]
+            flight.add_done_callback(lambda done: measurement.end(keys) if _came(done) else None)
+        else:
+            measurement.end(delivered, late=True)
 
     async def settle(self, keys: Iterable[BlockKey]) -> None:
         """Wait until none of these blocks is being fetched."""
@@ -174,6 +180,11 @@ class Measurement:
         self._started = time.monotonic()
         self._first: float | None = None
 
+    @property
+    def first_of_its_tier(self) -> bool:
+        """Nothing is known of the tier yet."""
+        return all(not self._meters[medium].known for medium in self._lengths)
+
     def arrived(self, key: BlockKey) -> None:
         """A block is here. How long the first one took tells a tier's latency from its bandwidth."""
         if self._first is None and any(key in lengths for lengths in self._lengths.values()):
@@ -193,6 +204,10 @@ class Measurement:
             self._meters[medium].observe(self._ahead[medium] + came, seconds)
         elif late:
             self._meters[medium].at_least(self._ahead[medium] + one, seconds)
+
+
+def _came(flight: asyncio.Task[Medium | Miss]) -> bool:
+    return not flight.cancelled() and flight.exception() is None and isinstance(flight.result(), Medium)
 
 
 def _plain(header: Header) -> Header:

@@ -174,8 +174,10 @@ class Store:
                 task.cancel()
             for key, task in zip(keys[kept:], tasks[kept:], strict=True):
                 task.add_done_callback(partial(self._unpin_unused, key))
-        if miss in (None, Miss.DEADLINE):
-            measurement.end(keys[:kept], late=miss is Miss.DEADLINE)
+        if miss is None:
+            measurement.end(keys)
+        elif miss is Miss.DEADLINE:
+            self._promoter.measure_late(measurement, keys[:kept], keys[kept])
         for medium in media:
             self.metrics.delivered.labels(medium.value).inc()
         if miss is not None:

@@ -207,7 +207,7 @@ class Verbs:
         if (known := caller.namespace) is None or known.block_bytes is None or "waiting" not in args:
             return None
         start, waiting = integer_of(args, "start", 0, 1 << 31), integer_of(args, "waiting", 0, 1 << 20)
-        decision = self._planning.decide(known, keys, start, found.runs, waiting)
+        decision = self._planning.decide(known, keys, start, found.runs, waiting, caller)
         patience = decision.patience
         return [decision.blocks, decision.reason.value, patience.first, patience.per_block, patience.limit]
 

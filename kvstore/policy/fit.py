@@ -1,9 +1,11 @@
-"""Online regression for timings: seconds = sum of non-negative coefficients x features, learnt from a few observations.
+"""Online regression for timings: seconds = scale x sum of non-negative coefficients x features, learnt from a few observations.
 
-Least squares of the *relative* error, because a plan needs 10 % of 50 ms as much as 10 % of 5 s. Old observations fade. One
-that is far off (a pause, a busy neighbour) hardly counts; several in a row that are off to one side are no outliers but a
-change, and what was known before is dropped. The prior is a shape: its scale is learnt first, and a
-coefficient that the observations do not tell from the others keeps its share of that shape.
+The scale follows within a few observations how slow everything is at present; the coefficients, which are the shape, change
+slowly. They are least squares of the *relative* error, because a plan needs 10 % of 50 ms as much as 10 % of 5 s. Old ones fade
+as new ones of their kind come ("directional forgetting", Kulhavy 1987): a thousand transfers of one size do not wear out what
+two of another size told. One that is far off (a pause, a busy neighbour) hardly counts; several in a row that are off to one
+side are no outliers but a change of the scale. A coefficient that the observations do not tell from the others keeps its share
+of the prior.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ FAR = 3.0
 """Residuals beyond so many times the usual one are far off."""
 PRIOR_WEIGHT = 0.3
 """What the prior's shape weighs, as a share of one observation of each feature."""
+SCALE_GAIN = 0.15
+"""How much of a residual is put down to the scale at once."""
 _LEAST_SPREAD, _FIRST_SPREAD, _MOST_SPREAD = 0.02, 0.3, 1.0
 _SPREAD_GAIN = 0.1
 _ROUNDS = 30
@@ -33,9 +37,13 @@ class OnlineFit:
         self._change = change
         self._prior = list(prior)
         self._keep = exp(-1.0 / memory)
-        self._far: list[tuple[list[float], float, float]] = []
-        """Features, seconds and residual of the far observations in a row."""
-        self._forget()
+        self._far: list[float] = []
+        """Residuals of the far observations in a row."""
+        size = range(len(self._prior))
+        self._moments = [[0.0 for _ in size] for _ in size]
+        self._target = [0.0 for _ in size]
+        self._weight = 0.0
+        self._log_scale = 0.0
         self._coefficients = list(prior)
         self._spread = _FIRST_SPREAD
         self.observations = 0
@@ -47,61 +55,63 @@ class OnlineFit:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return tuple(self._coefficients)
+        """By which a feature counts at present: the scale included."""
+        scale = exp(self._log_scale)
+        return tuple(scale * value for value in self._coefficients)
 
     def seconds(self, features: Sequence[float]) -> float:
         """Prediction."""
-        return _dot(self._coefficients, features)
+        return exp(self._log_scale) * _dot(self._coefficients, features)
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
         """Learn from one timing. One that cannot be is left out."""
         if not (min(features) >= 0 and 0 < max(features) <= _LARGEST and 1 / _LARGEST <= seconds <= _LARGEST):
             return
         x = list(features)
-        expected = max(self.seconds(x), 1 / _LARGEST) if self.observations else seconds
-        self.observations += 1
-        off = log(seconds / expected)
-        far = FAR * self._spread
-        self._spread += _SPREAD_GAIN * (min(abs(off), 2 * far) - self._spread)
-        self._spread = min(max(self._spread, _LEAST_SPREAD), _MOST_SPREAD)
-        if abs(off) <= far:
-            self._far.clear()
-            self._add(x, seconds, expected, 1.0)
+        off = log(seconds / max(self.seconds(x), 1 / _LARGEST))
+        weight = 1.0
+        if not self.observations:
+            self._log_scale += off
         else:
-            if self._far and (self._far[-1][2] > 0) != (off > 0):
+            far = FAR * self._spread
+            self._spread += _SPREAD_GAIN * (min(abs(off), 2 * far) - self._spread)
+            self._spread = min(max(self._spread, _LEAST_SPREAD), _MOST_SPREAD)
+            if abs(off) <= far:
                 self._far.clear()
-            self._far.append((x, seconds, off))
-            if len(self._far) < self._change:
-                self._add(x, seconds, expected, (far / off) ** 2)
             else:
-                self._forget()
-                for before, took, _ in self._far:
-                    self._add(before, took, took, 1.0)
+                if self._far and (self._far[-1] > 0) != (off > 0):
+                    self._far.clear()
+                self._far.append(off)
+                weight = (far / off) ** 2
+            if len(self._far) == self._change:
+                self._log_scale += sorted(self._far)[self._change // 2]
                 self._far.clear()
+                weight = 1.0
+            else:
+                self._log_scale += SCALE_GAIN * weight * off
+        self.observations += 1
+        self._add(x, seconds / exp(self._log_scale), weight)
         self._solve()
 
-    def _forget(self) -> None:
-        size = range(len(self._prior))
-        self._moments = [[0.0 for _ in size] for _ in size]
-        self._target = [0.0 for _ in size]
-        self._log_scale = self._weight = 0.0
-
-    def _add(self, x: Sequence[float], seconds: float, expected: float, weight: float) -> None:
-        # In units of the geometric mean of the two: in those of either alone, fast or slow ones would rule.
+    def _add(self, x: Sequence[float], seconds: float, weight: float) -> None:
+        # In units of the geometric mean of both: in those of either alone, fast or slow ones would rule.
+        expected = max(_dot(self._coefficients, x), 1 / _LARGEST)
         unit, value = sqrt(expected * seconds), sqrt(seconds / expected)
         relative = [feature / unit for feature in x]
+        known = [_dot(row, relative) for row in self._moments]
+        in_all = _dot(known, relative)
+        fading = (1 - self._keep) / in_all if in_all > 0 else 0.0
+        told = fading * _dot(relative, self._target)
         for i, mine in enumerate(relative):
-            self._target[i] = self._keep * self._target[i] + weight * mine * value
+            self._target[i] += weight * mine * value - told * known[i]
             row = self._moments[i]
             for j, other in enumerate(relative):
-                row[j] = self._keep * row[j] + weight * mine * other
-        self._log_scale = self._keep * self._log_scale + weight * log(seconds / _dot(self._prior, x))
+                row[j] += weight * mine * other - fading * known[i] * known[j]
         self._weight = self._keep * self._weight + weight
 
     def _solve(self) -> None:
-        """Non-negative least squares in units of the scaled prior, by coordinate descent."""
-        scale = exp(self._log_scale / self._weight)
-        unit = [prior * scale for prior in self._prior]
+        """Non-negative least squares in units of the prior, by coordinate descent."""
+        unit = self._prior
         matrix = [
             [value * a * b for value, b in zip(row, unit, strict=True)]
             for row, a in zip(self._moments, unit, strict=True)

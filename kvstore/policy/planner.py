@@ -5,9 +5,14 @@ An engine loads the beginning of a prompt and then computes the rest, one after 
 second falls ever faster (attention makes late tokens dearer), so the sum is least at an end of a run: those are all the
 candidates there are. Taking a run and leaving the next is a split, which beats both loading and computing everything.
 
+Who computes keeps others from computing, and who loads keeps others from loading, so each candidate also pays for what it costs
+those who wait for the engine and for the tiers, now or soon (``kvstore.policy.queueing``). A busy engine so loads what a
+lone request had better computed, and where a tier is what is short some are computed.
+
 Estimates are wrong at times, so a load has ``Patience``: each block has to be there by the time in which computing would have
 brought it, or the engine computes from there on. However slow a tier turns out, the first token is late by no more than the
-grace, what the first byte was expected to take, and the window of blocks that was awaited last.
+grace, what the first byte was expected to take, and the window of blocks that was awaited last. Of a tier that nobody measured
+yet a load is a trial, that may cost ``TRIAL`` of computing everything: when it takes longer its end is still noted.
 
 Pure functions; the measuring is in ``kvstore.policy.speed`` and ``kvstore.policy.prefill``.
 """
@@ -15,25 +20,26 @@ Pure functions; the measuring is in ``kvstore.policy.speed`` and ``kvstore.polic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from kvstore.policy.queueing import EMPTY, Line, Work
 from kvstore.tiers.base import Medium
 
 GRACE = 0.05
 """Share of the time of computing everything that a load may be late, before its beginning counts as failed."""
 
-SACRIFICE = 2.0
-"""A request may take so many times as long as computing it, to leave the engine to those behind it."""
-
-TRIAL = 0.25
-"""The same for the first load from a tier, of which nothing is known."""
+TRIAL = 0.1
+"""The same for a load from a tier of which nothing is known, whatever has come by then."""
 
 LEAST_PATIENCE = 0.01
 """Seconds. Threads and engine steps are late by so much without a tier being slow."""
 
 BACKGROUND_SECONDS = 10.0
 """What an engine does not wait for is fetched for the next request if the tier can bring it in so long."""
+
+WINDOW = 16
+"""Blocks that an engine asks for at a time (``connectors.vllm.worker.LOAD_CHUNK``): each window pays a tier's latency."""
 
 Prefill = Callable[[int, int], float]
 """Seconds to compute so many tokens (second) behind so many (first)."""
@@ -102,10 +108,12 @@ class Speed:
     """Seconds before the first byte, for each window of blocks that are asked for together."""
     bandwidth: float
     """Bytes per second, all loads together."""
-    window: int = 16
+    window: int = WINDOW
     """Blocks asked for together."""
     queued_bytes: int = 0
     """What the tier has to bring to others first."""
+    line: Line = EMPTY
+    """Loads that wait for this tier."""
 
     def start(self) -> float:
         """Seconds until the first byte, behind what others wait for."""
@@ -145,8 +153,8 @@ class Request:
     tokens: int
     """Tokens of the prompt, ``start`` included."""
     block_tokens: int
-    waiting: float = 0.0
-    """Requests of this engine that wait to be computed, or that will come while it is computed: they wait for it too."""
+    line: Line = EMPTY
+    """Requests that wait for this engine."""
 
     @property
     def found(self) -> int:
@@ -171,6 +179,10 @@ class Decision:
     patience: Patience = ENDLESS
     background: int = 0
     """Blocks behind ``blocks`` to fetch into the arena for next time."""
+    computing: float = 0.0
+    """Estimated seconds of the engine: what others wait for. 0 where speeds are not known."""
+    loading: Mapping[Medium, float] = field(default_factory=dict)
+    """Estimated seconds of each slower tier."""
 
 
 def load_everything(request: Request, wait: Wait, reason: Reason) -> Decision:
@@ -190,42 +202,44 @@ def plan(request: Request, speeds: Mapping[Medium, Speed], prefill: Prefill | No
 
     A medium that is missing in ``speeds`` was not measured; then, and while ``prefill`` is None, all that is found is loaded.
     """
-    if not request.found:
-        return Decision(0, 0, Reason.NOT_STORED)
     if prefill is None:
         return load_everything(request, wait, Reason.UNMEASURED)
-
-    def first_token(blocks: int, load: float) -> float:
-        """Seconds that this request and those behind it wait for it."""
-        return load + rest(blocks) * (1 + request.waiting)
 
     def rest(blocks: int) -> float:
         have = min(request.start + blocks * request.block_tokens, request.tokens - 1)
         return prefill(have, request.tokens - have)
 
+    def cost(candidate: _Candidate) -> float:
+        """Seconds of this request and of those that wait for it."""
+        others = sum(
+            speeds[medium].line.cost(Work(0.0, seconds)) - seconds for medium, seconds in candidate.loading.items()
+        )
+        return others + request.line.cost(Work(candidate.seconds, rest(candidate.blocks)))
+
     recompute_all = rest(0)
+    if not request.found:
+        return Decision(0, 0, Reason.NOT_STORED, computing=recompute_all)
     if any(run.medium not in speeds for run in request.runs):
         unknown = load_everything(request, wait, Reason.UNMEASURED)
-        saved = (recompute_all - rest(unknown.blocks)) / max(unknown.blocks, 1)
-        first = max(TRIAL * recompute_all, LEAST_PATIENCE)
-        return replace(unknown, patience=Patience(first, saved, unknown.patience.limit))
-    candidates = [(0, 0.0)]
+        computing = rest(unknown.blocks)
+        patience = _trial(request, unknown.blocks, recompute_all, recompute_all - computing, wait)
+        return replace(unknown, patience=patience, computing=computing)
+    candidates = [_Candidate(0, 0.0, {}), *_ends(request.runs, speeds)]
     reason = Reason.RECOMPUTE
-    best = 0
-    for blocks, load in _ends(request.runs, speeds):
-        candidates.append((blocks, load))
-    for number, (blocks, load) in enumerate(candidates[1:], 1):
-        alone = load + rest(blocks)
-        if alone > SACRIFICE * recompute_all or first_token(blocks, load) > first_token(*candidates[best]):
+    best = candidates[0]
+    alone = least = cost(best)
+    for candidate in candidates[1:]:
+        together = cost(candidate)
+        if together > least:
             continue
-        if wait.mode is Prefetch.BEST_EFFORT and blocks > _in_arena(request):
+        if wait.mode is Prefetch.BEST_EFFORT and candidate.blocks > _in_arena(request):
             reason = Reason.NOT_IN_ARENA
             break
-        if load > wait.seconds(blocks * request.block_tokens):
+        if candidate.seconds > wait.seconds(candidate.blocks * request.block_tokens):
             reason = Reason.TOO_LATE
             break
-        best = number
-    blocks, load = candidates[best]
+        best, least = candidate, together
+    blocks = best.blocks
     if blocks == request.found:
         reason = Reason.LOAD
     elif reason is Reason.RECOMPUTE and blocks:
@@ -234,24 +248,41 @@ def plan(request: Request, speeds: Mapping[Medium, Speed], prefill: Prefill | No
         found=request.found,
         blocks=blocks,
         reason=reason,
-        load_all=candidates[-1][1] + rest(request.found),
+        load_all=candidates[-1].seconds + rest(request.found),
         recompute_all=recompute_all,
-        chosen=load + rest(blocks),
-        patience=_patience(request, blocks, speeds, recompute_all, recompute_all - rest(blocks), wait),
+        chosen=best.seconds + rest(blocks),
+        patience=_patience(request, blocks, speeds, recompute_all, alone - least + best.seconds, wait),
         background=_background(request.runs, blocks, speeds),
+        computing=rest(blocks),
+        loading=best.loading,
     )
 
 
-def _ends(runs: Sequence[Run], speeds: Mapping[Medium, Speed]) -> list[tuple[int, float]]:
-    """For each run the blocks up to its end, and the seconds until they are in the engine's pages."""
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    blocks: int
+    seconds: float
+    """Until they are in the engine's pages."""
+    loading: Mapping[Medium, float]
+    """Seconds that each slower tier is busy with them."""
+
+
+def _ends(runs: Sequence[Run], speeds: Mapping[Medium, Speed]) -> list[_Candidate]:
+    """For each run the blocks up to its end."""
     pages = speeds.get(Medium.HOST)
     ends = []
     blocks, seconds = 0, pages.latency if pages else 0.0
+    loading: dict[Medium, float] = {}
     for run in runs:
         copy = run.nbytes / pages.bandwidth if pages else 0.0
-        seconds += copy if run.medium is Medium.HOST else max(speeds[run.medium].seconds(run), copy)
+        if run.medium is Medium.HOST:
+            seconds += copy
+        else:
+            tier = speeds[run.medium]
+            seconds += max(tier.seconds(run), copy)
+            loading = {**loading, run.medium: loading.get(run.medium, 0.0) + run.nbytes / tier.bandwidth}
         blocks += run.blocks
-        ends.append((blocks, seconds))
+        ends.append(_Candidate(blocks, seconds, loading))
     return ends
 
 
@@ -263,10 +294,16 @@ def _patience(
         return Patience(0.0, limit=0.0)
     media = {run.medium for run in request.runs}
     start = sum(speeds[medium].start() for medium in media)
-    per_block = saved * (1 + request.waiting) / blocks
-    return Patience(
-        start + max(GRACE * recompute_all, LEAST_PATIENCE), per_block, wait.seconds(blocks * request.block_tokens)
-    )
+    grace = max(GRACE * recompute_all, LEAST_PATIENCE)
+    return Patience(start + grace, saved / blocks, wait.seconds(blocks * request.block_tokens))
+
+
+def _trial(request: Request, blocks: int, recompute_all: float, saved: float, wait: Wait) -> Patience:
+    """The first window may take the trial's share, each block behind it what computing it would."""
+    per_block = saved / max(blocks, 1)
+    awaited = min(blocks, WINDOW)
+    first = max(TRIAL * recompute_all, LEAST_PATIENCE) - awaited * per_block
+    return Patience(first, per_block, wait.seconds(blocks * request.block_tokens))
 
 
 def _background(runs: Sequence[Run], skipped: int, speeds: Mapping[Medium, Speed]) -> int:

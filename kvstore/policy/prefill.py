@@ -21,8 +21,6 @@ MEMORY = 200.0
 LEAST_TOKENS = 32
 """Steps that compute fewer teach nothing of prefill: they wait for the weights to be read."""
 
-CROWD_GAIN = 0.1
-
 LEAST_STEPS = 3
 """Before so many steps were seen, nothing is predicted."""
 
@@ -30,22 +28,6 @@ LEAST_STEPS = 3
 def attention(start: int, tokens: int) -> float:
     """Pairs of tokens that computing ``tokens`` behind ``start`` looks at."""
     return tokens * (start + tokens / 2)
-
-
-@dataclass(slots=True)
-class Crowd:
-    """How many requests wait behind one that is computed: those that do now, or as many as usual if that is more.
-
-    An engine that is busy most of the time has a queue again and again; what is computed while it happens to be empty delays
-    who comes next.
-    """
-
-    usual: float = 0.0
-
-    def behind(self, waiting: int) -> float:
-        """Call once for each request."""
-        self.usual += CROWD_GAIN * (waiting - self.usual)
-        return max(float(waiting), self.usual)
 
 
 @dataclass(slots=True)

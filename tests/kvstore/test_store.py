@@ -201,6 +201,24 @@ async def test_at_the_deadline_a_prefix_is_the_answer_and_the_rest_still_arrives
     assert not rig.host.index.pins[rig.host.index.used()].any(), "a late block stayed leased"
 
 
+async def test_a_tier_that_nobody_measured_is_known_when_what_was_late_has_come(
+    rig: Rig, chain: list[SealedBlock]
+) -> None:
+    for block in chain:
+        await rig.disk.put(block.header, block.envelope)
+    meter = rig.store.promoter.meters[Medium.DISK]
+    rig.disk.gate.clear()
+    assert (await rig.store.acquire(rig.session, keys_of(chain), 0.02)).miss is Miss.DEADLINE
+    assert not meter.known, "all that is known is that it takes longer"
+    await asyncio.sleep(0.2)
+    rig.disk.gate.set()
+    async with asyncio.timeout(30):
+        while not meter.known:
+            await asyncio.sleep(0.01)
+    speed = meter.speed()
+    assert speed.latency + SLOT / speed.bandwidth > 0.1
+
+
 @pytest.mark.parametrize(
     ("failure", "miss"), [(BlockCorrupt("bit"), Miss.CORRUPT), (TierUnavailable("away"), Miss.UNAVAILABLE)]
 )

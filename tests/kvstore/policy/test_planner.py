@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.policy.planner import Decision, Prefetch, Reason, Request, Run, Speed, Wait, plan
+from kvstore.policy.queueing import EMPTY, Line, Work
 from kvstore.tiers.base import Medium
 
 SIZE, TOKENS = 8 << 20, 64
@@ -21,8 +22,8 @@ def run(medium: Medium, blocks: int) -> Run:
     return Run(medium, blocks, blocks * SIZE)
 
 
-def request(*runs: Run, more: int = 0, waiting: int = 0) -> Request:
-    return Request(runs, 0, (sum(r.blocks for r in runs) + more) * TOKENS, TOKENS, waiting)
+def request(*runs: Run, more: int = 0, line: Line = EMPTY) -> Request:
+    return Request(runs, 0, (sum(r.blocks for r in runs) + more) * TOKENS, TOKENS, line)
 
 
 def prefill(start: int, tokens: int) -> float:
@@ -43,7 +44,9 @@ HOST, DISK, OBJECT = Medium.HOST, Medium.DISK, Medium.OBJECT
         (request(run(OBJECT, 2000)), 0, Reason.RECOMPUTE),
         (request(run(HOST, 50), run(DISK, 50)), 50, Reason.SPLIT),
         (request(run(HOST, 50), run(OBJECT, 500)), 50, Reason.SPLIT),
-        (request(run(DISK, 100), waiting=4), 100, Reason.LOAD),  # the others wait for what is computed
+        (request(run(DISK, 100), line=Line(waiting=4)), 100, Reason.LOAD),  # the others wait for what is computed
+        (request(run(DISK, 100), line=Line(rate=2, busy=0.8)), 100, Reason.LOAD),  # and so will those who come
+        (request(run(DISK, 2000), line=Line(coming=(Work(15, 1),))), 2000, Reason.LOAD),
     ],
 )
 def test_decisions(asked: Request, blocks: int, reason: Reason) -> None:
@@ -103,6 +106,14 @@ def test_slow_tiers_are_not_read_ahead_for_long() -> None:
     assert 0 < decision.background * SIZE / 0.5e9 <= 10
 
 
+lines = st.builds(
+    Line,
+    waiting=st.floats(0, 20),
+    backlog=st.floats(0, 100),
+    rate=st.floats(0, 100),
+    busy=st.floats(0, 1),
+    coming=st.lists(st.builds(Work, st.floats(0, 100), st.floats(0, 100)), max_size=3).map(sorted).map(tuple),
+)
 speeds = st.builds(
     Speed,
     latency=st.floats(0, 0.2),
@@ -112,17 +123,17 @@ speeds = st.builds(
 )
 waits = st.builds(Wait, st.sampled_from(Prefetch), st.floats(0, 10), st.floats(0, 10))
 requests = st.builds(
-    lambda runs, start, more, waiting: Request(
+    lambda runs, start, more, line: Request(
         tuple(Run(medium, blocks, blocks * SIZE) for medium, blocks in runs),
         start * TOKENS,
         (start + sum(blocks for _, blocks in runs)) * TOKENS + more,
         TOKENS,
-        waiting,
+        line,
     ),
     st.lists(st.tuples(st.sampled_from(Medium), st.integers(1, 500)), max_size=5),
     st.integers(0, 500),
     st.integers(0, 10_000),
-    st.integers(0, 20),
+    lines,
 )
 tables = st.fixed_dictionaries(dict.fromkeys(Medium, speeds))
 
@@ -147,7 +158,7 @@ def test_a_plan_stays_within_what_was_found(asked: Request, table: Mapping[Mediu
 @settings(deadline=None)
 @given(requests, tables)
 def test_a_plan_is_never_worse_than_loading_all_or_computing_all(asked: Request, table: Mapping[Medium, Speed]) -> None:
-    decision = decide(replace(asked, waiting=0), table, FOREVER)
+    decision = decide(replace(asked, line=EMPTY), table, FOREVER)
     if decision.found:
         assert decision.chosen is not None
         assert decision.load_all is not None
@@ -160,8 +171,9 @@ def test_a_plan_is_never_worse_than_loading_all_or_computing_all(asked: Request,
 def test_a_faster_tier_never_makes_a_request_slower(
     asked: Request, table: Mapping[Medium, Speed], medium: Medium, factor: float
 ) -> None:
+    asked = replace(asked, line=EMPTY)
     before = decide(asked, table, FOREVER)
     faster = replace(table[medium], bandwidth=table[medium].bandwidth * factor)
-    after = decide(replace(asked, waiting=0), {**table, medium: faster}, FOREVER)
-    if asked.waiting == 0 and before.chosen is not None and after.chosen is not None:
+    after = decide(asked, {**table, medium: faster}, FOREVER)
+    if before.chosen is not None and after.chosen is not None:
         assert after.chosen <= before.chosen * (1 + 1e-9)

@@ -105,6 +105,24 @@ def test_a_change_counts_after_some_transfers_that_show_it() -> None:
     assert latest(meter, 1 << 27) == pytest.approx(2.0, rel=0.2)
 
 
+def test_many_transfers_of_one_size_do_not_wear_out_what_others_told() -> None:
+    meter, block = SpeedMeter(Medium.DISK, 16), 20 << 20
+    for nbytes in (block, 16 * block, block, 16 * block):
+        meter.observe(nbytes, 0.1 + nbytes / 8e9)
+    for _ in range(200):
+        meter.observe(4 * block, 0.1 + 4 * block / 8e9)
+    assert latest(meter, 16 * block) == pytest.approx(0.1 + 16 * block / 8e9, rel=0.3)
+
+
+def test_a_tier_that_is_slower_in_all_is_known_by_one_size() -> None:
+    meter, block = SpeedMeter(Medium.DISK, 16), 20 << 20
+    for nbytes in (block, 16 * block) * 10:
+        meter.observe(nbytes, 0.1 + nbytes / 8e9)
+    for _ in range(30):
+        meter.observe(block, 3 * (0.1 + block / 8e9))
+    assert latest(meter, 16 * block) == pytest.approx(3 * (0.1 + 16 * block / 8e9), rel=0.3)
+
+
 def test_what_never_came_teaches_that_the_tier_is_slow() -> None:
     meter = SpeedMeter(Medium.OBJECT, 16)
     for _ in range(10):
