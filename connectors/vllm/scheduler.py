@@ -73,7 +73,7 @@ class Planner:
         self._epoch = 0
         self._states: dict[str, _State] = {}
         self._waiting: set[str] = set()
-        """Requests that have not been computed on yet: not admitted, or loading."""
+        """Requests that have not been computed on yet and do not load."""
         self._loads: list[Load] = []
         self._stored: OrderedDict[BlockKey, None] = OrderedDict()
         """Blocks that we saved or saw in the store lately: not worth offering again."""
@@ -142,6 +142,7 @@ class Planner:
         pages = range(offer.start // geometry.page_tokens, -(-stop // geometry.page_tokens))
         keys = tuple(state.chain.keys[index] for index in blocks)
         state.loaded_in = request.num_preemptions
+        self._waiting.discard(request.request_id)
         self._loads.append(
             Load(
                 request.request_id,
