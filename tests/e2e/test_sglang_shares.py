@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ from sglang_process import HERE, ROOT, environment, sglang_python
 
 pytest.importorskip("vllm")
 
-import torch
 from vllm.config import ModelConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from connectors.vllm.keys import geometry
 from connectors.vllm.options import Options
+from kvstore.identity import NO_PARENT, Namespace, chain_digests
+from kvstore.node.api import NewBlock
+from kvstore.node.client import Client
+from kvstore.testing.node import RunningNode
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -73,13 +77,13 @@ def sglangs(folders: list[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def vllms(folder: Path, device: str, tensor_parallel: int = 1) -> dict[str, Any]:
+def vllms(folder: Path, device: str, tensor_parallel: int = 1, dtype: str = "bfloat16") -> dict[str, Any]:
     """The namespace that the vLLM connector gives a model on a device, and the bytes of a block."""
-    model = ModelConfig(model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="bfloat16")
+    model = ModelConfig(model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype=dtype)
     spec = (
-        MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+        MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=model.dtype)
         if folder.name == "deepseek"
-        else FullAttentionSpec(block_size=16, num_kv_heads=4 // tensor_parallel, head_size=16, dtype=torch.bfloat16)
+        else FullAttentionSpec(block_size=16, num_kv_heads=4 // tensor_parallel, head_size=16, dtype=model.dtype)
     )
     config = SimpleNamespace(
         model_config=model,
@@ -105,3 +109,34 @@ def test_pages_that_vllm_packs_on_a_cpu_are_not_shared(folders: list[Path], sgla
     packed = vllms(folders[0], "cpu")
     assert packed["layout"].startswith("opaque:vllm-cpu:")
     assert {name for name, value in packed.items() if value != sglangs[0][name]} == {"layout"}
+
+
+def test_what_cannot_be_shared_is_missed_and_explained(
+    folders: list[Path], sglangs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """What vLLM stored, SGLang asks for: as namespaces of their own reading, so that `explain` can name what differs."""
+    wanted = namespace(sglangs[0])
+    scaled = namespace(vllms(folders[1], "cuda"))
+    kept_apart = [
+        (["layout"], namespace(vllms(folders[0], "cpu"))),
+        (["dtype", "weights"], namespace(vllms(folders[0], "cuda", dtype="float16"))),  # cast when they are loaded
+        (["rope"], replace(scaled, model=wanted.model, weights=wanted.weights)),
+    ]
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        keyring = client.open_namespace(wanted, sglangs[0]["block_bytes"])
+        for number, (fields, stored) in enumerate(kept_apart):
+            tokens = np.arange(number * 1000, number * 1000 + 2 * wanted.block_tokens, dtype="<u4")
+            digests = chain_digests(tokens, wanted.block_tokens)
+            keys = client.open_namespace(stored, sglangs[0]["block_bytes"]).block_keys(digests)
+            client.reserve(stored, [NewBlock(keys[0], NO_PARENT, 0), NewBlock(keys[1], keys[0], 1)])
+            assert len(client.commit(keys)) == 2
+            assert client.lookup(keys, timeout=30).blocks == 2
+            assert client.lookup(keyring.block_keys(digests), timeout=30).blocks == 0
+            why = client.call("explain", 30.0, tokens=tokens.tobytes(), namespace=wanted.digest)
+            assert [block["why"] for block in why["blocks"]] == ["other_namespace"] * 2
+            (elsewhere,) = why["elsewhere"]
+            assert elsewhere["differs"] == {name: [getattr(wanted, name), getattr(stored, name)] for name in fields}
+
+
+def namespace(described: dict[str, Any]) -> Namespace:
+    return Namespace.from_dict({name: value for name, value in described.items() if name != "block_bytes"})

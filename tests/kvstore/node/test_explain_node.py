@@ -177,6 +177,8 @@ OTHERS = [
     ("dtype", replace(NAMESPACE, dtype="bfloat16")),
     ("weights", replace(NAMESPACE, weights="2")),
     ("block_tokens", replace(NAMESPACE, block_tokens=32)),
+    ("rope", replace(NAMESPACE, rope="rope_theta=500000.0")),
+    ("layout", replace(NAMESPACE, layout="canonical:kv_head_token_layer")),
 ]
 
 
