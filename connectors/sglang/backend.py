@@ -26,6 +26,7 @@ from kvstore.node.launch import launch
 logger = logging.getLogger("kvstore")
 
 CONNECT_TIMEOUT = 0.5
+"""Seconds after which a node that does not greet counts as away: as long as lookups may take, if that is more."""
 CLEAR_TIMEOUT = 60.0
 
 
@@ -154,7 +155,7 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
             return
         binding = bind(name, pool, self._config, self._options)
         start = partial(launch, self._socket) if self._leads and self._options.autostart else None
-        client = Client(self._socket, "SGLang", CONNECT_TIMEOUT)
+        client = Client(self._socket, "SGLang", max(CONNECT_TIMEOUT, self._options.lookup_timeout_s))
         link = Link(client, binding.namespace, binding.pages.block_bytes, start)
         self._pools[name] = PoolTransfers(name, binding, client, link, self._options, self.recorder, self._asks)
         if name == KV and self._asks and self._config.pp_size == 1:  # stages take steps of each other's batches

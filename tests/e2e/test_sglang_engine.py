@@ -200,10 +200,11 @@ def test_altered_kv_alters_the_answers(engines: Engines, node: NodeProcess, refe
 def test_corrupt_blocks_are_computed_and_healed(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:
     check(ask(engines.first), reference)
     wait_for(lambda: node.blocks()["disk"] == 26)
+    clients = node.clients()
     node.stop()
     assert sum(flip_every_fifth_block(file) for file in node.data.rglob("*") if file.is_file()) > 2
     node.start()
-    wait_for(lambda: node.clients() >= 2)
+    wait_for(lambda: node.clients() >= clients)
     answers = ask(engines.first)
     check(answers, reference)
     assert 0 < sum(stored(answers)) < sum(FULL)
@@ -309,3 +310,7 @@ def test_sglang_and_transformers_read_each_others_blocks(
         (loaded,) = engines.second.generate([fresh])
         assert loaded.stored == 6 * PAGE
         assert loaded.tokens == other.resume(client, fresh, len(loaded.tokens))
+
+        assert alter_host_blocks(client) >= 26 + 6  # the control: what is read is what counts
+        for tokens, wanted in zip(PROMPTS, reference, strict=True):
+            assert other.resume(client, tokens, len(wanted.tokens)) != wanted.tokens

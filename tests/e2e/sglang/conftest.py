@@ -110,7 +110,7 @@ def hashes(count: int, prompt: int = 0) -> list[str]:
     return found
 
 
-def wait(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait(condition: Callable[[], Any], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -148,7 +148,7 @@ def backends(node: RunningNode, model: Path, tmp_path: Path) -> Iterator[Backend
     ) -> Any:
         extra = {
             "backend_name": "kvstore", "module_path": "connectors.sglang", "class_name": "KVStoreStorage", "interface_v1": 1,
-            "socket": str(node.socket), "autostart": False, "weights": str(tmp_path), **settings,
+            "socket": str(node.socket), "autostart": False, "weights": str(tmp_path), "lookup_timeout_s": 10.0, **settings,
         }  # fmt: skip
         backend = StorageBackendFactory.create_backend("dynamic", storage_config(pool, rank, extra), pool)
         backend.register_mem_pool_host(pool)

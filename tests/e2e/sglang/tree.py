@@ -50,7 +50,7 @@ class OverOurStorage(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
             {
                 "backend_name": "kvstore", "module_path": "connectors.sglang", "class_name": "KVStoreStorage",
                 "interface_v1": 1, "hicache_storage_pass_prefix_keys": True, "prefetch_threshold": 1,
-                "socket": str(self.node.socket), "autostart": False, "weights": "w",
+                "socket": str(self.node.socket), "autostart": False, "weights": "w", "lookup_timeout_s": 10.0,
             }
         )  # fmt: skip
 
