@@ -12,12 +12,17 @@ from typing import Protocol
 
 from kvstore.node.arena import Arena
 
+ABSENT = -1
+"""In the place of a page that is left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
     """One block to move: the engine pages that hold its tokens, in token order, and where its payload is in the arena."""
 
     pages: tuple[int, ...]
+    """With several page tables (a hybrid model has one for each group of layers) the pages of each table in turn, equally many;
+    ABSENT for pages that the engine does not keep, or not any more."""
     offset: int
     """Byte offset of the block's payload in the arena mapping (behind the envelope header)."""
     first_page: int = 0

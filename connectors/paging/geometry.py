@@ -13,14 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from connectors.paging.base import BlockCopy
+from connectors.paging.base import ABSENT, BlockCopy
 from kvstore.errors import IdentityError
 from kvstore.layout import Axis, BlockLayout, Run
 
 Pages = npt.NDArray[np.int32]
-
-ABSENT = -1
-"""In the place of a page that a partial load leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,8 @@ class PagedKV:
     subpages: int = 1
     """Consecutive pages of the views that make one page of the engine: an engine may keep its cache in smaller
     units than it counts in (vLLM's kernel blocks)."""
+    tables: tuple[int, ...] = ()
+    """Which of the engine's page tables each layer goes by, counted from 0; empty: all by one."""
 
     def __post_init__(self) -> None:
         first = self.planes[0][0]
@@ -44,6 +43,8 @@ class PagedKV:
                 raise IdentityError(f"layers of one group differ: {_describe(first)} and {_describe(plane)}")
         if len({len(planes) for planes in self.planes}) != 1:
             raise IdentityError("K and V have different numbers of layers")
+        if self.tables and len(self.tables) != self.layers:
+            raise IdentityError(f"page tables are given for {len(self.tables)} layers of {self.layers}")
 
     @property
     def sample(self) -> torch.Tensor:
@@ -53,6 +54,10 @@ class PagedKV:
     @property
     def layers(self) -> int:
         return len(self.planes[0])
+
+    @property
+    def table_count(self) -> int:
+        return max(self.tables, default=0) + 1
 
     @property
     def heads(self) -> int:
@@ -69,24 +74,26 @@ class PagedKV:
         return int(self.sample.shape[1])
 
     def view_pages(self, copies: Sequence[BlockCopy], tokens: int, whole: bool = False) -> Pages:
-        """The pages of the views that hold each block of ``tokens`` tokens: ``[block, page]``, ABSENT where a copy takes none.
+        """The pages of the views that hold each block of ``tokens`` tokens: ``[block, table x page]``, ABSENT for none.
 
         ``whole``: every page must be there. Raises IdentityError for pages that are not in the cache or not in the block.
         """
         pages = int(self.sample.shape[0]) // self.subpages
-        count = tokens // (self.page_tokens * self.subpages)
-        if all(len(copy.pages) == count and not copy.first_page for copy in copies):
-            rows = np.array([copy.pages for copy in copies], np.int32).reshape(len(copies), count)
+        tables, count = self.table_count, tokens // (self.page_tokens * self.subpages)
+        if all(len(copy.pages) == tables * count and not copy.first_page for copy in copies):
+            rows = np.array([copy.pages for copy in copies], np.int32).reshape(len(copies), tables * count)
         else:
-            rows = np.full((len(copies), count), ABSENT, np.int32)
-            for row, copy in zip(rows, copies, strict=True):
-                last = copy.first_page + len(copy.pages)
-                if whole or not 0 <= copy.first_page < last <= count:
+            cut = np.full((len(copies), tables, count), ABSENT, np.int32)
+            for row, copy in zip(cut, copies, strict=True):
+                taken, rest = divmod(len(copy.pages), tables)
+                last = copy.first_page + taken
+                if whole or rest or not 0 <= copy.first_page < last <= count:
                     raise IdentityError(f"pages {copy.first_page}:{last} given of a block of {count} pages")
-                row[copy.first_page : last] = copy.pages
-        given = [page for copy in copies for page in copy.pages]
-        if given and not 0 <= min(given) <= max(given) < pages:
-            raise IdentityError(f"pages {min(given)} to {max(given)} are not all inside a cache of {pages} pages")
+                row[:, copy.first_page : last] = np.reshape(copy.pages, (tables, taken))
+            rows = cut.reshape(len(copies), tables * count)
+        least = 0 if whole else ABSENT
+        if rows.size and not least <= rows.min() <= rows.max() < pages:
+            raise IdentityError(f"pages {rows.min()} to {rows.max()} are not all inside a cache of {pages} pages")
         if self.subpages == 1:
             return rows
         parts = rows[:, :, None] * self.subpages + np.arange(self.subpages, dtype=np.int32)
@@ -151,8 +158,10 @@ def strides(layout: BlockLayout) -> Strides:
     return Strides(found[Axis.KV], found[Axis.HEAD], found[Axis.TOKEN], found[Axis.LAYER])
 
 
-def vllm_pages(caches: Iterable[torch.Tensor], block: BlockLayout, page_tokens: int) -> PagedKV:
-    """vLLM's caches, one a layer, in layer order; ``page_tokens`` is the engine's block size.
+def vllm_pages(
+    caches: Iterable[torch.Tensor], block: BlockLayout, page_tokens: int, tables: tuple[int, ...] = ()
+) -> PagedKV:
+    """vLLM's caches, one a layer, in layer order; ``page_tokens`` is the engine's block size, ``tables`` as in ``PagedKV``.
 
     Logical views, whatever their strides: ``[B, H, N, 2 * dim]`` with K and V packed in the last axis, ``[B, 2 * H, N, dim]``
     with the K heads first, ``[B, 2, N, H, dim]``, and for MLA ``[B, 1, N, dim]`` or (0.26) ``[B, N, dim]``.
@@ -163,7 +172,7 @@ def vllm_pages(caches: Iterable[torch.Tensor], block: BlockLayout, page_tokens: 
     subpages, rest = divmod(page_tokens, int(planes[0][0].shape[1]))
     if rest or not subpages:
         raise IdentityError(f"a cache with {planes[0][0].shape[1]} tokens a page cannot hold pages of {page_tokens}")
-    return PagedKV(planes, subpages)
+    return PagedKV(planes, subpages, tables)
 
 
 def sglang_pages(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None, page_tokens: int) -> PagedKV:

@@ -28,7 +28,7 @@ SOURCE = r"""
 struct Batch {
     long long step[4];               // bytes per kv, head, token, layer index of a payload
     long long payload[MAX_BLOCKS];   // address of each block's payload, at this rank's first head
-    int page[MAX_PAGES];             // pages of each block, in token order; negative where a load leaves one out
+    int page[MAX_PAGES];             // pages of each block, table after table, in token order; negative where one is left out
 };
 
 // Vector i of the batch, counted so that a thread block works on the tokens of one page in few layers: payloads lie in few
@@ -43,7 +43,8 @@ __device__ __forceinline__ bool locate(
     const unsigned head = i % HEADS; i /= HEADS;
     const unsigned kv = i % KV, block = i / KV;
     const unsigned token = part * PAGE_TOKENS + slot;
-    const long long page = batch.page[block * PAGES + part];
+    const unsigned table = TABLES > 1 ? planes[KV * LAYERS + layer] : 0;
+    const long long page = batch.page[(block * TABLES + table) * PAGES + part];
     engine = (Vector*)(planes[kv * LAYERS + layer] + page * PAGE_STEP + slot * TOKEN_STEP + head * HEAD_STEP) + vector;
     stored = (Vector*)(batch.payload[block] + kv * batch.step[0] + head * batch.step[1] + token * batch.step[2]
                        + layer * batch.step[3]) + vector;
@@ -103,6 +104,7 @@ def defines(pages: PagedKV, share: Share) -> dict[str, str]:
         "LAYERS": f"{pages.layers}u",
         "PAGES": f"{share.block.tokens // pages.page_tokens}u",
         "PAGE_TOKENS": f"{pages.page_tokens}u",
+        "TABLES": f"{pages.table_count}u",
         "HEADS": f"{pages.heads}u",
         "KV": f"{len(pages.planes)}u",
         "PAGE_STEP": f"{page_step}LL",
@@ -131,6 +133,11 @@ def addresses(pages: PagedKV) -> list[int]:
     return [plane.data_ptr() for half in pages.planes for plane in half]
 
 
+def directory(pages: PagedKV) -> list[int]:
+    """What the kernels find an engine's page by: address of each plane, then each layer's page table."""
+    return [*addresses(pages), *pages.tables]
+
+
 def batch(steps: Strides, payloads: Sequence[int]) -> np.ndarray[Any, Any]:
     """The kernel argument for blocks at ``payloads``; their pages go to its field ``page``, block after block."""
     out = np.zeros((), BATCH)
@@ -141,4 +148,4 @@ def batch(steps: Strides, payloads: Sequence[int]) -> np.ndarray[Any, Any]:
 
 def max_blocks(pages: PagedKV, share: Share) -> int:
     """Blocks that fit in one batch; 0 when even one has too many pages."""
-    return min(MAX_BLOCKS, MAX_PAGES // (share.block.tokens // pages.page_tokens))
+    return min(MAX_BLOCKS, MAX_PAGES // (pages.table_count * share.block.tokens // pages.page_tokens))

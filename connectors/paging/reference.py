@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from connectors.paging.base import BlockCopy, Pager
-from connectors.paging.geometry import ABSENT, PagedKV, Share, strides
+from connectors.paging.base import ABSENT, BlockCopy, Pager
+from connectors.paging.geometry import PagedKV, Share, strides
 from kvstore.errors import KVStoreError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
@@ -50,7 +50,9 @@ class ReferencePager(Pager):
         for kv, planes in enumerate(self._pages.planes):
             for layer, plane in enumerate(planes):
                 rows = plane.view(torch.uint8)
-                for index, page in enumerate(pages):
+                of_table = len(pages) // self._pages.table_count
+                first_of_table = (self._pages.tables[layer] if self._pages.tables else 0) * of_table
+                for index, page in enumerate(pages[first_of_table : first_of_table + of_table]):
                     if page == ABSENT:
                         continue
                     origin = kv * step.kv + first * step.head + index * tokens_of_page * step.token + layer * step.layer

@@ -59,7 +59,7 @@ class Kernels:
         module = cupy.RawModule(code=kernels.SOURCE, options=tuple(f"-D{k}={v}" for k, v in constants.items()))
         self._gather = module.get_function("gather")
         self._scatter = module.get_function("scatter")
-        self._planes = torch.tensor(kernels.addresses(pages), dtype=torch.int64, device=pages.sample.device)
+        self._planes = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
         self._planes_at = self._planes.data_ptr()
         self._vectors = share.nbytes // kernels.vector_bytes(pages)
         self.device = pages.sample.device
@@ -83,9 +83,9 @@ class Kernels:
 class Staged:
     """Through a buffer in device memory that holds the shares of a group of blocks, one behind the other."""
 
-    def __init__(self, share: Share, moves: Kernels) -> None:
+    def __init__(self, share: Share, moves: Kernels, staging_bytes: int) -> None:
         nbytes, runs = share.nbytes, np.array(share.runs, np.int64)
-        self.blocks = min(moves.max_blocks, STAGING_BYTES // nbytes)
+        self.blocks = min(moves.max_blocks, staging_bytes // nbytes)
         self._moves = moves
         self._buffer = torch.empty(self.blocks * nbytes, dtype=torch.uint8, device=moves.device)
         payloads = self._buffer.data_ptr() + nbytes * np.arange(self.blocks)
@@ -149,7 +149,7 @@ class Direct:
         return self._batch
 
 
-def choose(share: Share, moves: Kernels) -> Route:
-    """The better one for a share; with its own buffer if it needs one."""
+def choose(share: Share, moves: Kernels, staging_bytes: int = STAGING_BYTES) -> Route:
+    """The better one for a share; with its own buffer, of ``staging_bytes`` at most, if it needs one."""
     short = min(run.length for run in share.runs) < DIRECT_BELOW
-    return Direct(share, moves) if short or share.nbytes > STAGING_BYTES else Staged(share, moves)
+    return Direct(share, moves) if short or share.nbytes > staging_bytes else Staged(share, moves, staging_bytes)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from connectors.paging.base import BlockCopy, Pager, Transfer
+from connectors.paging.base import ABSENT, BlockCopy, Pager, Transfer
 from kvstore.errors import ConfigError
 from kvstore.node.arena import Arena
 
@@ -35,13 +35,22 @@ class OpaquePager(Pager):
 
     ``kv_caches`` maps each layer, in payload order, to its tensor; the tensor's first dimension runs over pages, or over
     equal parts of them. ``pages`` is the number of pages, ``rank`` and ``ranks`` say which part of a payload is ours.
+    ``tables`` says which of the engine's page tables each layer goes by; empty: all by one.
     """
 
     def __init__(
-        self, kv_caches: Mapping[str, torch.Tensor], pages: int, pages_per_block: int, rank: int = 0, ranks: int = 1
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        pages: int,
+        pages_per_block: int,
+        rank: int = 0,
+        ranks: int = 1,
+        tables: Sequence[int] = (),
     ) -> None:
         self._layers = [page_rows(name, tensor, pages) for name, tensor in kv_caches.items()]
         self._pages_per_block = pages_per_block
+        self._tables = tuple(tables) or (0,) * len(self._layers)
+        self._table_count = max(self._tables) + 1
         self.page_bytes = sum(rows.shape[1] for rows in self._layers)
         """Bytes of one page, all layers of this rank."""
         share = self.page_bytes * pages_per_block
@@ -50,30 +59,30 @@ class OpaquePager(Pager):
         self._arena: Arena | None = None
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
-        self._prepare(arena)
-        buffer = np.frombuffer(arena.buffer, np.uint8)
         for copy in copies:
-            if copy.first_page or len(copy.pages) != self._pages_per_block:
+            if copy.first_page or ABSENT in copy.pages or len(copy.pages) != self._pages_per_block * self._table_count:
                 raise ValueError(f"a save writes all {self._pages_per_block} pages of a block, not {len(copy.pages)}")
-            at = copy.offset + self._share
-            for page in copy.pages:
-                for rows in self._layers:
-                    end = at + rows.shape[1]
-                    buffer[at:end] = rows[page]
-                    at = end
+        self._each(arena, copies, to_arena=True)
         return Finished()
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
+        self._each(arena, copies, to_arena=False)
+        return Finished()
+
+    def _each(self, arena: Arena, copies: Sequence[BlockCopy], to_arena: bool) -> None:
         self._prepare(arena)
         buffer = np.frombuffer(arena.buffer, np.uint8)
         for copy in copies:
+            count = len(copy.pages) // self._table_count
             at = copy.offset + self._share + copy.first_page * self.page_bytes
-            for page in copy.pages:
-                for rows in self._layers:
-                    end = at + rows.shape[1]
-                    rows[page] = buffer[at:end]
+            for index in range(count):
+                for rows, table in zip(self._layers, self._tables, strict=True):
+                    page, end = copy.pages[table * count + index], at + rows.shape[1]
+                    if page != ABSENT and to_arena:
+                        buffer[at:end] = rows[page]
+                    elif page != ABSENT:
+                        rows[page] = buffer[at:end]
                     at = end
-        return Finished()
 
     def close(self) -> None:
         self._layers = []

@@ -23,12 +23,18 @@ from connectors.vllm.pagers import make_pager
 from connectors.vllm.plan import StepPlan
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing
-from connectors.vllm.worker import Mover
+from connectors.vllm.worker import Ended, Mover
 from kvstore import tracing
 from kvstore.config import default_socket
+from kvstore.errors import ConfigError
 from kvstore.node.client import Client
 from kvstore.node.launch import launch
 from kvstore.tiers.base import Medium
+
+try:  # vLLM 0.32 and later hear of requests whose load failed
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError:
+    KVConnectorTransferResults = None
 
 try:  # vLLM 0.32 and later label hits by where they came from
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -68,6 +74,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         self._options = Options.parse(transfer.kv_connector_extra_config)
         self._geometry = geometry(vllm_config, kv_cache_config, self._options)
+        if self._geometry.tables.windowed and KVConnectorTransferResults is None:
+            raise ConfigError(
+                "kv_cache_groups", self._geometry.namespace.attention, "window layers need vLLM 0.32",
+                "Start vLLM with --disable-hybrid-kv-cache-manager.",
+            )  # fmt: skip
         self._recorder = Recorder()
         tracing.start("kvstore-vllm", self._options.otlp_endpoint, self._options.trace_sample_ratio)
         scheduler = role == KVConnectorRole.SCHEDULER
@@ -106,7 +117,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self.planner.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.planner.admit(request, blocks.get_block_ids(), num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         media = self.planner.media(request.request_id)
@@ -120,7 +131,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         state = getattr(scheduler_output, "kv_connector_block_state", None)  # vLLM 0.32 and later
-        return self.planner.step(scheduler_output, (lambda name: state.get_block_ids(name)[0]) if state else None)
+        return self.planner.step(scheduler_output, state.get_block_ids if state else None)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._timing.ended(connector_output)
@@ -174,7 +185,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.mover.finish_saves()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self.mover.take_received(IDLE_WAIT if self._plan.idle else 0.0)
+        return None, self._ended().received
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """vLLM 0.32 and later ask this instead of ``get_finished``."""
+        ended = self._ended()
+        return KVConnectorTransferResults(finished_recving=ended.received, failed_recving=ended.failed)
+
+    def _ended(self) -> Ended:
+        return self.mover.take_ended(IDLE_WAIT if self._plan.idle else 0.0)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.mover.take_bad_pages()

@@ -13,6 +13,7 @@ import torch
 import vllm
 
 from connectors.modelid import model_name, rope_text, weights_revision
+from connectors.vllm.groups import ONE_TABLE, PageTables, Section, describe, is_a, page_tables, sections
 from connectors.vllm.options import Options
 from connectors.weights import weights_digest
 from kvstore.errors import ConfigError
@@ -32,8 +33,10 @@ class Geometry:
     ranks: int
     """Tensor-parallel ranks; each holds its share of every page."""
     block_bytes: int
-    layout: BlockLayout | None = None
-    """Canonical layout of a block; None: a block is the pages of all ranks as they are."""
+    layouts: tuple[BlockLayout, ...] = ()
+    """Canonical layouts of a block's parts, see ``sections``; none: a block is the pages of all ranks as they are."""
+    sections: tuple[Section, ...] = ()
+    tables: PageTables = ONE_TABLE
 
     @property
     def block_tokens(self) -> int:
@@ -46,7 +49,12 @@ class Geometry:
     @property
     def parts(self) -> int:
         """How many ranks write a block. With more ranks than KV heads, neighbours hold the same."""
-        return min(self.ranks, self.layout.kv_heads) if self.layout else self.ranks
+        return min(self.ranks, self.namespace.kv_heads) if self.layouts else self.ranks
+
+    def page_bytes(self, table: int) -> int:
+        """Of one page of a page table, one rank's share."""
+        page = self.block_bytes // self.pages_per_block // self.parts
+        return page * self.tables.layers[table] // sum(self.tables.layers)
 
     def part(self, rank: int) -> int | None:
         """Which part of a block a rank writes; None: another rank writes the same."""
@@ -57,12 +65,14 @@ class Geometry:
 def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geometry:
     """Read everything that shapes a block's bytes. Raises ConfigError for what this connector cannot serve."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    spec = _only_spec(kv_cache_config)
+    groups = kv_cache_config.kv_cache_groups
+    tables, parts = page_tables(groups), sections(groups)
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(
                 name, getattr(parallel, name), "KV that is split this way is not supported", "Set it to 1."
             )
+    spec = groups[0].kv_cache_spec
     ranks = parallel.tensor_parallel_size
     page_tokens = spec.block_size
     block_tokens = options.block_tokens or -(-DEFAULT_BLOCK_TOKENS // page_tokens) * page_tokens
@@ -70,35 +80,43 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
         raise ConfigError(
             "block_tokens", block_tokens, f"vLLM's block size is {page_tokens}", f"Use a multiple of {page_tokens}."
         )
-    (group,) = kv_cache_config.kv_cache_groups
+    if any(0 < window < block_tokens for window in tables.windows):
+        raise ConfigError(
+            "block_tokens", block_tokens, f"layers of this model attend to {min(filter(None, tables.windows))} tokens",
+            "Use fewer.",
+        )  # fmt: skip
     cache_dtype = vllm_config.cache_config.cache_dtype
-    layers, mla = len(group.layer_names), _is_a(spec, "MLAAttentionSpec")
-    layout = None
+    layers, mla = sum(tables.layers), is_a(spec, "MLAAttentionSpec")
+    kv_heads = 1 if mla else model.get_total_num_kv_heads()
+    layouts: tuple[BlockLayout, ...] = ()
     block_bytes = spec.page_size_bytes * layers * (block_tokens // page_tokens) * ranks
     if vllm_config.device_config.device_type == "cuda":
-        layout = BlockLayout(
-            tokens=block_tokens,
-            layers=layers,
-            kv_heads=1 if mla else model.get_total_num_kv_heads(),
-            head_dim=spec.head_size,
-            itemsize=spec.dtype.itemsize,
-            kv=1 if mla else 2,
-            order="token_layer" if mla else "kv_head_token_layer",
+        layouts = tuple(
+            BlockLayout(
+                tokens=block_tokens,
+                layers=len(part.layers),
+                kv_heads=kv_heads,
+                head_dim=spec.head_size,
+                itemsize=spec.dtype.itemsize,
+                kv=1 if mla else 2,
+                order="token_layer" if mla else "kv_head_token_layer",
+            )
+            for part in parts
         )
-        block_bytes = layout.nbytes
+        block_bytes = sum(layout.nbytes for layout in layouts)
     namespace = Namespace(
         model=options.model or model_name(model.model),
         weights=options.weights or _weights(model),
         dtype=str(model.dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch."),
         layers=layers,
-        kv_heads=1 if mla else model.get_total_num_kv_heads(),
+        kv_heads=kv_heads,
         head_dim=spec.head_size,
-        attention=_attention(spec),
+        attention=_attention(spec, parts),
         rope=rope_text(model.hf_text_config.to_dict()),
         block_tokens=block_tokens,
-        layout=layout.name if layout else _opaque_layout(spec, kv_cache_config, ranks, group.layer_names),
+        layout=layouts[0].name if layouts else _opaque_layout(groups, kv_cache_config, ranks),
     )
-    return Geometry(namespace, page_tokens, ranks, block_bytes, layout)
+    return Geometry(namespace, page_tokens, ranks, block_bytes, layouts, parts, tables)
 
 
 def request_seed(request: Any) -> bytes | None:
@@ -148,55 +166,36 @@ class Chain:
         return NewBlock(self.keys[index], self.keys[index - 1] if index else NO_PARENT, index)
 
 
-def _only_spec(kv_cache_config: Any) -> Any:
-    """The spec of the only KV cache group, which keeps every token's KV."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        names = [type(group.kv_cache_spec).__name__ for group in groups]
-        raise ConfigError(
-            "kv_cache_groups", names, "hybrid KV caches are not supported", "Start vLLM without the KV store connector."
-        )
-    spec = groups[0].kv_cache_spec
-    if not _is_a(spec, "FullAttentionSpec"):
-        raise ConfigError(
-            "kv_cache_spec",
-            type(spec).__name__,
-            "only full attention is supported",
-            "Start vLLM without the connector.",
-        )
-    return spec
-
-
-def _is_a(spec: Any, name: str) -> bool:
-    """Whether a KV cache spec is of a class of vLLM's, by name: the classes move between versions."""
-    return any(base.__name__ == name for base in type(spec).__mro__)
-
-
 def _weights(model: Any) -> str:
     commit = getattr(model.hf_config, "_commit_hash", None) or model.revision
     dtype = str(model.dtype).removeprefix("torch.")
     return weights_revision(model.model, commit, dtype, model.quantization, "kv_connector_extra_config.weights")
 
 
-def _attention(spec: Any) -> str:
-    if _is_a(spec, "MLAAttentionSpec"):
+def _attention(spec: Any, parts: Sequence[Section]) -> str:
+    """What the layers attend to. Layers of several kinds are told apart by number, since that is how a block is laid out."""
+    if is_a(spec, "MLAAttentionSpec"):
         return "mla"
-    window = getattr(spec, "sliding_window", None)
-    chunk = getattr(spec, "attention_chunk_size", None)
-    return f"sliding_window:{window}" if window else f"chunked:{chunk}" if chunk else "gqa"
+    if len(parts) == 1 and is_a(spec, "FullAttentionSpec"):  # maybe window layers that keep all pages
+        window = getattr(spec, "sliding_window", None)
+        chunk = getattr(spec, "attention_chunk_size", None)
+        return f"sliding_window:{window}" if window else f"chunked:{chunk}" if chunk else "gqa"
+    return describe(parts)
 
 
-def _opaque_layout(spec: Any, kv_cache_config: Any, ranks: int, layer_names: Sequence[str]) -> str:
+def _opaque_layout(groups: Sequence[Any], kv_cache_config: Any, ranks: int) -> str:
     """Name of vLLM's own bytes on this kind of CPU: kernels pack a page by instruction set, and that may change by version."""
+    spec = groups[0].kv_cache_spec
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    layers = hashlib.sha256("\n".join(layer_names).encode()).hexdigest()[:8]
+    names = "\n\n".join("\n".join(group.layer_names) for group in groups)
+    layers = hashlib.sha256(names.encode()).hexdigest()[:8]
     return ":".join(
         (
             "opaque:vllm-cpu",
             vllm.__version__.partition("+")[0],
             f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{'-amx' if amx else ''}",
             str(getattr(kv_cache_config, "kv_cache_layout", None)),
-            type(spec).__name__,
+            "+".join(type(group.kv_cache_spec).__name__ for group in groups),
             f"page{spec.block_size}x{spec.page_size_bytes}",
             f"tp{ranks}",
             f"layers-{layers}",

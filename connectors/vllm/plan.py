@@ -19,7 +19,8 @@ class Load:
     request_id: str
     keys: tuple[BlockKey, ...]
     pages: tuple[int, ...]
-    """Engine pages to fill, in token order; all of ``keys`` but for a part of the first and of the last."""
+    """Engine pages to fill, in token order; all of ``keys`` but for a part of the first and of the last. With several page
+    tables those of each table in turn, and ABSENT where a window has passed."""
     first_page: int
     """Page of the first block at which ``pages`` starts."""
     patience: Patience = ENDLESS
@@ -27,13 +28,18 @@ class Load:
     traceparent: str = ""
     """The request's trace, when there is one."""
 
-    def parts(self, pages_per_block: int) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
-        """Per block: its key, the engine pages to fill, and the page of the block at which they start."""
+    def parts(self, pages_per_block: int, tables: int = 1) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
+        """Per block: its key, the engine pages to fill (as in ``BlockCopy``), and the page of the block at which they start."""
+        total = len(self.pages) // tables
         taken, first = 0, self.first_page
         for key in self.keys:
-            count = pages_per_block - first
-            yield key, self.pages[taken : taken + count], first
-            taken, first = taken + count, 0
+            stop = min(taken + pages_per_block - first, total)
+            yield (
+                key,
+                tuple(page for at in range(0, total * tables, total) for page in self.pages[at + taken : at + stop]),
+                first,
+            )
+            taken, first = stop, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class Save:
 
     block: NewBlock
     pages: tuple[int, ...]
+    """As in ``BlockCopy``."""
 
 
 @dataclass

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from connectors.link import Link
+from connectors.paging.base import ABSENT
 from connectors.vllm.about import about, traceparent
+from connectors.vllm.groups import NULL_PAGE
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, StepPlan
@@ -59,7 +61,8 @@ class _State:
     """How often the request had been preempted when it was last given something to load."""
     planned: int = 0
     """Blocks whose saving has been decided."""
-    pages: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    """Its pages, by page table."""
 
 
 class Planner:
@@ -106,7 +109,8 @@ class Planner:
             return 0
         state.offer = None
         size = self._geometry.block_tokens
-        limit = request.num_tokens // size
+        # The last token of a prompt that is loaded whole is computed again: a window would have passed its first token.
+        limit = (request.num_tokens - self._geometry.tables.windowed) // size
         first = computed // size
         if limit * size - computed < size or state.loaded_in == request.num_preemptions:
             return 0  # a part of a block is computed in the step that the prompt's last token needs anyway
@@ -124,7 +128,7 @@ class Planner:
         state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss, plan)
         return tokens
 
-    def admit(self, request: Any, page_ids: Sequence[int], tokens: int) -> None:
+    def admit(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
         """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""
         state = self._states.get(request.request_id)
         if state is None or state.offer is None:
@@ -147,7 +151,7 @@ class Planner:
             Load(
                 request.request_id,
                 keys,
-                tuple(page_ids[page] for page in pages),
+                geometry.tables.row(tables, pages),
                 pages.start - blocks.start * geometry.pages_per_block,
                 offer.plan.patience,
                 traceparent(request),
@@ -162,8 +166,8 @@ class Planner:
         state = self._states.get(request_id)
         return state.media if state else {}
 
-    def step(self, output: Any, page_table: Callable[[str], Sequence[int]] | None) -> StepPlan:
-        """The plan of an engine step. ``page_table`` gives a scheduled request's pages; None: take them from ``output``."""
+    def step(self, output: Any, tables_of: Callable[[str], Sequence[Sequence[int]]] | None) -> StepPlan:
+        """The plan of an engine step. ``tables_of`` gives a scheduled request's pages; None: take them from ``output``."""
         loads, self._loads = self._loads, []
         if (epoch := self._link.client.epoch) != self._epoch:  # another run of the node: who knows what it holds
             self._epoch = epoch
@@ -172,22 +176,26 @@ class Planner:
         chunks = []
         overwritten = {page for load in loads for page in load.pages}
         for request_id, computed, fresh, replace in _scheduled(output):
-            overwritten.update(fresh)
+            overwritten.update(*fresh)
             self._waiting.discard(request_id)
             chunks.append((computed, output.num_scheduled_tokens.get(request_id, 0)))
             state = self._states.get(request_id)
             if state is None:
                 continue
-            if page_table is None:
-                state.pages = [*fresh] if replace else [*state.pages, *fresh]
+            if tables_of is None:
+                _extend_tables(state.tables, fresh, replace)
             scheduled = computed + output.num_scheduled_tokens.get(request_id, 0)
-            plan.saves += self._saves(state, computed, scheduled, page_table)
-        plan.overwritten = frozenset(overwritten)
+            plan.saves += self._saves(state, computed, scheduled, tables_of)
+        plan.overwritten = frozenset(overwritten - {NULL_PAGE, ABSENT})
         self._timing.scheduled(chunks)
         return plan
 
     def _saves(
-        self, state: _State, computed: int, scheduled: int, page_table: Callable[[str], Sequence[int]] | None
+        self,
+        state: _State,
+        computed: int,
+        scheduled: int,
+        tables_of: Callable[[str], Sequence[Sequence[int]]] | None,
     ) -> list[Save]:
         """Blocks that are full once ``scheduled`` tokens are computed, and that the store may not have.
 
@@ -204,13 +212,17 @@ class Planner:
         state.planned = full
         if not wanted:
             return []
-        pages = page_table(state.request.request_id) if page_table else state.pages
+        tables = tables_of(state.request.request_id) if tables_of else state.tables
         per_block = geometry.pages_per_block
-        self._remember(state.chain.keys[index] for index in wanted)
-        return [
-            Save(state.chain.block(index), tuple(pages[index * per_block : (index + 1) * per_block]))
-            for index in wanted
-        ]
+        saves = []
+        for index in wanted:
+            pages = geometry.tables.row(tables, range(index * per_block, (index + 1) * per_block))
+            if ABSENT in pages:  # found in vLLM's own cache, which keeps no more than the last window of it
+                self._recorder.count("blocks_not_saved", label="out_of_window")
+            else:
+                saves.append(Save(state.chain.block(index), pages))
+        self._remember(save.block.key for save in saves)
+        return saves
 
     def _lookup(self, state: _State, first: int, limit: int) -> tuple[Lookup, Miss]:
         if not self._extend(state, limit):
@@ -249,12 +261,21 @@ class Planner:
             self._stored.pop(key, None)
 
 
-def _scheduled(output: Any) -> Iterable[tuple[str, int, Sequence[int], bool]]:
-    """Per scheduled request: id, tokens computed so far, pages new in this step, whether these replace all earlier ones."""
+def _extend_tables(tables: list[list[int]], fresh: Sequence[Sequence[int]], replace: bool) -> None:
+    """Append new pages to a request's page tables, or start these anew."""
+    if replace:
+        tables[:] = [list(pages) for pages in fresh]
+    else:
+        for table, pages in zip(tables, fresh, strict=False):  # none in a step without new pages
+            table.extend(pages)
+
+
+def _scheduled(output: Any) -> Iterable[tuple[str, int, Sequence[Sequence[int]], bool]]:
+    """Per scheduled request: id, tokens computed so far, pages new in this step by table, whether these replace all earlier."""
     for new in output.scheduled_new_reqs:
-        yield new.req_id, new.num_computed_tokens, new.block_ids[0], True
+        yield new.req_id, new.num_computed_tokens, new.block_ids, True
     cached = output.scheduled_cached_reqs
     for request_id, computed, block_ids in zip(
         cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
     ):
-        yield request_id, computed, block_ids[0] if block_ids else (), request_id in cached.resumed_req_ids
+        yield request_id, computed, block_ids or (), request_id in cached.resumed_req_ids

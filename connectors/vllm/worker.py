@@ -21,7 +21,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 
 from connectors.link import Link
-from connectors.paging.base import BlockCopy, Pager, Transfer
+from connectors.paging.base import ABSENT, BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
@@ -65,6 +65,15 @@ class _Copying:
     transfer: Transfer
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Requests whose loads ended."""
+
+    received: set[str]
+    failed: set[str]
+    """Those of them that hold nothing good: of several page tables no first bad page could be told to the engine."""
+
+
 class Mover:
     """Loads and saves for one rank."""
 
@@ -77,7 +86,7 @@ class Mover:
         self._geometry = geometry
         self._rank = rank
         self._part = geometry.part(rank)
-        self._page_bytes = geometry.block_bytes // geometry.pages_per_block // geometry.parts
+        self._page_bytes = [geometry.page_bytes(table) for table in range(len(geometry.tables.windows))]
         self._recorder = recorder
         self._load_timeout = load_timeout
         self._pager_lock = threading.Lock()
@@ -92,6 +101,7 @@ class Mover:
         self._loading = 0
         self._unpublished = 0
         self._received: set[str] = set()
+        self._failed: set[str] = set()
         self._bad_pages: set[int] = set()
         link.on_node(self._prepare)
 
@@ -142,17 +152,17 @@ class Mover:
     # Loads
 
     def load(self, load: Load) -> Future[None]:
-        """Start a load. Its end, good or bad, is reported by ``take_received`` and ``take_bad_pages``."""
+        """Start a load. Its end, good or bad, is reported by ``take_ended`` and ``take_bad_pages``."""
         with self._lock:
             self._loading += 1
         return self._loads.submit(self._load, load, time.monotonic())
 
-    def take_received(self, patience: float = 0.0) -> set[str]:
+    def take_ended(self, patience: float = 0.0) -> Ended:
         """Requests whose loads ended since the last call. Waits ``patience`` seconds for one, while there are loads."""
         with self._load_ended:
             self._load_ended.wait_for(lambda: self._received or not self._loading, patience)
-            received, self._received = self._received, set()
-        return received
+            ended, self._received, self._failed = Ended(self._received, self._failed), set(), set()
+        return ended
 
     def take_bad_pages(self) -> set[int]:
         """Pages that were to be loaded and hold nothing good, since the last call."""
@@ -175,7 +185,7 @@ class Mover:
     def _bring(self, load: Load, begun: float) -> int:
         """Copy block after block until one is missing; how many came. Never raises."""
         started = time.perf_counter()
-        parts = list(load.parts(self._geometry.pages_per_block))
+        parts = list(load.parts(self._geometry.pages_per_block, len(self._page_bytes)))
         good, miss = 0, None
         copying: deque[_Copying] = deque()
         try:
@@ -201,7 +211,10 @@ class Mover:
             self._recorder.count("blocks_missed", len(parts) - good, (miss or Miss.NOT_STORED).value)
         self._recorder.count("load_seconds", time.perf_counter() - started)
         with self._load_ended:
-            self._bad_pages.update(page for _, pages, _ in parts[good:] for page in pages)
+            if self._geometry.tables.windowed and good < len(parts):
+                self._failed.add(load.request_id)
+            else:
+                self._bad_pages.update(page for _, pages, _ in parts[good:] for page in pages)
             self._received.add(load.request_id)
             self._loading -= 1
             self._load_ended.notify()
@@ -269,11 +282,18 @@ class Mover:
             copying.transfer.wait()
         finally:
             self._release(copying.chunk, copying.acquired)
-        self._recorder.count("bytes_loaded", sum(len(copy.pages) for copy in copies) * self._page_bytes)
+        self._recorder.count("bytes_loaded", sum(map(self._bytes, copies)))
         if self._rank == 0:
             for copy, medium in zip(copies, copying.acquired.media, strict=True):
-                self._recorder.count("tokens_loaded", len(copy.pages) * self._geometry.page_tokens, medium.value)
+                pages = len(copy.pages) // len(self._page_bytes)
+                self._recorder.count("tokens_loaded", pages * self._geometry.page_tokens, medium.value)
         return len(copies)
+
+    def _bytes(self, copy: BlockCopy) -> int:
+        """What a copy moves."""
+        count = len(copy.pages) // len(self._page_bytes)
+        kept = [count - copy.pages[at : at + count].count(ABSENT) for at in range(0, len(copy.pages), count)]
+        return sum(pages * nbytes for pages, nbytes in zip(kept, self._page_bytes, strict=True))
 
     def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
         """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
@@ -326,7 +346,7 @@ class Mover:
         try:
             transfer.wait()
             published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
-            self._recorder.count("bytes_saved", len(keys) * self._geometry.pages_per_block * self._page_bytes)
+            self._recorder.count("bytes_saved", len(keys) * self._geometry.pages_per_block * sum(self._page_bytes))
         except KVStoreError:
             self._recorder.count("blocks_not_saved", len(keys), "unpublished")
         except Exception:

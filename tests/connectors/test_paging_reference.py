@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paging_cases import Case, cases, engine_bytes, random_fill
 
-from connectors.paging.base import BlockCopy
-from connectors.paging.geometry import ABSENT, PagedKV, Share, sglang_pages, vllm_pages
+from connectors.paging.base import ABSENT, BlockCopy
+from connectors.paging.geometry import PagedKV, Share, sglang_pages, vllm_pages
 from connectors.paging.reference import ReferencePager
 from kvstore.errors import IdentityError
 from kvstore.layout import BlockLayout

@@ -89,7 +89,7 @@ class Engine:
         """Tokens that came."""
         self.planner.add(request)
         tokens = self.planner.offer(request, 0)
-        self.planner.admit(request, range(BLOCKS), tokens)
+        self.planner.admit(request, (range(BLOCKS),), tokens)
         for load in self._step().loads:
             self.mover.load(load).result()
         self.planner.finish(request)

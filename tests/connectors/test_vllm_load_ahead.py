@@ -112,7 +112,7 @@ def test_two_copies_are_under_way_and_the_third_waits_for_the_first(rig: Rig) ->
         assert len(rig.pager.loads) <= number + 2
         rig.pager.loads[number].tell()
     ended.result(30)
-    assert rig.mover.take_received() == {"r"}
+    assert rig.mover.take_ended().received == {"r"}
     assert not rig.mover.take_bad_pages()
     assert not rig.leases()
 
@@ -126,6 +126,6 @@ def test_a_failed_copy_ends_the_load_when_the_one_behind_it_has_ended(rig: Rig) 
     assert not ended.done(), "pages and slots are still in use"
     second.tell()
     ended.result(30)
-    assert rig.mover.take_received() == {"r"}
+    assert rig.mover.take_ended().received == {"r"}
     assert rig.mover.take_bad_pages() == set(range(len(KEYS)))
     assert not rig.leases()

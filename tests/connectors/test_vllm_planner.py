@@ -174,7 +174,7 @@ class Engine:
         request.pages = local + self.take(need)
         request.computed = len(local) * PAGE + external
         request.loading = external > 0
-        self.planner.admit(request, request.pages, external)
+        self.planner.admit(request, (request.pages,), external)
         return request.pages
 
     def step(self, chunk: int) -> None:
@@ -216,7 +216,7 @@ class Engine:
         self.mover.begin_saves(plan.saves)
         for load in plan.loads:
             self.mover.load(load).result()
-        received, bad = self.mover.take_received(), self.mover.take_bad_pages()
+        received, bad = self.mover.take_ended().received, self.mover.take_bad_pages()
         assert received == {load.request_id for load in plan.loads}
         for request in self.requests:
             if request.request_id in received:

@@ -16,13 +16,21 @@ from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import connectors.vllm.connector as module
 from connectors.link import Link
+from connectors.paging.base import ABSENT
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.keys import Geometry
 from connectors.vllm.options import Options
@@ -58,13 +66,13 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessNode]:
         link.close()
 
 
-def config(model: Path, **extra: Any) -> VllmConfig:
+def config(model: Path, chunk: int = 1024, **extra: Any) -> VllmConfig:
     cache = CacheConfig(block_size=PAGE, enable_prefix_caching=True)
     cache.kv_cache_layout = "LBNHC"
     return VllmConfig(
         model_config=ModelConfig(model=str(model), dtype="float32", seed=0),
         scheduler_config=SchedulerConfig(
-            max_num_seqs=8, max_num_batched_tokens=1024, max_model_len=4096, enable_chunked_prefill=True,
+            max_num_seqs=8, max_num_batched_tokens=chunk, max_model_len=4096, enable_chunked_prefill=True,
             is_encoder_decoder=False,
         ),
         cache_config=cache,
@@ -79,11 +87,11 @@ def kv_config(*specs: Any) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=PAGES, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def make_scheduler(model: Path, **extra: Any) -> Scheduler:
+def make_scheduler(model: Path, *specs: Any, **extra: Any) -> Scheduler:
     vllm_config = config(model, **extra)
     vllm_config.cache_config.num_gpu_blocks = PAGES
     return Scheduler(
-        vllm_config=vllm_config, kv_cache_config=kv_config(), log_stats=True, block_size=PAGE,
+        vllm_config=vllm_config, kv_cache_config=kv_config(*specs), log_stats=True, block_size=PAGE,
         structured_output_manager=StructuredOutputManager(vllm_config), hash_block_size=None,
     )  # fmt: skip
 
@@ -95,11 +103,16 @@ def make_request(name: str, tokens: list[int], **fields: Any) -> Request:
     return Request(name, tokens, sampling, None, mm_features=None, block_hasher=hasher, **fields)
 
 
+def computed(request: Request) -> bool:
+    return request.num_computed_tokens >= request.num_tokens
+
+
 def answer(scheduler: Scheduler, step: Any, **connector: Any) -> None:
     """What the workers would report for a step: one token for each request that finished its prompt."""
     ids = list(step.num_scheduled_tokens)
     output = ModelRunnerOutput(
-        req_ids=ids, req_id_to_index={name: i for i, name in enumerate(ids)}, sampled_token_ids=[[5] for _ in ids],
+        req_ids=ids, req_id_to_index={name: i for i, name in enumerate(ids)},
+        sampled_token_ids=[[5] if computed(scheduler.requests[name]) else [] for name in ids],
         logprobs=None, prompt_logprobs_dict={}, pooler_output=None, kv_connector_output=KVConnectorOutput(**connector),
     )  # fmt: skip
     scheduler.update_from_output(step, output)
@@ -210,14 +223,110 @@ def test_decoded_tokens_are_saved_too(model: Path, node: InProcessNode) -> None:
     assert [save.block.index for save in step.kv_connector_metadata.saves] == [0]
 
 
+WINDOW = 64
+HYBRID = (
+    SlidingWindowSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, sliding_window=WINDOW),
+    FullAttentionSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32),
+)
+
+
+@pytest.fixture(params=[1024, 80], ids=["at once", "in chunks"])
+def hybrid(model: Path, node: InProcessNode, request: pytest.FixtureRequest) -> Scheduler:
+    """A scheduler with a window group and a full one, whose node holds the five blocks of TOKENS."""
+    scheduler = make_scheduler(model, *HYBRID, chunk=request.param)
+    scheduler.add_request(make_request("first", TOKENS))
+    saves = []
+    while len(saves) < 5:
+        step = scheduler.schedule()
+        saves += (new := step.kv_connector_metadata.saves)
+        window, full = scheduler.kv_cache_manager.get_block_ids("first")
+        for save in new:
+            pages = slice(save.block.index * BLOCK // PAGE, (save.block.index + 1) * BLOCK // PAGE)
+            assert save.pages == (*window[pages], *full[pages])
+            assert 0 not in save.pages, "all pages of a block are there when it is completed"
+        store(node, scheduler, [save.block for save in new])
+        answer(scheduler, step)
+    assert [save.block.index for save in saves] == [0, 1, 2, 3, 4]
+    finish(scheduler)
+    scheduler.reset_prefix_cache()
+    return scheduler
+
+
+def test_a_hybrid_load_fills_the_last_window_of_window_layers(hybrid: Scheduler) -> None:
+    step = plan(hybrid, make_request("second", TOKENS))
+    (load,) = step.kv_connector_metadata.loads
+    assert len(load.keys) == 5
+    window, full = hybrid.kv_cache_manager.get_block_ids("second")
+    assert window[: -WINDOW // PAGE] == [0] * (5 * BLOCK // PAGE - WINDOW // PAGE), "vLLM keeps the last window only"
+    assert load.pages == (*(page or ABSENT for page in window), *full)
+    rows = list(load.parts(BLOCK // PAGE, 2))
+    assert [set(pages[:4]) == {ABSENT} for _, pages, _ in rows] == [True] * 4 + [False]
+    assert all(ABSENT not in pages[4:] for _, pages, _ in rows)
+    assert step.kv_connector_metadata.overwritten == {page for page in load.pages if page != ABSENT}
+    answer(hybrid, step, finished_recving={"second"})
+    step = hybrid.schedule()
+    assert step.num_scheduled_tokens == {"second": 3}
+    assert not step.kv_connector_metadata.saves
+    answer(hybrid, step)
+    finish(hybrid)
+
+
+def test_a_hybrid_load_that_fails_is_computed_from_the_start(hybrid: Scheduler) -> None:
+    step = plan(hybrid, make_request("second", TOKENS))
+    assert step.kv_connector_metadata.loads
+    answer(hybrid, step, finished_recving={"second"}, failed_recving={"second"})
+    saved, done = [], 0
+    while done < len(TOKENS):
+        step = hybrid.schedule()
+        assert not step.kv_connector_metadata.loads, "a load that failed is not tried again"
+        done += step.num_scheduled_tokens["second"]
+        saved += [save.block.index for save in step.kv_connector_metadata.saves]
+        answer(hybrid, step)
+    assert saved == list(range(5))
+    finish(hybrid)
+
+
+def test_a_hybrid_prompt_is_never_loaded_whole(hybrid: Scheduler) -> None:
+    """vLLM computes the last token of such a prompt again, and a window that ends behind it may have passed its first."""
+    request = make_request("second", TOKENS[: 4 * BLOCK])
+    (load,) = plan(hybrid, request).kv_connector_metadata.loads
+    assert len(load.keys) == 3
+
+
+def test_a_hybrid_block_that_lost_pages_is_not_saved(hybrid: Scheduler, node: InProcessNode) -> None:
+    """A prefix that vLLM still has, and the node no more: of the window layers only its last pages are there."""
+    step = plan(hybrid, make_request("second", TOKENS))
+    answer(hybrid, step, finished_recving={"second"})
+    finish(hybrid)
+    hybrid.connector.planner._stored.clear()
+    step = plan(hybrid, make_request("third", [*TOKENS[: 5 * BLOCK], *range(BLOCK + 1)]))
+    saves = list(step.kv_connector_metadata.saves)
+    while not any(save.block.index == 5 for save in saves):
+        answer(hybrid, step)
+        step = hybrid.schedule()
+        saves += step.kv_connector_metadata.saves
+    assert {save.block.index for save in saves} <= {4, 5}
+    assert all(ABSENT not in save.pages and 0 not in save.pages for save in saves)
+
+
 def test_what_cannot_be_served_is_refused_by_name(model: Path) -> None:
     vllm_config = config(model)
     window = SlidingWindowSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, sliding_window=64)
     full = FullAttentionSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32)
-    with pytest.raises(ConfigError, match="hybrid"):
-        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, window))
-    with pytest.raises(ConfigError, match="full attention"):
-        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(window))
+    small = SlidingWindowSpec(block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, sliding_window=32)
+    with pytest.raises(ConfigError, match="attend to 32 tokens"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, window, small))
+    large = FullAttentionSpec(block_size=2 * PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="page sizes"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(window, large))
+    state = MambaSpec(block_size=PAGE, shapes=((4,),), dtypes=(torch.float32,))
+    with pytest.raises(ConfigError, match="Mamba"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, state))
+    chunked = ChunkedLocalAttentionSpec(
+        block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, attention_chunk_size=64
+    )
+    with pytest.raises(ConfigError, match="only full and sliding-window"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, chunked))
     with pytest.raises(ConfigError, match="no such setting"):
         KVStoreConnector(config(model, sokcet="x"), module.KVConnectorRole.SCHEDULER, kv_config())
     with pytest.raises(ConfigError, match="multiple of 16"):

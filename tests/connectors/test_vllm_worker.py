@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ pytest.importorskip("vllm")
 
 import connectors.vllm.worker as worker
 from connectors.link import Link
-from connectors.paging.base import Pager
+from connectors.paging.base import ABSENT, Pager
 from connectors.paging.torch import Finished, OpaquePager
+from connectors.vllm.groups import PageTables
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save
@@ -96,7 +98,7 @@ def test_saved_pages_come_back(rigs: Any) -> None:
     rig.save(*range(40))
     wait(lambda: len(rig.node.keys) == 40)
     rig.mover.load(Load("r", tuple(key(page) for page in range(40)), tuple(range(63, 23, -1)), 0)).result()
-    assert rig.mover.take_received() == {"r"}
+    assert rig.mover.take_ended().received == {"r"}
     assert rig.mover.take_bad_pages() == set()
     assert all(torch.equal(rig.cache[63 - page], torch.arange(page * 64, page * 64 + 64) % 256) for page in range(24))
 
@@ -132,7 +134,7 @@ def test_a_load_ends_at_the_first_missing_block_and_releases_every_lease(
     rig.save(*range(10), *range(11, 20))
     wait(lambda: len(rig.node.keys) == 19)
     rig.mover.load(Load("r", tuple(key(page) for page in range(20)), tuple(range(30, 50)), 0)).result()
-    assert rig.mover.take_received() == {"r"}
+    assert rig.mover.take_ended().received == {"r"}
     assert rig.mover.take_bad_pages() == set(range(40, 50))
     assert rig.counted()[f"blocks_missed:{Miss.NOT_STORED.value}"] == 10
     assert all(slot.leases == 0 for slot in rig.node._slots.values())
@@ -141,7 +143,7 @@ def test_a_load_ends_at_the_first_missing_block_and_releases_every_lease(
 def test_a_load_that_takes_too_long_ends(rigs: Any) -> None:
     rig = rigs(InProcessNode(1 << 20), load_timeout=-1.0)
     rig.mover.load(Load("r", (key(1),), (5,), 0)).result()
-    assert rig.mover.take_received() == {"r"}
+    assert rig.mover.take_ended().received == {"r"}
     assert rig.mover.take_bad_pages() == {5}
     assert rig.counted()["blocks_missed:deadline"] == 1
 
@@ -247,3 +249,23 @@ def wait(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
+
+
+def test_a_load_of_window_layers_that_fails_names_its_request_and_no_page(
+    rigs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM could not compute from the first bad page on: the windows before it were not loaded."""
+    monkeypatch.setattr(worker, "LOAD_CHUNK", 4)
+    rig = rigs(InProcessNode(1 << 20))
+    rig.save(*range(10))
+    wait(lambda: len(rig.node.keys) == 10)
+    geometry = replace(GEOMETRY, tables=PageTables((16,), (1,)))
+    mover = worker.Mover(rig.link, rig.pager, geometry, 0, rig.recorder, 5.0)
+    pages = (*[ABSENT] * 6, *range(30, 34))
+    mover.load(Load("good", tuple(key(page) for page in range(10)), pages, 0)).result()
+    mover.load(Load("bad", tuple(key(page) for page in range(2, 12)), pages, 0)).result()
+    ended = mover.take_ended()
+    assert (ended.received, ended.failed) == ({"good", "bad"}, {"bad"})
+    assert mover.take_bad_pages() == set()
+    assert rig.counted()["bytes_loaded"] == 64 * (4 + 2)
+    assert torch.equal(rig.cache[31], torch.arange(9 * 64, 10 * 64).to(torch.uint8))
