@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter
 from pydantic import Field
 
@@ -17,13 +18,17 @@ from kvstore.admin.models.status import Check
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import Site as ApiSite
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.identity import KEY_BYTES, BlockKey
 from replication import adminjobs, purgejob
+from replication.holdings import Holding, Holdings
 from replication.links import Links
 from replication.pause import pause, read_pauses, resume
 from replication.site import Site
 from replication.status import look
 from replication.topology import Topology, load_topology
 
+MAX_CHAIN = 32768
+"""Blocks."""
 STATUS_SECONDS = 5.0
 """How old a status may be: it takes some ten requests to the bucket."""
 
@@ -109,6 +114,26 @@ class Sources(Wanted):
     sources: list[str] = Field(default_factory=list, max_length=100, examples=[["na"]])
 
 
+class ChainKeys(Wanted):
+    """A chain of blocks."""
+
+    keys: str = Field(
+        pattern="^([0-9a-f]{32})+$",
+        max_length=32 * MAX_CHAIN,
+        description="Keys of a prompt's blocks in order, joined.",
+    )
+
+
+class RegionHolding(Model):
+    """What a region has of a chain, as it published it last."""
+
+    region: str = Field(examples=["na"])
+    published: float
+    blocks: int = Field(description="How many of the blocks it has.")
+    prefix: int = Field(description="How many from the first on, without a gap.")
+    runs: list[tuple[int, int]] = Field(description="First block and the one behind the last, of each run that it has.")
+
+
 class Paused(Model):
     """Sources from which nothing is copied."""
 
@@ -146,6 +171,7 @@ class Region:
         self._topology = topology
         self._sources = list(dict.fromkeys(flow.source for flow in topology.flows_to(name)))
         self.status = Cached(self._status, STATUS_SECONDS)
+        self._holdings = Holdings(site.links)
 
     async def answers(self) -> Check:
         """Whether the bucket does."""
@@ -183,6 +209,13 @@ class Region:
             sources = self._known(wanted)
             async with self._bucket() as bucket:
                 return _paused(await resume(bucket, sources))
+
+        @router.post("/holdings", dependencies=reads(), name="holdings")
+        async def holdings(wanted: ChainKeys) -> list[RegionHolding]:
+            """What this region and those that it pulls from have of a chain, by their manifests: a minute or so ago."""
+            joined = bytes.fromhex(wanted.keys)
+            chain = [BlockKey(joined[at : at + KEY_BYTES]) for at in range(0, len(joined), KEY_BYTES)]
+            return [_holding(one) for one in await self._holdings.of(chain)]
 
         return router
 
@@ -223,6 +256,15 @@ def describe(topology: Topology, name: str) -> TopologyInfo:
             for other, table in topology.regions.items()
         ],
         flows=[FlowInfo.model_validate(flow.model_dump()) for flow in topology.flows],
+    )
+
+
+def _holding(found: Holding) -> RegionHolding:
+    edges = np.flatnonzero(np.diff(found.held, prepend=False, append=False)).tolist()
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    prefix = runs[0][1] if runs and runs[0][0] == 0 else 0
+    return RegionHolding(
+        region=found.region, published=found.published, blocks=int(found.held.sum()), prefix=prefix, runs=runs
     )
 
 

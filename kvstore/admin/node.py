@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.admin.cached import Cached
+from kvstore.admin.models.insight import BreakerReport
 from kvstore.admin.models.prompts import HotPrompt, Prompt
 from kvstore.admin.models.status import NamespaceInfo, NodeStatus
 from kvstore.admin.problems import Problem
@@ -26,6 +27,8 @@ MOST_KEPT = 256
 """Answers, beside those to the questions that everybody asks."""
 METRICS_SECONDS = 1.0
 HOT_SECONDS = 1.0
+BREAKERS_SECONDS = 30.0
+"""To find where prompts part takes one of the node's threads half a second."""
 HOT_PROMPTS = 1000
 """As many as the node tells at a time."""
 CALL_SECONDS = 10.0
@@ -61,6 +64,7 @@ class NodeView:
         self.metrics = Cached(partial(self._metrics, False), METRICS_SECONDS)
         self.openmetrics = Cached(partial(self._metrics, True), METRICS_SECONDS)
         self.hot = Cached(self._hot, HOT_SECONDS)
+        self.breakers = Cached(self._breakers, BREAKERS_SECONDS)
 
     async def read(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
         """A verb that changes nothing (``kvstore/node/verbs.py``); the answer as plain msgpack types.
@@ -165,6 +169,9 @@ class NodeView:
 
     async def _status(self) -> NodeStatus:
         return NodeStatus.model_validate(await self._client.call("status", CALL_SECONDS))
+
+    async def _breakers(self) -> BreakerReport:
+        return BreakerReport.model_validate(await self._client.call("breakers", WORK_SECONDS))
 
     async def _metrics(self, openmetrics: bool) -> bytes:
         text: bytes = await self._client.call("metrics", CALL_SECONDS, openmetrics=openmetrics)

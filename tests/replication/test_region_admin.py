@@ -101,6 +101,9 @@ async def test_a_region_is_steered_from_the_command_line(
     assert command(service, "replication", "resync").exit_code == 0
     assert len(stored(pair.eu)) == 3
     assert "na" in command(service, "top").stdout
+    asked = {"keys": "".join(block.key.hex() for block in blocks) + "00" * 16}
+    (na,) = service.post("/v1/replication/holdings", json=asked).json()
+    assert (na["region"], na["blocks"], na["prefix"], na["runs"]) == ("na", 3, 3, [[0, 3]])
 
     purged = command(service, "purge", "--key", blocks[1].key.hex(), "--everywhere", "--yes", "--json")
     assert purged.exit_code == 0, purged.output

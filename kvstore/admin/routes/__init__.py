@@ -6,6 +6,7 @@ from kvstore.admin.routes import (
     blocks,
     configuration,
     events,
+    insight,
     jobs,
     namespaces,
     policy,
@@ -17,5 +18,5 @@ from kvstore.admin.routes import (
 
 ROUTERS = (events.router, jobs.router, configuration.router, region.router, whoami.router)
 """Those of every service, beside those of health."""
-NODE_ROUTERS = (status.router, blocks.router, prompts.router, namespaces.router, policy.router)
+NODE_ROUTERS = (status.router, blocks.router, prompts.router, insight.router, namespaces.router, policy.router)
 """Those that ask a node."""
