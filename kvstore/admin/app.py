@@ -46,7 +46,9 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="api"))
+        site.all_jobs.start()
         yield
+        await site.all_jobs.close()
         for opened in (site.node, site.catalog, site.peers):
             if opened is not None:
                 await opened.close()

@@ -7,6 +7,7 @@ import asyncio
 from kvstore.admin.cached import Cached
 from kvstore.admin.models.status import CatalogInfo, ClaimInfo
 from kvstore.catalog.base import Catalog
+from kvstore.catalog.documents import Documents
 from kvstore.catalog.presence import FOLDER, Presence, apis, present, this_host
 from kvstore.config import Config
 from kvstore.errors import ConfigError
@@ -38,6 +39,10 @@ class CatalogView:
             changes=found.changes,
             claims=[ClaimInfo(name=one.name, holder=one.holder, expires=one.expires) for one in found.claims],
         )
+
+    async def documents(self) -> Documents:
+        """What the processes of the region tell each other. Raises ConfigError."""
+        return (await self._open()).documents
 
     async def apis(self, name: str) -> list[str]:
         """Addresses of the other nodes' APIs. ``name``: of the node here."""

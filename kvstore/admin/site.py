@@ -19,6 +19,7 @@ from kvstore.admin.models.status import Check, Snapshot
 from kvstore.admin.node import NodeView
 from kvstore.admin.peers import Peers
 from kvstore.admin.problems import Problem
+from kvstore.admin.regionjobs import RegionJobs
 from kvstore.config import Config, Loaded
 from kvstore.errors import KVStoreError
 
@@ -52,6 +53,7 @@ class Site:
 
     def __post_init__(self) -> None:
         self.snapshot = Cached(self._look, 0.9 * SNAPSHOT_SECONDS)
+        self.all_jobs = RegionJobs(self.jobs, self.catalog, self.url)
 
     @property
     def config(self) -> Config:

@@ -46,6 +46,7 @@ class Job(Model):
     progress: JobProgress = JobProgress()
     result: dict[str, Any] | None = None
     problem: str = Field("", description="Why it failed.")
+    api: str = Field("", description="Address of the other API of the region that runs it; empty: this one does.")
 
 
 class JobPage(Model):

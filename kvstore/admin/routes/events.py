@@ -44,7 +44,7 @@ def add_parts(site: Site) -> None:
     node = site.node
 
     async def jobs() -> Any:
-        return site.jobs.all()[:SHOWN]
+        return (await site.all_jobs.all())[:SHOWN]
 
     async def hot() -> Any:
         return (await node.hot())[:SHOWN] if node is not None else []

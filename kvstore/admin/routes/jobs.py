@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from kvstore.admin.auth import Principal, Role, authorize, reads, require, writes
 from kvstore.admin.models.jobs import Job, JobKindInfo, JobPage, JobState, NewJob
 from kvstore.admin.paging import Cursor, Limit, page_of
-from kvstore.admin.problems import documented
+from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import CurrentSite
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -22,7 +22,7 @@ EVENT_SECONDS = 0.1
 
 
 async def _job(job: str, site: CurrentSite) -> Job:
-    return site.jobs.get(job)
+    return await site.all_jobs.get(job)
 
 
 CurrentJob = Annotated[Job, Depends(_job)]
@@ -47,8 +47,8 @@ async def list_jobs(
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> JobPage:
-    """Jobs, newest first."""
-    jobs = [job for job in site.jobs.all() if state in (None, job.state)]
+    """Jobs of all APIs of the region, newest first."""
+    jobs = [job for job in await site.all_jobs.all() if state in (None, job.state)]
     items, after = page_of(jobs, lambda job: job.id, cursor, limit)
     return JobPage(items=items, cursor=after)
 
@@ -69,21 +69,23 @@ async def show_job(job: CurrentJob) -> Job:
 @router.get("/jobs/{job}/events", dependencies=reads(), response_class=EventSourceResponse, responses=documented(404))
 async def job_events(job: CurrentJob, site: CurrentSite) -> AsyncIterator[ServerSentEvent]:
     """The job as server-sent events of type `job`, one for each change, until it has ended."""
-    async for state in site.jobs.watch(job.id):
+    async for state in site.all_jobs.watch(job.id):
         yield ServerSentEvent(event="job", data=state)
         await asyncio.sleep(EVENT_SECONDS)
 
 
-@router.post("/jobs/{job}/cancel", dependencies=writes(Role.OPERATOR), responses=documented(404, 409))
+@router.post("/jobs/{job}/cancel", dependencies=writes(Role.OPERATOR), responses=documented(404, 409, 503))
 async def cancel_job(job: CurrentJob, site: CurrentSite) -> Job:
-    """Stop a job. What it has done stays done."""
-    return await site.jobs.cancel(job.id)
+    """Stop a job, whichever API of the region runs it. What it has done stays done."""
+    return await site.all_jobs.cancel(job.id)
 
 
 @router.post(
     "/jobs/{job}/resume", dependencies=writes(Role.OPERATOR), status_code=202, responses=documented(404, 409, 422)
 )
 async def resume_job(job: CurrentJob, site: CurrentSite, who: Operator) -> Job:
-    """Go on with a job that was cancelled, interrupted or failed. Needs the role that starting it needs."""
+    """Go on with a job of this API that was cancelled, interrupted or failed. Needs the role that starting it needs."""
+    if job.api:
+        raise Problem(409, "of-another-api", f"{job.api} runs the job", "Resume it there.")
     require(who, site.jobs.kind(job.kind).role)
     return site.jobs.resume(job.id)
