@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, NodeUnavailable
 from kvstore.node.arena import SHM_DIRECTORY
+from kvstore.tenants.credentials import operator_token
 from kvstore.units import human_bytes
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def node_status(config: Config) -> dict[str, object]:
     """The status of the node. Raises NodeUnavailable."""
     from kvstore.node.client import Client
 
-    with Client(config.node.socket, name="kvstore doctor") as client:
+    with Client(config.node.socket, name="kvstore doctor", token=partial(operator_token, config)) as client:
         status: dict[str, object] = client.call("status")
     return status
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from kvstore.config import Config
 from kvstore.config.schema import Bytes
 from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
+from kvstore.tenants.credentials import operator_token
 from replication.copier import Outcome
 from replication.hotset import read_namespaces, usual_hot_set
 from replication.lease import LeaseTaken, hold
@@ -55,7 +57,7 @@ def warm_kind(config: Config) -> JobKind:
         def work() -> None:
             problem = "it broke off"
             try:
-                with Client(config.node.socket, name="warm-up") as client:
+                with Client(config.node.socket, name="warm-up", token=partial(operator_token, config)) as client:
                     warmer = Warmer(client, config.identity.tenant, RateLimit(options.rate), progress, report)
                     warmer.run(hot, namespaces, options.budget)
                 problem = ""

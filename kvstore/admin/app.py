@@ -33,6 +33,7 @@ _TAGS = {
     "prompts": "What a prompt would find here, and which prompts are hot.",
     "namespaces": "Models and everything else that shapes a block's bytes.",
     "policy": "What is kept.",
+    "tenants": "Who shares the node.",
     "jobs": "Long work.",
     "replication": "Other regions.",
     "configuration": "Settings and where they come from.",

@@ -20,6 +20,7 @@ from kvstore.admin.problems import Problem
 from kvstore.identity import Keyring, TokenIds, chain_seed
 from kvstore.node.client import AsyncClient, Client
 from kvstore.promptkeys import PromptKeys
+from kvstore.tenants.credentials import engine_token
 
 STATUS_SECONDS = 0.25
 """How old a status may be: readers beyond four a second cost the node nothing."""
@@ -53,9 +54,10 @@ class PromptChain:
 class NodeView:
     """One node. In one event loop; calls raise NodeUnavailable and DeadlineExceeded."""
 
-    def __init__(self, socket: Path, tokenize: Tokenize) -> None:
+    def __init__(self, socket: Path, tokenize: Tokenize, token: Callable[[], str] = engine_token) -> None:
+        """``token`` gives what to show a node with several tenants."""
         self.socket = socket
-        self._client = AsyncClient(Client(socket, name="admin API"))
+        self._client = AsyncClient(Client(socket, name="admin API", token=token))
         self._tokenize = tokenize
         self._known = PromptKeys()
         self._keyrings: dict[tuple[str, str], Keyring | None] = {}
@@ -118,6 +120,7 @@ class NodeView:
             named["tokens"] = np.asarray(await self._token_ids(prompt, space), dtype="<u4").tobytes()
             named["namespace"] = bytes.fromhex(space.digest)
             named["cache_salt"], named["lora"] = prompt.cache_salt, prompt.lora
+            named |= space.asked_of
         return named
 
     async def peek(self, prompt: Prompt) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class NodeView:
         name = (await self.status()).epoch, space.digest  # a node that restarted may have another secret
         if name not in self._keyrings:
             digest, secret = await self._client.call(
-                "open_namespace", CALL_SECONDS, fields=space.fields, block_bytes=space.block_bytes
+                "open_namespace", CALL_SECONDS, fields=space.fields, block_bytes=space.block_bytes, **space.asked_of
             )
             self._keyrings = {known: ring for known, ring in self._keyrings.items() if known[0] == name[0]}
             self._keyrings[name] = Keyring(secret) if digest.hex() == space.digest else None

@@ -27,6 +27,7 @@ from kvstore.assembly import node_name
 from kvstore.config import Loaded
 from kvstore.config.schema import ApiSection
 from kvstore.errors import ConfigError
+from kvstore.tenants.credentials import operator_token
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +98,9 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
     named = [peer for peer in config.api.peers if peer != config.api.url]
     return Site(
         loaded,
-        NodeView(config.node.socket, Tokenizers(config.api.tokenizers)) if node else None,
+        NodeView(config.node.socket, Tokenizers(config.api.tokenizers), partial(operator_token, config))
+        if node
+        else None,
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
         name=name,
         url=config.api.url,

@@ -19,6 +19,7 @@
     policy.py    policy
     replication.py  replication
     purge.py     purge
+    tenants.py   tenants
 
 Other packages add theirs through the entry-point group ``kvstore.commands``: a function, or a typer.Typer with several.
 Commands import what they need when they run, so that ``--help`` is quick.
@@ -47,6 +48,7 @@ from kvstore.cli import (
     purge,
     replication,
     settings,
+    tenants,
     tokens,
     top,
 )
@@ -103,6 +105,7 @@ app.command("purge")(purge.purge)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policy.app, name="policy")
 app.add_typer(replication.app, name="replication")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(tokens.app, name="token")
 app.command("key")(tokens.new_key)
 for entry in sorted(entry_points(group="kvstore.commands"), key=lambda entry: entry.name):

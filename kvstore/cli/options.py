@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,8 +84,10 @@ class Node:
     def connect(self) -> Iterator[Client]:
         """A client of it. Raises NodeUnavailable on first use."""
         from kvstore.node.client import Client
+        from kvstore.tenants.credentials import operator_token
 
-        with Client(self.load().config.node.socket, name="kvstore command") as client:
+        config = self.load().config
+        with Client(config.node.socket, name="kvstore command", token=partial(operator_token, config)) as client:
             yield client
 
     def arguments(self) -> list[str]:

@@ -96,6 +96,11 @@ class NamespaceInfo(Model):
     def block_tokens(self) -> int:
         return int(self.fields["block_tokens"])
 
+    @property
+    def asked_of(self) -> dict[str, str]:
+        """Arguments of verbs about it: a node with several tenants asks the one whose it is."""
+        return {"tenant": str(self.fields["tenant"])} if "tenant" in self.fields else {}
+
 
 class BadBlock(Model):
     """A copy of a block that was read and did not verify. It was dropped; engines computed anew."""

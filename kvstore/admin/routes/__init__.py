@@ -13,10 +13,11 @@ from kvstore.admin.routes import (
     prompts,
     region,
     status,
+    tenants,
     whoami,
 )
 
 ROUTERS = (events.router, jobs.router, configuration.router, region.router, whoami.router)
 """Those of every service, beside those of health."""
-NODE_ROUTERS = (status.router, blocks.router, prompts.router, insight.router, namespaces.router, policy.router)
+NODE_ROUTERS = (status.router, blocks.router, prompts.router, insight.router, namespaces.router, policy.router, tenants.router)
 """Those that ask a node."""

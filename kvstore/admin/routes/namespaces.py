@@ -39,7 +39,9 @@ async def show_namespace(digest: Digest, node: CurrentNode) -> NamespaceInfo:
 async def delete_namespace_blocks(digest: Digest, node: CurrentNode) -> Deleted:
     """Delete every block of a namespace from every tier of this node, the region's bucket included."""
     space = await node.namespace(digest)
-    return Deleted.model_validate(await node.change("delete", WORK_SECONDS, namespace=bytes.fromhex(space.digest)))
+    return Deleted.model_validate(
+        await node.change("delete", WORK_SECONDS, namespace=bytes.fromhex(space.digest), **space.asked_of)
+    )
 
 
 @router.get("/models", dependencies=reads())

@@ -1,0 +1,220 @@
+"""``kvstore tenants``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstore.cli import options, output
+from kvstore.cli.groups import grouped
+from kvstore.cli.jobs import follow_job, show_job
+from kvstore.cli.output import note, number, print_table
+from kvstore.cli.overhttp import Api
+
+if TYPE_CHECKING:
+    from kvstore.admin.client import AdminClient
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the tenant.")]
+Users = Annotated[
+    list[int] | None, typer.Option("--uid", metavar="UID", help="A user whose engines are the tenant's; repeatable.")
+]
+HostQuota = Annotated[str, typer.Option("--host", metavar="SIZE", help="Its arena; else tenants.host_bytes.")]
+DiskQuota = Annotated[str, typer.Option("--disk", metavar="SIZE", help="On the disk at most; else what is fair.")]
+SecretFile = Annotated[
+    typer.FileText | None,
+    typer.Option(
+        "--secret-file", metavar="FILE", help="The secret that another node made, in hexadecimal; - reads it."
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The tenants of a node, through its admin API.",
+    epilog="docs/tenants.md says what tenants are kept from.",
+)
+
+
+@app.command("list")
+@grouped
+def list_tenants(api: Api, json: options.Json = False) -> None:
+    """Show the tenants and what they hold."""
+    with api.connect() as client:
+        found = list(_all(client))
+    columns = ("tenant", "users", "shares", ">clients", ">host", ">of", ">disk", ">of")
+    output.show(json, found, lambda: print_table(columns, map(_row, found)))
+
+
+@app.command()
+@grouped
+def show(name: Name, api: Api, json: options.Json = False) -> None:
+    """Show one tenant."""
+    with api.connect() as client:
+        found = client.call("GET", f"/v1/tenants/{name}")
+    output.show(json, found, lambda: _print(found))
+
+
+@app.command()
+@grouped
+def create(
+    name: Name,
+    uid: Users = None,
+    host: HostQuota = "",
+    disk: DiskQuota = "",
+    shares: Annotated[str, typer.Option(metavar="NAME", help="Another tenant whose blocks it is to share.")] = "",
+    secret: SecretFile = None,
+    *,
+    api: Api,
+    json: options.Json = False,
+) -> None:
+    """Make a tenant and print its token and its secret; they are shown this once.
+
+    The token goes into the file that KVSTORE_NODE__TOKEN_FILE names to its engines; the secret, with --secret-file, to its other
+    nodes, if they are to share blocks.
+    """
+    body = {"name": name, "uids": uid or [], "shares": shares, "quota": _quota(host, disk), "secret": _text(secret)}
+    with api.connect() as client:
+        made = client.call("POST", "/v1/tenants", body)
+    output.show(json, made, lambda: _print_made(made))
+
+
+@app.command("set")
+@grouped
+def change(
+    name: Name, uid: Users = None, host: HostQuota = "", disk: DiskQuota = "", *, api: Api, json: options.Json = False
+) -> None:
+    """Change users or quotas: --uid in place of all users, --host or --disk of that tier; "none" ends a quota."""
+    with api.connect() as client:
+        body: dict[str, Any] = {} if uid is None else {"uids": uid}
+        if host or disk:
+            quota = client.call("GET", f"/v1/tenants/{name}")["quota"]
+            body["quota"] = quota | _quota(host, disk)
+        found = client.call("PATCH", f"/v1/tenants/{name}", body)
+    output.show(json, found, lambda: _print(found))
+
+
+@app.command()
+@grouped
+def rotate(
+    name: Name,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="secret or token.")],
+    secret: SecretFile = None,
+    yes: Yes = False,
+    *,
+    api: Api,
+    json: options.Json = False,
+) -> None:
+    """Give a tenant another secret or token and print it; it is shown this once.
+
+    With another secret nobody asks any more for what the tenant has stored: it ages out, or goes with kvstore tenants purge.
+    With another token engines that show the one before are cut off.
+    """
+    if what not in ("secret", "token"):
+        raise typer.BadParameter("choose secret or token", param_hint="WHAT")
+    if not yes:
+        loss = "Every block of it becomes a miss" if what == "secret" else "Engines with the token before are cut off"
+        typer.confirm(f"Rotate the {what} of {name}? {loss}.", abort=True, err=True)
+    body = {"secret": _text(secret)} if what == "secret" else None
+    with api.connect() as client:
+        made = client.call("POST", f"/v1/tenants/{name}/rotate-{what}", body)
+    output.show(json, made, lambda: print(made[what]))
+
+
+@app.command()
+@grouped
+def remove(name: Name, yes: Yes = False, *, api: Api, json: options.Json = False) -> None:
+    """End a tenant on this node. Its blocks stay until they are pushed out or purged."""
+    if not yes:
+        typer.confirm(f"Remove {name}? Its engines are cut off.", abort=True, err=True)
+    with api.connect() as client:
+        gone = client.call("DELETE", f"/v1/tenants/{name}")
+    output.show(json, gone, lambda: note(f"{name} is no tenant of this node any more."))
+
+
+@app.command()
+@grouped
+def purge(
+    name: Name,
+    yes: Yes = False,
+    *,
+    api: Api,
+    json: options.Json = False,
+) -> None:
+    """Delete all blocks of a tenant: on this node at once; where there is a bucket, in it, on its other nodes and in all regions.
+
+    Waits until it is done here and in the bucket; kvstore region proof shows who else has done it.
+    """
+    if not yes:
+        typer.confirm(f"Delete every block of {name}, everywhere?", abort=True, err=True)
+    with api.connect() as client:
+        gone = client.call("POST", f"/v1/tenants/{name}/purge")
+        job = follow_job(client, client.job(gone["job"])) if gone["job"] else None
+    result = gone if job is None else {**gone, "job": job}
+    output.show(json, result, lambda: _print_purge(gone))
+    if job is not None and not json:
+        show_job(job, json)
+    if job is not None and job.state != "done":
+        raise typer.Exit(1)
+
+
+def _all(client: AdminClient) -> Any:
+    cursor = ""
+    while True:
+        page = client.call("GET", "/v1/tenants", limit=1000, cursor=cursor)
+        yield from page["items"]
+        if not (cursor := page["cursor"]):
+            return
+
+
+def _row(tenant: dict[str, Any]) -> tuple[str, ...]:
+    tiers = {tier["medium"]: tier for tier in tenant["tiers"]}
+    room = [
+        _size(tiers[medium][field]) if medium in tiers else "-"
+        for medium in ("host", "disk")
+        for field in ("used_bytes", "capacity_bytes")
+    ]
+    served = number(tenant["clients"]) if tenant["served"] else "not served"
+    users = ", ".join(map(str, tenant["uids"])) or "-"
+    return tenant["name"], users, tenant["shares"] or "-", served, *room
+
+
+def _print(tenant: dict[str, Any]) -> None:
+    state = f"{number(tenant['clients'])} clients" if tenant["served"] else "not served"
+    print(f"{tenant['name']}: {state}" + (f", shares the blocks of {tenant['shares']}" if tenant["shares"] else ""))
+    print(f"users: {', '.join(map(str, tenant['uids'])) or 'none; by token only'}")
+    rows = [
+        (tier["medium"], number(tier["blocks"]), _size(tier["used_bytes"]), _size(tier["capacity_bytes"]),
+         number(tier["evicted"]), number(tier["refused"]))
+        for tier in tenant["tiers"]
+    ]  # fmt: skip
+    print_table(("tier", ">blocks", ">used", ">of", ">evicted", ">refused"), rows)
+
+
+def _print_made(made: dict[str, str]) -> None:
+    print(f"token {made['token']}")
+    if made["secret"]:
+        print(f"secret {made['secret']}")
+    note("They are not shown again.")
+
+
+def _print_purge(gone: dict[str, Any]) -> None:
+    words = ", ".join(f"{tier}: {number(count)} deleted" for tier, count in gone["deleted"].items())
+    left = sum(gone["left"].values())
+    print(f"{words or 'nothing was here'}; {number(left)} left")
+
+
+def _quota(host: str, disk: str) -> dict[str, int | None]:
+    """Those that were given. Raises ConfigError."""
+    given = {"host": ("--host", host), "disk": ("--disk", disk)}
+    return {tier: None if text == "none" else options.size(name, text) for tier, (name, text) in given.items() if text}
+
+
+def _text(file: typer.FileText | None) -> str:
+    return "" if file is None else file.read(4096).strip().lower()
+
+
+def _size(nbytes: int | None) -> str:
+    from kvstore.units import human_bytes
+
+    return "-" if nbytes is None else human_bytes(nbytes)
