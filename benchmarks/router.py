@@ -9,13 +9,12 @@ which are new in every round. Blocks have 1 KiB: indices are asked, no block is 
 Beside it, in the same rounds and in changing order: ``cold_ms``, where nothing is remembered and all is hashed; ``peek_ms``, the
 node alone, with keys in hand; ``engine_lookup_ms``, what an engine's own lookup of these keys takes; ``http_json_ms``, the public
 API asked with token ids as JSON by the Python client, its parsing and checking of 128k numbers included; ``http_packed_ms``, the
-same with the ids as bytes in base64; ``http_keys_ms``, what peers ask each other: keys over HTTP, for a router that derives keys
-itself.
+same with the ids as bytes in hexadecimal; ``http_keys_ms``, what peers ask each other: keys over HTTP, for a router that derives
+keys itself.
 """
 
 from __future__ import annotations
 
-import base64
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -75,8 +74,7 @@ def _measure(client: Client, admin: AdminClient, http: httpx.Client) -> dict[str
         return min(tier.usable_tokens for tier in answer.prompts[0].nodes[0].tiers)
 
     def packed_over_http() -> int:
-        packed = base64.b64encode(turn.astype("<u4").tobytes())
-        answer = admin.router_lookup([Prompt(namespace="router", packed_tokens=packed)])
+        answer = admin.router_lookup([Prompt(namespace="router", packed_tokens=turn.astype("<u4").tobytes())])
         return min(tier.usable_tokens for tier in answer.prompts[0].nodes[0].tiers)
 
     def keys_over_http() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Base64Bytes, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from kvstore.admin.models.base import DIGEST_EXAMPLE, KEY_EXAMPLE, Hex, Key, Model, TierName, Wanted
 from kvstore.identity import TokenIds
@@ -30,6 +30,22 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 MAX_TOKENS = 1 << 19
 
 
+def _unpacked(value: object) -> object:
+    data = bytes.fromhex(value) if isinstance(value, str) else value
+    if isinstance(data, bytes) and (len(data) % 4 or len(data) > 4 * MAX_TOKENS):
+        raise ValueError(f"4 bytes are wanted for each of at most {MAX_TOKENS} tokens, not {len(data)}")
+    return data
+
+
+PackedTokens = Annotated[
+    bytes,
+    BeforeValidator(_unpacked),
+    PlainSerializer(bytes.hex, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": "^([0-9a-f]{8})*$", "maxLength": 8 * MAX_TOKENS}),
+]
+"""Little-endian unsigned 32-bit token ids, or their hexadecimal text: base64 is shorter, and eight times slower to read."""
+
+
 MAX_TEXT = 4 << 20
 
 
@@ -52,11 +68,9 @@ class Prompt(Wanted):
     )
 
     tokens: list[TokenId] | None = Field(None, max_length=MAX_TOKENS, description="Needs `namespace`.")
-    packed_tokens: Base64Bytes | None = Field(
+    packed_tokens: PackedTokens | None = Field(
         None,
-        max_length=6 * MAX_TOKENS,
-        description="Token ids as little-endian unsigned 32-bit integers, in base64: a fraction of the work of `tokens`. "
-        "Needs `namespace`.",
+        description="The same at a fraction of the work: 4 bytes each, little-endian, in hexadecimal. Needs `namespace`.",
     )
     text: str | None = Field(
         None, max_length=MAX_TEXT, description="Needs `namespace`, and a tokenizer in `api.tokenizers`."
@@ -80,8 +94,6 @@ class Prompt(Wanted):
             raise ValueError("name the prompt by one of tokens, packed_tokens, text, request, key")
         if named[0] not in ("request", "key") and not self.namespace:
             raise ValueError(f"{named[0]} needs a namespace")
-        if len(self.packed_tokens or b"") % 4 or len(self.packed_tokens or b"") > 4 * MAX_TOKENS:
-            raise ValueError(f"packed_tokens must be 4 bytes for each of at most {MAX_TOKENS} tokens")
         return self
 
     @property

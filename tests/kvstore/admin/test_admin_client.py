@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from itertools import islice
 
@@ -31,7 +30,7 @@ def test_reads_give_models(shared_api: Site) -> None:
         assert client.block(shared_api.keys[0].hex()).media == [TierName.HOST, TierName.DISK]
         assert client.lookup(PROMPT).tiers[0].usable_blocks == BLOCKS
         assert client.router_lookup([PROMPT]).prompts[0].blocks == BLOCKS
-        packed = Prompt(namespace="org/toy", packed_tokens=base64.b64encode(np.array(TOKENS, dtype="<u4").tobytes()))
+        packed = Prompt(namespace="org/toy", packed_tokens=np.array(TOKENS, dtype="<u4").tobytes())
         assert client.router_lookup([packed]) == client.router_lookup([PROMPT])
         assert client.explain(PROMPT).usable_blocks == BLOCKS
         assert [space.model for space in client.namespaces()] == ["org/toy"]
