@@ -102,6 +102,7 @@ class Mover:
         self._unpublished = 0
         self._received: set[str] = set()
         self._failed: set[str] = set()
+        self._just_ended = False
         self._bad_pages: set[int] = set()
         link.on_node(self._prepare)
 
@@ -158,9 +159,14 @@ class Mover:
         return self._loads.submit(self._load, load, time.monotonic())
 
     def take_ended(self, patience: float = 0.0) -> Ended:
-        """Requests whose loads ended since the last call. Waits ``patience`` seconds for one, while there are loads."""
+        """Requests whose loads ended since the last call. Waits ``patience`` seconds for one, while there are loads.
+
+        Not right after some ended: with asynchronous scheduling the step that computes them is yet to be scheduled.
+        """
         with self._load_ended:
-            self._load_ended.wait_for(lambda: self._received or not self._loading, patience)
+            if not self._just_ended:
+                self._load_ended.wait_for(lambda: self._received or not self._loading, patience)
+            self._just_ended = bool(self._received)
             ended, self._received, self._failed = Ended(self._received, self._failed), set(), set()
         return ended
 
@@ -233,24 +239,25 @@ class Mover:
 
         asked = min(LOAD_CHUNK, len(parts))
         chunks = iter([parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)])
-        ahead = self._begin_acquire(next(chunks), deadline())
+        chunk = next(chunks)
+        acquired = self._acquire(chunk, deadline())  # here: until the first is there, handing it to a thread costs time
+        ahead = None
         try:
-            while ahead is not None:
-                chunk, answer = ahead
-                ahead = None
-                acquired = answer.result()
+            while True:
                 if len(acquired.offsets) == len(chunk) and (following := next(chunks, None)):
                     asked += len(following)
                     ahead = self._begin_acquire(following, deadline())
                 yield chunk, acquired
+                if ahead is None:
+                    return
+                (chunk, answer), ahead = ahead, None
+                acquired = answer.result()
         finally:
             if ahead is not None:
                 with suppress(KVStoreError):
                     self._release(ahead[0], ahead[1].result())
 
-    def _begin_acquire(
-        self, chunk: Sequence[LoadPart], deadline: float
-    ) -> tuple[Sequence[LoadPart], Future[Acquired]] | None:
+    def _begin_acquire(self, chunk: Sequence[LoadPart], deadline: float) -> tuple[Sequence[LoadPart], Future[Acquired]]:
         return chunk, self._acquires.submit(copy_context().run, self._acquire, chunk, deadline)
 
     def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:

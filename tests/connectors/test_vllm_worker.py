@@ -269,3 +269,18 @@ def test_a_load_of_window_layers_that_fails_names_its_request_and_no_page(
     assert mover.take_bad_pages() == set()
     assert rig.counted()["bytes_loaded"] == 64 * (4 + 2)
     assert torch.equal(rig.cache[31], torch.arange(9 * 64, 10 * 64).to(torch.uint8))
+
+
+def test_an_idle_step_does_not_wait_right_after_a_load_ended(rigs: Any) -> None:
+    """With asynchronous scheduling the step that computes that request is not scheduled yet."""
+    rig = rigs(SlowNode("acquire"))
+    rig.save(1)
+    wait(lambda: rig.node.keys == {key(1)})
+    rig.node.go.set()
+    rig.mover.load(Load("first", (key(1),), (5,), 0)).result()
+    rig.node.go.clear()
+    rig.mover.load(Load("second", (key(1),), (6,), 0))
+    assert rig.mover.take_ended(30.0).received == {"first"}
+    threading.Timer(0.5, rig.node.go.set).start()
+    assert rig.mover.take_ended(30.0).received == set()
+    assert rig.mover.take_ended(30.0).received == {"second"}
