@@ -52,7 +52,9 @@ def show(config: Config, limit: int, json: bool) -> None:
     print_table(
         ("prompt", "model", ">tokens", ">size", ">prefill saved", ">nodes"), rows, title="Hot prompts of the region"
     )
-    note("A prompt is named by its deepest hot block. Prefill saved is expected within an hour, on all nodes together.")
+    note(
+        "A prompt is named by its last block, or where prompts part. Prefill saved is expected within an hour, on all nodes."
+    )
 
 
 async def _read(config: Config, limit: int) -> tuple[list[HotChain], Mapping[bytes, str]]:

@@ -41,7 +41,7 @@ async def told(catalog: Catalog) -> None:
     now = time.time()
     for node, scores in (
         ("a", {SYSTEM.key: 4.0, ONE.key: 1.0, GONE.key: 9.0}),
-        ("b", {SYSTEM.key: 2.0, TWO.key: 1.5, TAIL.key: 0.5}),
+        ("b", {SYSTEM.key: 2.0, TWO.key: 1.5, TAIL.key: 1.6}),
     ):
         await catalog.documents.put(f"hotness/{node}", HotnessSnapshot(now, 3600.0, scores).pack(), 60)
 
@@ -56,14 +56,17 @@ def catalog(tmp_path: Path) -> Catalog:
     return asyncio.run(open_catalog(f"sqlite://{tmp_path}/catalog.db", f"file://{tmp_path}/bucket"))
 
 
-def test_prompts_are_named_by_their_deepest_hot_block_and_count_what_all_nodes_said(catalog: Catalog) -> None:
+def test_prompts_count_what_all_nodes_said_and_save_all_that_is_before_their_end(catalog: Catalog) -> None:
     asyncio.run(told(catalog))
-    first, second = asyncio.run(hottest(catalog, 10))
-    assert (first.key, first.tokens, first.nodes) == (TAIL.key, 3 * 16, 1)
-    assert first.nbytes == 3 * TAIL.envelope_bytes
-    assert first.seconds == pytest.approx(4 + 2 + 1.5 + 0.5, rel=0.01)
-    assert (second.key, second.seconds) == (ONE.key, pytest.approx(4 + 2 + 1, rel=0.01))
-    assert [chain.key for chain in asyncio.run(hottest(catalog, 1))] == [TAIL.key]
+    chains = asyncio.run(hottest(catalog, 10))
+    assert [(chain.key, chain.tokens // 16, chain.nodes) for chain in chains] == [
+        (SYSTEM.key, 1, 2),
+        (TAIL.key, 3, 1),
+        (ONE.key, 2, 1),
+    ], "the middle of a prompt is not one of its own"
+    assert [chain.seconds for chain in chains] == pytest.approx([6.0, 3 * 1.6, 2 * 1.0], rel=0.01)
+    assert chains[1].nbytes == 3 * TAIL.envelope_bytes
+    assert [chain.key for chain in asyncio.run(hottest(catalog, 1))] == [SYSTEM.key]
     asyncio.run(catalog.close())
 
 
@@ -78,9 +81,9 @@ def test_the_command_shows_them(catalog: Catalog, tmp_path: Path) -> None:
 
     asyncio.run(fill())
     first = json.loads(run(tmp_path, "hot", "--region", "--json").stdout)[0]
-    assert (first["key"], first["model"], first["tokens"]) == (TAIL.key.hex(), "tiny", 48)
+    assert (first["key"], first["model"], first["tokens"]) == (SYSTEM.key.hex(), "tiny", 16)
     shown = run(tmp_path, "hot", "--region", "--limit", "1").stdout
-    assert TAIL.key.hex() in shown
+    assert SYSTEM.key.hex() in shown
     assert ONE.key.hex() not in shown
     asyncio.run(catalog.close())
 
