@@ -346,6 +346,10 @@ class Verbs:
         drained = await self._store.drain(seconds_of(args, "timeout"))
         return {"drained": drained, "queued_bytes": sum(self._store.queued_bytes.values())}
 
+    def remembers(self, request: str) -> bool:
+        """Whether a request of that id was asked about lately."""
+        return self._requests.find(request) is not None
+
     def _stats(self) -> Any:
         return [tier.stats() for tier in self._store.tiers]
 

@@ -1,42 +1,91 @@
-"""What operators ask a node with several tenants. All other verbs tell operators of the node's own tenant, and of disk and bucket
-as a whole; with ``tenant`` among the arguments they are asked of that tenant's pipeline."""
+"""What operators ask a node with several tenants.
+
+The verbs of every node are asked of the tenant that is meant: the one that ``tenant`` names, else the one that holds the
+block, or made the request, that they are about; else of the node's own tenant, which sees disk and bucket as a whole.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ProtocolError
+from kvstore.identity import KEY_BYTES, BlockKey
 from kvstore.node.arguments import Arguments, integer_of, text_of
+from kvstore.node.protocol import join_keys, split_keys
+from kvstore.requests import MAX_ID_CHARS
+from kvstore.store import Store
 
 if TYPE_CHECKING:
     from kvstore.node.verbs import Caller, Verb, Verbs
-    from kvstore.tenants.pipelines import Tenants
+    from kvstore.tenants.pipelines import Pipeline, Tenants
 
 MAX_NAME = 64
+MAX_HOT = 1000
 
-ASKED_OF_A_TENANT = (
-    *("peek", "where", "judge", "explain", "open_namespace", "list", "inspect", "verify", "delete", "evict"),
-    *("pin", "unpin", "pins", "policy", "planner", "breakers", "previews", "hot", "status"),
+ASKED_OF_ONE = (
+    *("peek", "where", "judge", "explain", "open_namespace", "list", "inspect", "verify", "pin", "unpin", "pins"),
+    *("policy", "planner", "breakers", "previews", "status"),
 )
 """Those that leave nothing on the connection, whose session is of the node's own store."""
 
 
 def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
     """The verbs by name, for operators. Called in the node's event loop. ``own`` are those of the node's own tenant."""
+    ours = dict(own.table)
 
-    def asked_of(verb: str) -> Verb:
-        """``verb`` of the node, or of the ``tenant`` that is named."""
-        ours = own.table[verb]
+    def meant(args: Arguments) -> Pipeline | None:
+        """The tenant's that a request is about; None: the node's own."""
+        if name := text_of(args, "tenant", MAX_NAME):
+            return tenants.pipelines.get(name)
+        key = args.get("key", args.get("keys"))
+        if isinstance(key, bytes) and len(key) >= KEY_BYTES:
+            block = BlockKey(key[:KEY_BYTES])
+            return next((each for each in tenants.pipelines.values() if _holds(each.store, block)), None)
+        if request := text_of(args, "request", MAX_ID_CHARS):
+            return next((each for each in tenants.pipelines.values() if each.verbs.remembers(request)), None)
+        return None
 
+    def asked_of_one(verb: str) -> Verb:
         def ask(caller: Caller, args: Arguments) -> Any:
-            pipeline = tenants.pipelines.get(text_of(args, "tenant", MAX_NAME))
-            if pipeline is None:
-                return ours(caller, args)
-            return pipeline.verbs.table[verb](caller, {key: value for key, value in args.items() if key != "tenant"})
+            pipeline = meant(args)
+            table = ours if pipeline is None else pipeline.verbs.table
+            return table[verb](caller, {name: value for name, value in args.items() if name != "tenant"})
 
         return ask
+
+    async def each_its_own(verb: str, caller: Caller, args: Arguments) -> list[Any]:
+        """The answers of those whose blocks the ``keys`` are; without keys, of the one that is meant."""
+        if "keys" not in args or "tenant" in args:
+            return [await asked_of_one(verb)(caller, args)]
+        left = split_keys(args["keys"])
+        answers = []
+        for pipeline in list(tenants.pipelines.values()):
+            mine = [key for key in left if _holds(pipeline.store, key)]
+            if mine:
+                answers.append(await pipeline.verbs.table[verb](caller, {**args, "keys": join_keys(mine)}))
+                left = [key for key in left if key not in set(mine)]
+        return [*answers, await ours[verb](caller, {**args, "keys": join_keys(left)})]
+
+    async def delete(caller: Caller, args: Arguments) -> Any:
+        deleted: Counter[str] = Counter()
+        for answer in await each_its_own("delete", caller, args):
+            deleted.update(answer["deleted"])
+        return {"deleted": dict(deleted)}
+
+    async def evict(caller: Caller, args: Arguments) -> Any:
+        return {"evicted": sum(answer["evicted"] for answer in await each_its_own("evict", caller, args))}
+
+    def hot(caller: Caller, args: Arguments) -> Any:
+        """The hottest prompts of all tenants, or of the ``tenant`` that is named."""
+        named = meant(args)
+        asked = [own, *(each.verbs for each in tenants.pipelines.values())] if named is None else [named.verbs]
+        found = [prompt for verbs in asked for prompt in verbs.hot(caller, args)["prompts"]]
+        found.sort(key=lambda prompt: -prompt["hits"] * prompt["seconds_saved"] / max(prompt["bytes"], 1))
+        return {"prompts": found[: integer_of(args, "limit", 1, MAX_HOT)]}
 
     async def list_tenants(caller: Caller, args: Arguments) -> Any:
         """What each tenant holds of each tier, and how many clients it has here."""
@@ -46,7 +95,8 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
                     "name": name,
                     "clients": len(pipeline.verbs.callers),
                     "tiers": [
-                        {**asdict(s), "medium": s.medium.value} for s in (t.stats() for t in pipeline.store.tiers)
+                        {**asdict(stats), "medium": stats.medium.value}
+                        for stats in (tier.stats() for tier in pipeline.store.tiers)
                     ],
                 }
                 for name, pipeline in sorted(tenants.pipelines.items())
@@ -65,16 +115,29 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
             raise ProtocolError("name a tenant")
         return await tenants.purge(name)
 
-    def hot(caller: Caller, args: Arguments) -> Any:
-        """The hottest prompts of all tenants, or of the ``tenant`` that is named."""
-        if text_of(args, "tenant", MAX_NAME):
-            return asked_of_one(caller, args)
-        found = ours_hot(caller, args)["prompts"]
-        for pipeline in tenants.pipelines.values():
-            found = found + pipeline.verbs.hot(caller, args)["prompts"]
-        found.sort(key=lambda prompt: -prompt["seconds_saved"] / max(prompt["bytes"], 1))
-        return {"prompts": found[: integer_of(args, "limit", 1, 1000)]}
+    async def drain(caller: Caller, args: Arguments) -> Any:
+        """Wait until what all tenants have saved is written down."""
+        answers = [
+            ours["drain"](caller, args),
+            *(each.verbs.drain(caller, args) for each in tenants.pipelines.values()),
+        ]
+        done = await asyncio.gather(*answers)
+        return {
+            "drained": all(answer["drained"] for answer in done),
+            "queued_bytes": sum(answer["queued_bytes"] for answer in done),
+        }
 
-    ours_hot, asked_of_one = own.hot, asked_of("hot")
-    routed = {verb: asked_of(verb) for verb in ASKED_OF_A_TENANT}
-    return {**routed, "hot": hot, "tenants": list_tenants, "follow_tenants": follow, "purge_tenant": purge}
+    return {
+        **{verb: asked_of_one(verb) for verb in ASKED_OF_ONE},
+        "delete": delete,
+        "evict": evict,
+        "hot": hot,
+        "drain": drain,
+        "tenants": list_tenants,
+        "follow_tenants": follow,
+        "purge_tenant": purge,
+    }
+
+
+def _holds(store: Store, key: BlockKey) -> bool:
+    return any(key in tier.keys() for tier in store.tiers)

@@ -161,6 +161,15 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
                 keys_of(engine, PROMPT)
                 engine.lookup(theirs, timeout=10)
         wait_for(lambda: operator.call("hot", limit=10)["prompts"])
+        joined = b"".join(theirs)
+        assert operator.call("peek", keys=joined)["tiers"][0][1] == 5, "in whose memory it is"
+        acme.lookup(theirs, timeout=10, about=About("some request"))
+        explained = operator.call("explain", request="some request")
+        assert [block["key"] for block in explained["blocks"]] == theirs
+        assert operator.call("inspect", key=theirs[0])["media"] == ["host", "disk"]
+        assert operator.call("verify", keys=joined, medium="disk")["checked"] == 5
+        assert operator.call("evict", keys=joined, medium="host") == {"evicted": 5}
+        assert operator.call("delete", keys=joined)["deleted"] == {"host": 0, "disk": 5}
         assert b'kvstore_tenant_published_blocks_total{tenant="acme"} 5.0' in operator.call("metrics")
 
 
