@@ -59,6 +59,9 @@ class Pager(ABC):
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
         """Arena to engine pages."""
 
+    def follow(self) -> None:  # noqa: B027 (a CPU has nothing to do)
+        """The engine's thread begins a step: what is "enqueued so far" is on its present stream."""
+
     @abstractmethod
     def close(self) -> None:
         """Wait for what is in flight and release memory registrations."""

@@ -31,7 +31,7 @@ try:
 
     from connectors.paging.batchcopy import Column
     from connectors.paging.pinned import PinnedArena, pin
-    from connectors.paging.routes import STAGING_BYTES, Kernels, Streams, choose
+    from connectors.paging.routes import Kernels, Streams, choose
 except ImportError as _missing:
     raise ConfigError(
         "cupy", None, f"GPU pages need CuPy, which does not import: {_missing}", "pip install 'llm-kvstore[gpu]'"
@@ -93,10 +93,8 @@ class CudaPager(Pager):
     until the slots in question are pinned. An empty batch starts the pinning of a new arena early.
     """
 
-    def __init__(
-        self, pages: PagedKV, block: BlockLayout, heads: tuple[int, int], staging_bytes: int = STAGING_BYTES
-    ) -> None:
-        """Compile the kernels and allocate the staging buffers, of ``staging_bytes`` at most each.
+    def __init__(self, pages: PagedKV, block: BlockLayout, heads: tuple[int, int], sharers: int = 1) -> None:
+        """Compile the kernels and allocate the staging buffers; ``sharers`` pagers share what these may take.
 
         Raises IdentityError when ``pages`` do not hold heads ``heads`` of such blocks, ConfigError when CuPy and torch are
         not built for the same CUDA.
@@ -107,7 +105,7 @@ class CudaPager(Pager):
         share = Share.of(pages, block, heads)
         with cupy.cuda.Device(self._device.index):
             moves = Kernels(pages, share)
-            self._lanes = {direction: _Lane(direction, pages, share, moves, staging_bytes) for direction in Direction}
+            self._lanes = {direction: _Lane(direction, pages, share, moves, sharers) for direction in Direction}
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
         return self._submit(Direction.SAVE, arena, copies)
@@ -132,14 +130,14 @@ class CudaPager(Pager):
 class _Lane:
     """One direction: a thread, a queue of jobs, and the staging buffers with their streams."""
 
-    def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels, staging_bytes: int) -> None:
+    def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels, sharers: int) -> None:
         self._device = pages.sample.device
         self._pages = pages
         self._block = share.block
         self._whole = direction is Direction.SAVE
         self._pinned: PinnedArena | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        routes = [choose(share, moves, staging_bytes) for _ in range(STAGING_BUFFERS)]
+        routes = [choose(share, moves, sharers) for _ in range(STAGING_BUFFERS)]
         self._group = routes[0].blocks
         self._ring = deque(route.save if direction is Direction.SAVE else route.load for route in routes)
         self._streams = Streams(*(cupy.cuda.Stream(non_blocking=True) for _ in range(2)))

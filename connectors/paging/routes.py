@@ -149,7 +149,8 @@ class Direct:
         return self._batch
 
 
-def choose(share: Share, moves: Kernels, staging_bytes: int = STAGING_BYTES) -> Route:
-    """The better one for a share; with its own buffer, of ``staging_bytes`` at most, if it needs one."""
+def choose(share: Share, moves: Kernels, sharers: int = 1) -> Route:
+    """The better one for a share; with its own buffer if it needs one, as one of ``sharers`` pagers of an engine."""
+    staging_bytes = STAGING_BYTES // sharers
     short = min(run.length for run in share.runs) < DIRECT_BELOW
     return Direct(share, moves) if short or share.nbytes > staging_bytes else Staged(share, moves, staging_bytes)

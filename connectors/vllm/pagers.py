@@ -21,7 +21,7 @@ def make_pager(kv_caches: Mapping[str, torch.Tensor], pages: int, geometry: Geom
     device = next(iter(kv_caches.values())).device
     pager: Pager
     if geometry.layouts:
-        pager = EngineStreamPager(_cuda_pager(kv_caches, geometry, rank), torch.cuda.current_stream(device))
+        pager = EngineStreamPager(_cuda_pager(kv_caches, geometry, rank), device)
     elif device.type == "cpu":
         from connectors.paging.torch import OpaquePager
 
@@ -39,7 +39,6 @@ def _cuda_pager(kv_caches: Mapping[str, torch.Tensor], geometry: Geometry, rank:
     """One pager for each part of a block, which share the device memory that staging may take."""
     from connectors.paging.cuda import CudaPager
     from connectors.paging.geometry import vllm_pages
-    from connectors.paging.routes import STAGING_BYTES
 
     parts = []
     for section, layout in zip(geometry.sections, geometry.layouts, strict=True):
@@ -48,18 +47,25 @@ def _cuda_pager(kv_caches: Mapping[str, torch.Tensor], geometry: Geometry, rank:
         tables = tuple(used.index(table) for table in section.tables)
         views = vllm_pages(caches, layout, geometry.page_tokens, tables)
         heads = layout.rank_heads(rank, geometry.ranks)
-        pager = CudaPager(views, layout, heads, STAGING_BYTES // len(geometry.layouts))
+        pager = CudaPager(views, layout, heads, len(geometry.layouts))
         parts.append(Part(pager, tuple(used)))
     return parts[0].pager if len(parts) == 1 else PartedPager(parts)
 
 
 class EngineStreamPager(Pager):
-    """Makes a CUDA pager order its copies after the engine's stream, whichever thread asks: a thread has its own."""
+    """Makes a CUDA pager order its copies after the engine's stream, whichever thread asks: a thread has its own.
 
-    def __init__(self, pager: Pager, stream: torch.cuda.Stream) -> None:
+    vLLM may change its stream once, when it first captures a CUDA graph or makes a communicator.
+    """
+
+    def __init__(self, pager: Pager, device: torch.device) -> None:
         self._pager = pager
-        self._stream = stream
+        self._device = device
         self.block_bytes = pager.block_bytes
+        self.follow()
+
+    def follow(self) -> None:
+        self._stream = torch.cuda.current_stream(self._device)
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
         with torch.cuda.stream(self._stream):

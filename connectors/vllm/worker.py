@@ -125,7 +125,8 @@ class Mover:
         self._copying = pending
 
     def begin_saves(self, saves: Sequence[Save]) -> None:
-        """Ask for slots, while the engine computes what goes there."""
+        """Every step, before its forward pass: ask for slots, while the engine computes what goes there."""
+        self._pager.follow()
         if not saves or self._part is None:
             return
         if self._reserving is not None or self._unpublished + len(saves) > MAX_UNPUBLISHED:
