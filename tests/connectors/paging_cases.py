@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
-from connectors.paging.base import BlockCopy
+from connectors.paging.base import ABSENT, BlockCopy, Pager
 from connectors.paging.geometry import PagedKV, sglang_pages, vllm_pages
+from connectors.paging.parted import Part, PartedPager
+from connectors.paging.reference import ReferencePager
 from kvstore.layout import BlockLayout
+from kvstore.node.arena import Arena
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32)
 VLLM_ORDERS = {
@@ -148,3 +151,42 @@ def engine_bytes(pages: PagedKV) -> torch.Tensor:
 
 def _all(pages: PagedKV) -> Sequence[torch.Tensor]:
     return [plane for half in pages.planes for plane in half]
+
+
+HYBRID = BlockLayout(tokens=8, layers=3, kv_heads=2, head_dim=16, itemsize=2)
+"""The layers of one kind of attention; a hybrid block has two such parts."""
+
+
+def check_hybrid(make: Callable[[PagedKV, BlockLayout, tuple[int, int]], Pager], device: str, arena: Arena) -> None:
+    """A hybrid model's block through pagers that ``make`` makes, against the reference: saved whole, loaded in part."""
+
+    def parted(make: Callable[[PagedKV, BlockLayout, tuple[int, int]], Pager], engine: Sequence[PagedKV]) -> Pager:
+        return PartedPager([Part(make(engine[0], HYBRID, (0, 2)), (1,)), Part(make(engine[1], HYBRID, (0, 2)), (0, 2))])
+
+    def build(seed: int) -> list[PagedKV]:
+        caches = [torch.empty(40, 2, 4, 32, dtype=torch.bfloat16, device=device) for _ in range(6)]
+        parts = [vllm_pages(caches[:3], HYBRID, 4), vllm_pages(caches[3:], HYBRID, 4, (0, 1, 0))]
+        return [random_fill(part, seed + i) for i, part in enumerate(parts)]
+
+    choice = random.Random(3)
+    rows = [choice.sample(range(40), 6) for _ in range(4)]
+    places = [SLOT_ALIGNMENT * (i + 1) for i in range(4)]
+    whole = [BlockCopy(tuple(row), at) for row, at in zip(rows, places, strict=True)]
+    some = [BlockCopy((ABSENT, ABSENT, *copy.pages[2:4], ABSENT, ABSENT), copy.offset) for copy in whole[:3]]
+    some.append(BlockCopy(whole[3].pages[1::2], whole[3].offset, first_page=1))
+    results = []
+    for maker in (ReferencePager, make):
+        arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+        engine = build(1)
+        pager = parted(maker, engine)
+        try:
+            pager.save(arena, whole).wait()
+            for part in engine:
+                random_fill(part, 9)
+            pager.load(arena, some).wait()
+        finally:
+            pager.close()
+        results.append((bytes(arena.buffer), [engine_bytes(part) for part in engine]))
+    (arena_of_reference, ours), (arena_of_pager, theirs) = results
+    assert arena_of_pager == arena_of_reference
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from paging_cases import Case, cases, engine_bytes, random_fill
+from paging_cases import Case, cases, check_hybrid, engine_bytes, random_fill
 
 from connectors.paging.base import BlockCopy
 from connectors.paging.reference import ReferencePager
@@ -72,6 +72,10 @@ def test_equals_the_reference(route: str, arena: Arena, case: Case, seed: int) -
         assert torch.equal(engine_bytes(pages), loaded)
     finally:
         pager.close()
+
+
+def test_a_hybrid_models_block(route: str, arena: Arena) -> None:
+    check_hybrid(lambda *of: CudaPager(*of, sharers=2), "cuda", arena)
 
 
 @pytest.mark.parametrize("heads", [(0, 8), (5, 6)])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from paging_cases import Case, cases, engine_bytes, random_fill
+from paging_cases import Case, cases, check_hybrid, engine_bytes, random_fill
 
 from connectors.paging.base import BlockCopy
 from connectors.paging.reference import ReferencePager
@@ -90,6 +90,10 @@ def test_equals_the_reference(cuda: ModuleType, arena: Arena, case: Case, seed: 
         assert torch.equal(engine_bytes(pages), loaded)
     finally:
         pager.close()
+
+
+def test_a_hybrid_models_block(cuda: ModuleType, arena: Arena) -> None:
+    check_hybrid(lambda *of: cuda.CudaPager(*of, sharers=2), "cpu", arena)
 
 
 def test_a_bad_batch_fails_alone(cuda: ModuleType, arena: Arena) -> None:
