@@ -21,8 +21,8 @@ from dataclasses import dataclass
 MAX_DOCUMENT_BYTES = 8 << 20
 """A node's report of what is hot has 5 MB at most."""
 MOST_DOCUMENTS = 10_000
-PAGE = 64
-"""Documents in one answer."""
+PAGE, PAGE_BYTES = 64, 4 << 20
+"""Documents in one answer, and bytes after which it takes no further one: a large answer keeps others waiting."""
 
 _NAME = re.compile(r"[\w.-]{1,64}/[\w.:/-]{1,200}", re.ASCII)
 
@@ -79,7 +79,7 @@ class Documents(ABC):
 
     @abstractmethod
     async def read(self, folder: str, since: Mark = BEGINNING) -> Page:
-        """The documents of a folder that were written after ``since``, at most ``PAGE``."""
+        """The documents of a folder that were written after ``since``, at most ``PAGE`` and about ``PAGE_BYTES``."""
 
     async def read_all(self, folder: str) -> dict[str, Document]:
         """Every document of a folder, by name, in the order of their writing. As many round trips as there are pages."""

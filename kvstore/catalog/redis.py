@@ -38,6 +38,7 @@ from kvstore.catalog.documents import (
     BEGINNING,
     MOST_DOCUMENTS,
     PAGE,
+    PAGE_BYTES,
     Document,
     Documents,
     Mark,
@@ -259,7 +260,9 @@ class RedisDocuments(Documents):
         return revision
 
     async def read(self, folder: str, since: Mark = BEGINNING) -> Page:
-        reply = await self._catalog._call(scripts.READ_DOCUMENTS, since.epoch, since.revision, PAGE, folder=folder)
+        reply = await self._catalog._call(
+            scripts.READ_DOCUMENTS, since.epoch, since.revision, PAGE, PAGE_BYTES, folder=folder
+        )
         epoch, revision, restarted, caught_up, found = reply
         documents = (Document(name.decode(), body, number, expires / 1000) for name, body, number, expires in found)
         return Page(tuple(documents), Mark(epoch.decode(), revision), bool(restarted), bool(caught_up))

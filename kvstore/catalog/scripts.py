@@ -213,22 +213,22 @@ return revision
 """
 )
 
-# ARGV: the mark (epoch, revision), limit.
+# ARGV: the mark (epoch, revision), documents and bytes in an answer.
 READ_DOCUMENTS = Script(
     _DOCUMENTS
     + """
-local since, limit, restarted = tonumber(ARGV[3]), tonumber(ARGV[4]), 0
+local since, limit, room, restarted = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), 0
 if ARGV[2] ~= epoch or since > revision then since, restarted = 0, 1 end
 local above = string.format('(%.0f', since)
 local found = {}
 local names = redis.call('ZRANGEBYSCORE', revisions, above, '+inf', 'WITHSCORES', 'LIMIT', 0, limit)
 for i = 1, #names, 2 do
-  since = tonumber(names[i + 1])
-  found[#found + 1] = {
-    names[i], redis.call('HGET', bodies, names[i]) or '', since, tonumber(redis.call('ZSCORE', expiries, names[i]) or 0)
-  }
+  if room <= 0 then break end
+  local body, expires = redis.call('HGET', bodies, names[i]) or '', redis.call('ZSCORE', expiries, names[i]) or 0
+  since, room = tonumber(names[i + 1]), room - #body
+  found[#found + 1] = {names[i], body, since, tonumber(expires)}
 end
-local caught_up = #found < limit
+local caught_up = #found < limit and 2 * #found == #names
 return {epoch, caught_up and revision or since, restarted, caught_up and 1 or 0, found}
 """
 )

@@ -30,6 +30,7 @@ from kvstore.catalog.documents import (
     BEGINNING,
     MOST_DOCUMENTS,
     PAGE,
+    PAGE_BYTES,
     Document,
     Documents,
     Mark,
@@ -306,9 +307,16 @@ def _read_documents(db: sqlite3.Connection, folder: str, mark: Mark) -> Page:
         "SELECT name, body, revision, expires FROM documents"
         " WHERE folder = ? AND revision > ? AND expires > ? ORDER BY revision LIMIT ?"
     )
-    found = tuple(Document(*row) for row in db.execute(query, (folder, since, time.time(), PAGE)))
-    caught_up = len(found) < PAGE
-    return Page(found, Mark(epoch, revision if caught_up else found[-1].revision), restarted, caught_up)
+    found: list[Document] = []
+    room, caught_up = PAGE_BYTES, True
+    for row in db.execute(query, (folder, since, time.time(), PAGE)):
+        if room <= 0:
+            caught_up = False
+            break
+        found.append(Document(*row))
+        room -= len(found[-1].body)
+    caught_up = caught_up and len(found) < PAGE
+    return Page(tuple(found), Mark(epoch, revision if caught_up else found[-1].revision), restarted, caught_up)
 
 
 def _begin_epoch(db: sqlite3.Connection) -> str:

@@ -387,7 +387,8 @@ class ApiSection(_Section):
     peers: Texts = Field(
         (),
         max_length=256,
-        description="APIs of nodes that lookups for routers ask too, as http://10.0.0.2:7070, with commas; may have its own.",
+        description="APIs of nodes that lookups for routers ask too, as http://10.0.0.2:7070, with commas; may have its own. "
+        "Nodes of one catalog find each other.",
     )
     peer_token: Path | None = Field(None, description="File with the token that peers are asked with; empty: none.")
 

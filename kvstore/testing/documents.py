@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvstore.catalog.base import Catalog
-from kvstore.catalog.documents import BEGINNING, MAX_DOCUMENT_BYTES, PAGE, Mark
+from kvstore.catalog.documents import BEGINNING, MAX_DOCUMENT_BYTES, PAGE, PAGE_BYTES, Mark
 
 LONG = 600.0
 
@@ -134,6 +134,18 @@ class DocumentsConformance:
         assert found.body == body
         with pytest.raises(ValueError, match="bytes"):
             await catalog.documents.put("hotness/a", body + b"x", LONG)
+
+    async def test_an_answer_is_bounded_in_bytes(self, catalog: Catalog, other: Catalog) -> None:
+        for number in range(4):
+            await catalog.documents.put(f"hotness/{number}", bytes(PAGE_BYTES // 2 + 1), LONG)
+        page = await other.documents.read("hotness")
+        assert [one.rest for one in page.documents] == ["0", "1"]
+        assert not page.caught_up
+        rest = await other.documents.read("hotness", page.mark)
+        assert [one.rest for one in rest.documents] == ["2", "3"]
+        last = await other.documents.read("hotness", rest.mark)
+        assert (last.documents, last.caught_up) == ((), True)
+        assert len(await catalog.documents.read_all("hotness")) == 4
 
     @pytest.mark.parametrize("name", ["", "pins", "pins/", "/a", "pins/two words", "a b/c", "pins/" + "x" * 201])
     async def test_names_of_documents_are_checked(self, catalog: Catalog, name: str) -> None:

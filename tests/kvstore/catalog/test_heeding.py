@@ -10,9 +10,10 @@ import pytest
 from region_nodes import SPACE, Peer, Region, wait_for
 
 from kvstore import burials, demand
-from kvstore.catalog import Catalog, hotness, open_catalog, sharing
+from kvstore.catalog import Catalog, hotness, open_catalog, presence, sharing
 from kvstore.catalog.hotness import reports
 from kvstore.catalog.pins import FOLDER, RegionPins, pinned_blocks
+from kvstore.catalog.presence import present
 from kvstore.catalog.purges import ring
 from kvstore.identity import BlockKey
 from kvstore.policy.pins import Pins
@@ -60,6 +61,23 @@ def test_pins_outlive_the_catalog_and_a_node(redis: RedisServer, redis_region: R
         client.flushall()
     c = redis_region.node()
     wait_for(lambda: pinned(c, one) == pinned(c, two) == 3)
+
+
+def test_a_node_that_stops_is_gone_at_once(region: Region) -> None:
+    a, b = region.node(), region.node()
+
+    async def alive() -> list[str]:
+        catalog = await open_catalog(region.catalog, region.bucket)
+        try:
+            return [node.process for node in present((await catalog.documents.read_all(presence.FOLDER)).values())]
+        finally:
+            await catalog.close()
+
+    wait_for(lambda: len(asyncio.run(alive())) == 2)
+    a.running.stop()
+    assert len(asyncio.run(alive())) == 1
+    b.running.stop()
+    assert asyncio.run(alive()) == []
 
 
 @pytest.fixture
@@ -145,7 +163,7 @@ def test_reports_go_to_the_catalog_and_now_and_then_to_the_bucket(
         finally:
             await catalog.close()
 
-    wait_for(lambda: asyncio.run(told()).keys() >= set(keys))
+    wait_for(lambda: keys[-1] in asyncio.run(told()))
     copies = redis_region.folder / "bucket" / Path(hotness_name("x")).parent
     wait_for(lambda: len(list(copies.iterdir())) == 2)
     times = [copy.stat().st_mtime_ns for copy in copies.iterdir()]
