@@ -23,8 +23,9 @@ from playwright.sync_api import sync_playwright
 from kvstore.admin.client import AdminClient
 from kvstore.errors import KVStoreError
 from kvstore.identity import NO_PARENT, Namespace, chain_digests
-from kvstore.node.api import About, NewBlock, Report
+from kvstore.node.api import About, Description, NewBlock, Report
 from kvstore.node.client import Client
+from kvstore.policy.content import pieces
 from kvstore.policy.prefill import attention
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.servers import ministack
@@ -54,8 +55,9 @@ class Engine:
         self._client = Client(socket, name=name)
         self._random = random.Random(seed)
         same = random.Random(0)
+        system = [same.randrange(50_000) for _ in range(BLOCK_TOKENS * 8)]
         self._prompts = [
-            (SPACES[at % 3 == 2], [same.randrange(50_000) for _ in range(BLOCK_TOKENS * blocks)])
+            (SPACES[at % 3 == 2], system + [same.randrange(50_000) for _ in range(BLOCK_TOKENS * (blocks - 8))])
             for at, blocks in enumerate(LENGTHS)
         ]
         self._asked = 0
@@ -77,6 +79,8 @@ class Engine:
         at = min(int(self._random.expovariate(0.5)), len(self._prompts) - 1)
         space, tokens = self._prompts[at]
         said = [self._random.randrange(50_000) for _ in range(BLOCK_TOKENS * self._random.randrange(16))]
+        if self._random.random() < 0.2:  # a time of day near the beginning, which nothing is shared behind
+            tokens = tokens[:BLOCK_TOKENS] + [self._random.randrange(50_000) for _ in range(12)] + tokens[BLOCK_TOKENS:]
         found = self._ask(space, tokens + said)
         if self._random.random() < 0.3:
             self._save(space, tokens + said)
@@ -87,7 +91,10 @@ class Engine:
     def _ask(self, space: Namespace, tokens: list[int]) -> int:
         keys = self._client.open_namespace(space, BLOCK_BYTES).block_keys(chain_digests(tokens, BLOCK_TOKENS))
         self._asked += 1
-        found = self._client.lookup(keys, timeout=5.0, about=About(f"cmpl-{self._asked:05d}")).blocks
+        about = About(f"cmpl-{self._asked:05d}")
+        found = self._client.lookup(keys, timeout=5.0, about=about).blocks
+        cut = pieces(tokens, b"")
+        self._client.describe(about, Description(len(tokens), cut.starts.tobytes(), cut.hashes.tobytes(), (), ()), 5.0)
         loaded = self._client.acquire(keys[:found], 5.0)
         self._client.release(keys[: len(loaded.media)])
         return len(loaded.media)

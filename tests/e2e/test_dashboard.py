@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from kvstore.admin.jobs import JobKind, Running
 from kvstore.admin.kinds import NoOptions
 from kvstore.admin.tokens import Role, TokenBook
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
-from kvstore.node.api import About, NewBlock
+from kvstore.node.api import About, Description, NewBlock
 from kvstore.node.client import Client
+from kvstore.policy.content import pieces
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
@@ -373,3 +375,39 @@ def test_a_service_without_a_node_has_a_page_too(browser: Any, tmp_path: Path) -
         expect(page.get_by_role("alert")).to_be_empty()
         assert wrong == []
         page.close()
+
+
+def test_the_tree_of_a_prompt_leads_to_those_that_begin_alike(own_page: Any, own_site: Site) -> None:
+    other = [*TOKENS[:48], *range(900, 932)]
+    keys = own_site.save(other)
+    own_site.ask(other, "cmpl-other")
+    with Client(own_site.node.socket, name="vllm rank 1") as again:
+        Site(own_site.folder, own_site.node, own_site.api, again).ask(other, "cmpl-other-again")
+    expect(panel(own_page, "hot").get_by_role("row").nth(2)).to_be_visible()
+    dialog = explain(own_page, "Token ids", ", ".join(map(str, TOKENS)))
+    tree = dialog.get_by_role("region", name="Prompts that begin alike")
+    trunk = tree.get_by_role("listitem").first
+    expect(trunk).to_contain_text("blocks 0 – 2")
+    expect(tree.get_by_text("this prompt")).to_have_count(1)
+    tree.get_by_role("button", name=f"Open prompt {keys[-1].hex()[:8]}").click()
+    expect(own_page.get_by_role("dialog", name=f"Prompt {keys[-1].hex()[:8]}")).to_contain_text("5 of 5 blocks")
+
+
+def test_where_prompts_part_is_shown(own_page: Any, own_site: Site) -> None:
+    expect(panel(own_page, "breakers")).to_contain_text("content_fingerprints")
+    source = random.Random(1)
+    same = [source.randrange(1000) for _ in range(3000)]
+    for name in ("cmpl-one", "cmpl-two"):
+        prompt = [*same[:64], *[source.randrange(1000) for _ in range(20)], *same[64:]]
+        own_site.ask(prompt, name)
+        cut = pieces(prompt, b"")
+        described = Description(len(prompt), cut.starts.tobytes(), cut.hashes.tobytes(), (), ())
+        own_site.client.describe(About(name), described, 30.0)
+    node = own_site.api.site.node
+    assert node is not None
+    node.breakers.forget()
+    own_page.reload()
+    row = panel(own_page, "breakers").get_by_role("row").nth(1)
+    expect(row).to_contain_text("cmpl-two")
+    row.get_by_role("button", name="cmpl-two").click()
+    expect(own_page.get_by_role("dialog", name="Request cmpl-two")).to_contain_text("org/toy")

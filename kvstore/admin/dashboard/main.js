@@ -10,6 +10,7 @@ import { JobDialog } from "./dialogs/job.js";
 import { PromptDialog } from "./dialogs/prompt.js";
 import { PurgeDialog } from "./dialogs/purge.js";
 import { SignIn } from "./dialogs/signin.js";
+import { Breakers } from "./panels/breakers.js";
 import { Chart } from "./panels/chart.js";
 import { Hot } from "./panels/hot.js";
 import { Jobs } from "./panels/jobs.js";
@@ -87,7 +88,7 @@ function App() {
     <${Banner} app=${app} />
     <main aria-busy=${!live.snapshot}>${live.snapshot ? html`<${Panels} app=${app} />` : html`<p class="empty">Waiting for the first look…</p>`}</main>
     <footer><span>kvstore ${me.version}</span><span>Signed in as ${me.name}, ${me.role}</span><span>Press <kbd>?</kbd> for shortcuts</span></footer>
-    ${is && html`<${is} app=${app} onClose=${close} ...${rest} />`}
+    ${is && html`<${is} key=${JSON.stringify(rest.prompt)} app=${app} onClose=${close} ...${rest} />`}
     <div class="toast" role="status" aria-live="polite">${said && html`<span>${said}</span>`}</div>
   `;
 }
@@ -138,9 +139,9 @@ function Panels({ app }) {
       ${node && !linked && html`<${Hot} app=${app} />`}
       <${Jobs} app=${app} />
       ${node && linked && html`<${Hot} app=${app} />`}
-      ${node && html`<${Troubles} app=${app} />`}
+      ${node && html`<${Troubles} app=${app} /><${Breakers} app=${app} />`}
       <${Nodes} app=${app} />
-      ${node && html`<${Models} app=${app} /><${Pins} app=${app} />`}
+      ${node && html`<${Models} app=${app} wide=${linked} /><${Pins} app=${app} />`}
     </div>
   `;
 }

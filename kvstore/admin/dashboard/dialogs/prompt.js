@@ -3,6 +3,7 @@
 import { post } from "../api.js";
 import { ago, clock, count, seconds, short } from "../format.js";
 import { Chain } from "../panels/chain.js";
+import { Tree } from "../panels/tree.js";
 import { ConfirmByName, Dialog, Empty, Problem, Table, Tiers, useAction } from "../ui.js";
 import { describe, everywhere } from "./purge.js";
 import { html, useEffect, useId, useState } from "../vendor/preact.js";
@@ -37,7 +38,7 @@ export function PromptDialog({ app, prompt, onClose }) {
     ${problem && html`<${Problem}>${problem}<//>`}
     ${!found && !problem && html`<${Empty}>Looking…<//>`}
     ${found && html`<${Facts} app=${app} found=${found} />`}
-    ${last && html`<${Blocks} app=${app} found=${found} /><${Actions} app=${app} prompt=${prompt} last=${last} look=${look} onDelete=${() => setDeleting(true)} />`}
+    ${last && html`<${Blocks} app=${app} found=${found} prompt=${prompt} /><${Actions} app=${app} prompt=${prompt} last=${last} look=${look} onDelete=${() => setDeleting(true)} />`}
   <//>`;
 }
 
@@ -60,13 +61,28 @@ function Facts({ app, found }) {
   return html`<dl class="facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
 }
 
-function Blocks({ app, found }) {
+/** What other regions have of these blocks, where this one has others. */
+function useRegions(app, blocks) {
+  const [regions, setRegions] = useState([]);
+  const linked = Boolean(app.parts.replication);
+  useEffect(() => {
+    if (!linked) return;
+    const keys = blocks.map((block) => block.key).join("");
+    const here = app.parts.replication.region;
+    post("v1/replication/holdings", { keys }).then((found) => setRegions(found.filter((one) => one.region !== here)), () => setRegions([]));
+  }, [linked]);
+  return regions;
+}
+
+function Blocks({ app, found, prompt }) {
   const firstMissed = found.blocks.findIndex((block) => block.why !== "held");
   const [at, select] = useState(Math.max(firstMissed, 0));
   const block = found.blocks[Math.min(at, found.blocks.length - 1)];
   const tiers = app.node?.tiers.map((tier) => tier.medium) ?? ["host", "disk", "object"];
+  const regions = useRegions(app, found.blocks);
   return html`
-    <${Chain} blocks=${found.blocks} tiers=${tiers} at=${at} onSelect=${select} />
+    <${Chain} blocks=${found.blocks} tiers=${tiers} regions=${regions} at=${at} onSelect=${select} />
+    ${regions.length > 0 && html`<p class="small dim regions">${regions.map((one) => `${one.region} has published ${count(one.blocks)} of ${count(found.blocks.length)} blocks, ${ago(one.published, app.now)}`).join(" · ")}</p>`}
     <div class="block" aria-live="polite">
       <div class="line"><b>Block ${block.index}</b><code>${block.key}</code><${Tiers} media=${block.where} /></div>
       <p class=${block.why === "held" ? "dim" : "why"}>${words(block.why)}${block.detail && block.detail !== block.why ? `: ${block.detail}` : ""}</p>
@@ -78,6 +94,7 @@ function Blocks({ app, found }) {
       ${block.events.length > 0 && html`<details><summary>What happened to it</summary><ol class="events">${block.events.map((event) => html`<li><time>${clock(event.at)}</time> ${event.text}</li>`)}</ol></details>`}
     </div>
     <${Table} caption="Blocks that are alike, in a row" columns=${["Blocks", "Where", "Why"]} rows=${runs(found.blocks).map(asRow)} empty="" />
+    <${Tree} app=${app} prompt=${prompt} tiers=${tiers} />
   `;
 }
 

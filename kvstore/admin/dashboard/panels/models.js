@@ -4,7 +4,7 @@ import { bytes, short } from "../format.js";
 import { Panel, Table } from "../ui.js";
 import { html } from "../vendor/preact.js";
 
-export function Models({ app }) {
+export function Models({ app, wide }) {
   const rows = app.node.namespaces.map((space) => ({
     key: space.digest,
     cells: [
@@ -14,7 +14,7 @@ export function Models({ app }) {
       html`<button type="button" class="small" disabled=${!app.can("admin")} onClick=${() => app.openPurge(space)} aria-label=${`Purge ${space.fields.model}`}>Purge…</button>`,
     ],
   }));
-  return html`<${Panel} title="Models" name="models">
+  return html`<${Panel} title="Models" name="models" wide=${wide}>
     <${Table} caption="Namespaces of this node" columns=${["Model", ">Block", ">~Purge"]} rows=${rows} empty="No engine has opened a namespace yet." />
   <//>`;
 }
