@@ -6,11 +6,13 @@ are gathered from and scattered to random 16-token pages of vLLM's NHD layout; t
 
 from __future__ import annotations
 
+import importlib
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,12 +130,31 @@ class Rig:
             staging[: self.geometry.share].copy_(moved.contiguous().view(torch.uint8).view(-1), non_blocking=True)
         torch.cuda.synchronize()
 
+    def vllm_copies(self, host: Any) -> tuple[Any, Any, Any]:
+        """The same pages as vLLM's offloading copies them, one piece a page and layer: source, target, bytes of each."""
+        import torch
+
+        pages = [page for copy in self.batches[0] for page in copy.pages]
+        nbytes = self.caches[0][0].nbytes
+        sources = [cache.data_ptr() + page * nbytes for page in pages for cache in self.caches]
+        targets = range(host.data_ptr(), host.data_ptr() + len(sources) * nbytes, nbytes)
+        return torch.tensor(sources), torch.tensor(targets), torch.full((len(sources),), nbytes)
+
     def close(self) -> None:
         import torch
 
         self.pager.close()
         del self.caches, self.pages
         torch.cuda.empty_cache()
+
+
+def vllm_swap() -> Any:
+    """vLLM's own batch of copies between GPU and host; None where its kernels are not installed."""
+    import torch
+
+    with suppress(ImportError):
+        importlib.import_module("vllm._custom_ops")
+    return getattr(torch.ops._C_cache_ops, "swap_blocks_batch", None)
 
 
 class Memcpy:
@@ -161,6 +182,14 @@ class Memcpy:
 
     def both(self, nbytes: int) -> None:
         self._run([(self.host[0], self.device[0]), (self.device[1], self.host[1])], nbytes // 2)
+
+    def on_stream(self, work: Callable[[], object]) -> None:
+        """Enqueue on a stream of our own, and wait."""
+        import torch
+
+        with torch.cuda.stream(self.streams[0]):
+            work()
+        torch.cuda.synchronize()
 
     def _run(self, copies: Sequence[tuple[Any, Any]], nbytes: int) -> None:
         import torch
@@ -239,6 +268,9 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
         "both": rig.both,
         "torch_offload": lambda: rig.torch_save(memcpy.host[0]),
     }
+    if (swap := vllm_swap()) is not None:
+        copies = rig.vllm_copies(memcpy.host[0])
+        runs["vllm_offload"] = lambda: memcpy.on_stream(lambda: swap(*copies, False))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, work in runs.items():
