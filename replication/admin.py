@@ -20,6 +20,7 @@ from kvstore.admin.site import Site as ApiSite
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.identity import KEY_BYTES, BlockKey
 from replication import adminjobs, purgejob
+from replication.adminproof import proof_router
 from replication.holdings import Holding, Holdings
 from replication.links import Links
 from replication.pause import pause, read_pauses, resume
@@ -148,6 +149,7 @@ def extend(api: ApiSite) -> APIRouter | None:
     if config.region.topology is None:
         if config.object.url:
             api.jobs.register(purgejob.purge_kind(Site(config)))
+            return proof_router(Site(config))
         return None
     topology, name = load_topology(config.region.topology), config.region.name
     if name not in topology.regions:
@@ -159,7 +161,10 @@ def extend(api: ApiSite) -> APIRouter | None:
     api.parts["replication"] = region.status
     if api.node is None:
         api.checks.append(region.answers)
-    return region.router()
+    router = APIRouter()
+    router.include_router(region.router())
+    router.include_router(proof_router(region.site))
+    return router
 
 
 class Region:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +30,8 @@ SecretFile = Annotated[
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+POLL_SECONDS = 1.0
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,25 +141,56 @@ def remove(name: Name, yes: Yes = False, *, api: Api, json: options.Json = False
 def purge(
     name: Name,
     yes: Yes = False,
+    wait: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="How long to wait for other nodes and regions to confirm it."),
+    ] = 60.0,
     *,
     api: Api,
     json: options.Json = False,
 ) -> None:
     """Delete all blocks of a tenant: on this node at once; where there is a bucket, in it, on its other nodes and in all regions.
 
-    Waits until it is done here and in the bucket; kvstore region proof shows who else has done it.
+    Shows which nodes and regions have confirmed it. The exit status is 1 when blocks are left, or not all have confirmed in time.
     """
     if not yes:
         typer.confirm(f"Delete every block of {name}, everywhere?", abort=True, err=True)
     with api.connect() as client:
         gone = client.call("POST", f"/v1/tenants/{name}/purge")
-        job = follow_job(client, client.job(gone["job"])) if gone["job"] else None
-    result = gone if job is None else {**gone, "job": job}
-    output.show(json, result, lambda: _print_purge(gone))
-    if job is not None and not json:
-        show_job(job, json)
-    if job is not None and job.state != "done":
-        raise typer.Exit(1)
+        if gone["job"] is None:
+            output.show(json, gone, lambda: print(_gone(gone)))
+            raise typer.Exit(int(any(gone["left"].values())))
+        job = follow_job(client, client.job(gone["job"]))
+        if job.state != "done" or job.result is None:
+            show_job(job, json)
+            return
+        found = _awaited(client, job.result["tombstone"], wait)
+    output.show(json, {**gone, "proof": found}, lambda: _print_proof(found, _gone(gone)))
+    raise typer.Exit(int(not found["done"]))
+
+
+@app.command()
+@grouped
+def proof(
+    tombstone: Annotated[str, typer.Argument(metavar="TOMBSTONE", help="As kvstore tenants purge gave it.")],
+    api: Api,
+    json: options.Json = False,
+) -> None:
+    """Show which nodes and regions have carried a purge out, and what is left. The exit status is 1 until all have."""
+    with api.connect() as client:
+        found = client.call("GET", f"/v1/purges/{tombstone}")
+    output.show(json, found, lambda: _print_proof(found))
+    raise typer.Exit(int(not found["done"]))
+
+
+def _awaited(client: AdminClient, tombstone: str, seconds: float) -> Any:
+    """The proof once it is complete, or what there is of it when the time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = client.call("GET", f"/v1/purges/{tombstone}")
+        if found["done"] or time.monotonic() >= deadline:
+            return found
+        time.sleep(POLL_SECONDS)
 
 
 def _all(client: AdminClient) -> Any:
@@ -198,10 +233,24 @@ def _print_made(made: dict[str, str]) -> None:
     note("They are not shown again.")
 
 
-def _print_purge(gone: dict[str, Any]) -> None:
+def _gone(gone: dict[str, Any]) -> str:
     words = ", ".join(f"{tier}: {number(count)} deleted" for tier, count in gone["deleted"].items())
-    left = sum(gone["left"].values())
-    print(f"{words or 'nothing was here'}; {number(left)} left")
+    return f"{words or 'nothing was here'}; {number(sum(gone['left'].values()))} left"
+
+
+def _print_proof(found: dict[str, Any], here: str = "") -> None:
+    print(f"purge {found['tombstone']}: {'done everywhere' if found['done'] else 'not yet done everywhere'}")
+    if here:
+        print(f"this node: {here}")
+    rows = []
+    for region, state in found["regions"].items():
+        left = "-" if state["left"] is None else number(state["left"])
+        confirmed = [
+            f"{one['node']} {datetime.fromtimestamp(one['time'], UTC):%Y-%m-%d %H:%M:%S}Z" for one in state["receipts"]
+        ]
+        remark = state["problem"] or (f"waiting for {', '.join(state['waiting'])}" if state["waiting"] else "")
+        rows.append((region, "yes" if state["known"] else "no", left, ", ".join(confirmed) or "-", remark or "-"))
+    print_table(("region", "tombstone", ">blocks left", "confirmed by", "remark"), rows)
 
 
 def _quota(host: str, disk: str) -> dict[str, int | None]:

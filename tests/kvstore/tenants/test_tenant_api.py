@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from tenant_site import BLOCK_BYTES, MODEL, TenantSite, keys_of, loaded, prompt_of, save, tenant_site
 from typer.testing import CliRunner
 
 from kvstore.admin.auth import Role
@@ -19,6 +18,7 @@ from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.tenants import BLOCK_BYTES, MODEL, TenantSite, keys_of, loaded, prompt_of, save, tenant_site
 
 PROMPT = prompt_of(5)
 

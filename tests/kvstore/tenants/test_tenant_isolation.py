@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tenant_site import BLOCK_BYTES, MODEL, UID, TenantSite, derive, keys_of, loaded, prompt_of, save, tenant_site
 
 from kvstore.errors import ProtocolError
 from kvstore.identity import BlockKey, Namespace
 from kvstore.node.api import About
 from kvstore.node.client import Client
 from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.tenants import (
+    BLOCK_BYTES,
+    MODEL,
+    UID,
+    TenantSite,
+    derive,
+    keys_of,
+    loaded,
+    prompt_of,
+    save,
+    tenant_site,
+)
 
 PROMPT = prompt_of(5)
 

@@ -6,13 +6,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tenant_site import BLOCK_BYTES, TenantSite, keys_of, loaded, prompt_of, save, tenant_site
-
 from kvstore.envelope import envelope_bytes
 from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
 from kvstore.tenants.book import Quota
 from kvstore.testing.node import wait_for
+from kvstore.testing.tenants import BLOCK_BYTES, TenantSite, keys_of, loaded, prompt_of, save, tenant_site
 from kvstore.tiers.base import Medium
 
 SLOT = envelope_bytes(BLOCK_BYTES)
