@@ -85,7 +85,8 @@ async def open_store(
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
-                _heed_region(sharing, demand, undertaker, lambda keys: [tier.touch(keys) for tier in (host, *lower)])
+                touched = lambda keys: [tier.touch(keys) for tier in (host, *lower)]  # noqa: E731
+                _heed_region(sharing, demand, config.identity.tenant, touched, undertaker)
             _share_namespaces(namespaces, bucket)
             demand.publish = _reporter(config, demand, bucket, sharing)
         if (keys := encryption_keys(config)) is not None:
@@ -110,13 +111,17 @@ def ranking_for(config: Config, demand: Demand) -> EvictionPolicy:
 
 
 def _heed_region(
-    sharing: Sharing, demand: Demand, undertaker: Undertaker, pinned: Callable[[Sequence[BlockKey]], object]
+    sharing: Sharing,
+    demand: Demand,
+    tenant: str,
+    pinned: Callable[[Sequence[BlockKey]], object],
+    undertaker: Undertaker,
 ) -> None:
-    """Have the node share its pins with those of its region, and hear of purges at once."""
+    """Have the node share its pins with its tenant's other nodes of the region, and hear of purges at once."""
     from kvstore.catalog.pins import RegionPins
     from kvstore.catalog.purges import Bell
 
-    sharing.also(RegionPins(sharing.documents, demand.pins, pinned).round)
+    sharing.also(RegionPins(sharing.documents, demand.pins, tenant, pinned).round)
     sharing.also(Bell(sharing.documents, undertaker.wake).round)
 
 

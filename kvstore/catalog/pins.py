@@ -1,14 +1,15 @@
 """Pins of a region: a chain that is pinned on one node is pinned on all, and for whoever evicts from the bucket.
 
-A wish is a document, named by its chain's last block. Each node writes down what it was asked, heeds what others wrote, and
-keeps all of it in its own file too (``kvstore.demand``): a catalog that was lost is told again by whichever node is first, and
-while it is away every node goes on with what it knows.
+A wish is a document, named by its tenant and its chain's last block. Each node writes down what it was asked, heeds what others
+wrote for the same tenant, and keeps all of it in its own file too (``kvstore.demand``): a catalog that was lost is told again by
+whichever node is first, and while it is away every node goes on with what it knows.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import structlog
 
@@ -25,10 +26,15 @@ class RegionPins:
     """Keeps a node's pins in line with those of its region. In the node's event loop."""
 
     def __init__(
-        self, documents: Documents, pins: Pins, pinned: Callable[[Sequence[BlockKey]], object] = lambda keys: None
+        self,
+        documents: Documents,
+        pins: Pins,
+        tenant: str,
+        pinned: Callable[[Sequence[BlockKey]], object] = lambda keys: None,
     ) -> None:
         """``pinned`` is told of blocks that others want kept, so that no tier gives them up on an earlier ranking."""
         self._documents = documents
+        self._own = f"{FOLDER}/{blake2b(tenant.encode(), digest_size=8).hexdigest()}/"
         self._pins = pins
         self._pinned = pinned
         self._mark = BEGINNING
@@ -49,6 +55,8 @@ class RegionPins:
     def _hear(self, documents: Sequence[Document]) -> None:
         now = time.time()
         for document in documents:
+            if not document.name.startswith(self._own):
+                continue
             wish = read_wish(document)
             self._written[document.name] = wish.at if wish else 0.0, document.revision
             if wish is not None and self._pins.heed(wish, now) and wish.until:
@@ -57,7 +65,7 @@ class RegionPins:
     async def _tell(self) -> None:
         now = time.time()
         for wish in self._pins.wishes(now):
-            name = f"{FOLDER}/{wish.last.hex()}"
+            name = f"{self._own}{wish.last.hex()}"
             at, revision = self._written.get(name, (0.0, 0))
             if at >= wish.at:
                 continue
@@ -85,4 +93,4 @@ def read_wish(document: Document) -> Wish | None:
     except ValueError as error:
         log.warning("unreadable pin", name=document.name, error=str(error))
         return None
-    return wish if document.rest == wish.last.hex() else None
+    return wish if document.rest.rpartition("/")[2] == wish.last.hex() else None

@@ -60,7 +60,7 @@ async def pin(catalog: Catalog, keys: list[BlockKey]) -> None:
     """As a node does."""
     pins = Pins()
     pins.pin(keys, time.time() + 600, time.time())
-    await RegionPins(catalog.documents, pins).round()
+    await RegionPins(catalog.documents, pins, LLAMA.tenant).round()
 
 
 async def test_of_each_node_the_catalogs_report_counts_and_else_the_buckets(

@@ -94,7 +94,7 @@ async def test_nodes_that_tell_of_the_same_chain_at_once_agree(url: str) -> None
     nodes = [Pins() for _ in catalogs]
     told: list[list[BlockKey]] = [[] for _ in catalogs]
     members = [
-        RegionPins(catalog.documents, pins, heard.extend)
+        RegionPins(catalog.documents, pins, "acme", heard.extend)
         for catalog, pins, heard in zip(catalogs, nodes, told, strict=True)
     ]
     chain, now = [BlockKey(bytes([number]) * 16) for number in range(3)], time.time()
@@ -118,11 +118,28 @@ async def test_what_is_no_pin_is_passed_over(url: str) -> None:
     catalog, pins, now = await opened(url), Pins(), time.time()
     pins.pin([BlockKey(b"k" * 16)], now + 60, now)
     (wish,) = pins.wishes(now)
-    for name, body in (("a", b""), ("b", b"\xc1"), (wish.last.hex(), b"junk"), ("00" * 16, wish.pack())):
-        await catalog.documents.put(f"{FOLDER}/{name}", body, 60)
+    await RegionPins(catalog.documents, pins, "acme").round()
+    (written,) = await catalog.documents.read_all(FOLDER)
+    folder = written.rpartition("/")[0]
+    junk = ((f"{folder}/a", b""), (f"{FOLDER}/b", b"\xc1"), (written, b"junk"), (f"{folder}/{'00' * 16}", wish.pack()))
+    for name, body in junk:
+        await catalog.documents.put(name, body, 60)
     assert await pinned_blocks(catalog.documents) == set()
-    await RegionPins(catalog.documents, pins).round()
+    await RegionPins(catalog.documents, pins, "acme").round()
     assert await pinned_blocks(catalog.documents) == {wish.last}, "what could not be read was replaced"
+    await catalog.close()
+
+
+async def test_a_tenant_does_not_hear_of_another_ones_pins(url: str) -> None:
+    catalog, now = await opened(url), time.time()
+    tenants = {name: Pins() for name in ("acme", "umbrella")}
+    for number, pins in enumerate(tenants.values()):
+        pins.pin([BlockKey(bytes([number]) * 16)], now + 60, now)
+    for _ in range(2):
+        for name, pins in tenants.items():
+            await RegionPins(catalog.documents, pins, name).round()
+    assert [len(pins.wishes(now)) for pins in tenants.values()] == [1, 1]
+    assert len(await pinned_blocks(catalog.documents)) == 2, "whoever evicts for all heeds both"
     await catalog.close()
 
 
