@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore.cli import options
+from kvstore.cli import options, output
 from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, print_json, print_table
 from kvstore.errors import ConfigError
@@ -24,12 +23,13 @@ Lifetime = Annotated[
 
 
 @app.command()
+@grouped
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; the audit log shows it.")],
     role: Annotated[str, typer.Option(metavar="ROLE", help="viewer, operator or admin.")] = "viewer",
     days: Lifetime = None,
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
+    *,
+    source: options.Settings,
     json: options.Json = False,
 ) -> None:
     """Make a token and print it; it is shown this once."""
@@ -37,7 +37,7 @@ def create(
 
     if role not in list(Role):
         raise ConfigError("--role", role, "no such role", "Choose viewer, operator or admin.")
-    token, text = _book(config, overrides).create(name, Role(role), days * 86400 if days else None)
+    token, text = _book(source).create(name, Role(role), days * 86400 if days else None)
     if json:
         print_json({"id": token.id, "name": token.name, "role": token.role, "expires": token.expires, "token": text})
     else:
@@ -46,11 +46,10 @@ def create(
 
 
 @app.command("list")
-def list_tokens(
-    config: options.ConfigFile = None, overrides: options.Overrides = None, json: options.Json = False
-) -> None:
+@grouped
+def list_tokens(source: options.Settings, json: options.Json = False) -> None:
     """Show which tokens there are."""
-    tokens = _book(config, overrides).tokens()
+    tokens = _book(source).tokens()
     if json:
         print_json([token.model_dump(exclude={"sha256"}) for token in tokens])
         return
@@ -75,21 +74,22 @@ def list_tokens(
 
 
 @app.command()
+@grouped
 def revoke(
     id: Annotated[str, typer.Argument(metavar="ID", help="As kvstore token list shows it.")],
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
+    source: options.Settings,
+    json: options.Json = False,
 ) -> None:
     """End a token at once."""
-    if not _book(config, overrides).revoke(id):
+    if not _book(source).revoke(id):
         raise ConfigError("ID", id, "no such token", "See kvstore token list.")
-    print(f"{id} revoked")
+    output.show(json, {"revoked": id}, lambda: print(f"{id} revoked"))
 
 
-def _book(config: Path | None, overrides: list[str] | None) -> TokenBook:
+def _book(source: options.Settings) -> TokenBook:
     from kvstore.admin.tokens import TokenBook
 
-    path = options.load(config, overrides).config.api.tokens
+    path = source.load().config.api.tokens
     if path is None:
         raise ConfigError(
             "api.tokens", "", "no token file is configured", "Set it to a path, as /var/lib/kvstore/tokens.json."
