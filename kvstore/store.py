@@ -129,8 +129,12 @@ class Store:
 
     def holds(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which blocks some tier holds, each by itself; no I/O."""
-        present = [tier.keys() for tier in self.tiers]
-        return [any(key in tier for tier in present) for key in keys]
+        held = np.zeros(len(keys), dtype=bool)
+        for tier in self.tiers:
+            if not held.all():
+                held |= contained(keys, tier.keys())
+        flags: list[bool] = held.tolist()
+        return flags
 
     def wanted(self, keys: Sequence[BlockKey], held: Sequence[bool]) -> None:
         """Count blocks that are held as used, and look further for the others."""
