@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,9 @@ from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import TierError
 from kvstore.history import History, What
 from kvstore.identity import BlockKey
+from kvstore.leaving import Leaving
 from kvstore.node.api import Lookup, Miss, NewBlock
-from kvstore.policy.admission import AdmissionPolicy, Target
+from kvstore.policy.admission import AdmissionPolicy, Mode, Target
 from kvstore.promotion import FETCHES_PER_ACQUIRE, Promoter
 from kvstore.reservations import Reservations
 from kvstore.telemetry import StoreMetrics
@@ -39,6 +41,9 @@ PROBED_AFTER_MISS = 4
 
 PROBES_AT_ONCE = 16
 """Bound for when the bucket is slow or away; a miss beyond it stays a miss."""
+
+FULL_ENOUGH = 0.25
+"""Share of a write queue from which writing down all of the host tier waits, so that nothing is dropped."""
 
 Probe = Callable[[Sequence[BlockKey]], Awaitable[object]]
 
@@ -92,6 +97,7 @@ class Store:
         self._queues = [Writeback(host, tier, metrics, self.history, queue_bytes, writers) for tier in lower]
         self._probe = probe
         self.admission = admission
+        self._leaving = [Leaving(host, queue) for queue in self._queues if queue.tier.medium is Medium.DISK]
         self._probes: set[asyncio.Task[None]] = set()
         self._deleting: Counter[BlockKey] = Counter()
 
@@ -191,6 +197,7 @@ class Store:
         elif miss is Miss.NO_ROOM:
             self.history.record(What.NO_ROOM, keys[kept:], Medium.HOST)
         self._write_down_lacking(keys[:kept])
+        deque(self._ask_leaving(), maxlen=0)
         return Delivery(offsets, media, miss)
 
     def release(self, session: Session, keys: Sequence[BlockKey]) -> None:
@@ -252,7 +259,10 @@ class Store:
         published = [header for header in sealed if header is not None]
         self.metrics.published.inc(len(published))
         self.history.record(What.SAVED, [header.key for header in published], Medium.HOST)
-        writes = self._write_down(published)
+        writes = self._write_down(published, at_once=durable is not Medium.HOST)
+        for leaving in self._leaving:
+            leaving.saved(published)
+        deque(self._ask_leaving(), maxlen=0)
         if durable is Medium.HOST:
             return [header.key for header in published]
         waits = {key: futures[durable] for key, futures in writes.items() if durable in futures}
@@ -300,9 +310,12 @@ class Store:
         return await tier.delete(keys)
 
     async def drain(self, timeout: float) -> bool:
-        """Wait until what was saved has been written down. False when the timeout came first."""
+        """Wait until what was saved, and slower tiers admit, has been written down. False when the timeout came first."""
         try:
             async with asyncio.timeout(timeout):
+                for queue in self._ask_leaving(everything=True):
+                    if queue.fill > FULL_ENOUGH:
+                        await queue.drain()
                 await asyncio.gather(*(queue.drain() for queue in self._queues))
         except TimeoutError:
             return False
@@ -340,13 +353,20 @@ class Store:
         if not task.cancelled() and not task.exception() and not isinstance(outcome := task.result(), Miss):
             self.host.unpin(key, outcome[1])
 
-    def _write_down(self, headers: Sequence[Header]) -> dict[BlockKey, dict[Medium, asyncio.Future[bool]]]:
-        """Offer blocks of the host tier to every slower tier that lacks them and admits them."""
+    def _write_down(
+        self, headers: Sequence[Header], at_once: bool = False
+    ) -> dict[BlockKey, dict[Medium, asyncio.Future[bool]]]:
+        """Offer blocks of the host tier to every slower tier that lacks them and admits them.
+
+        A disk that may refuse is asked about blocks that are not certain when they leave the host tier, unless ``at_once``.
+        """
         writes: dict[BlockKey, dict[Medium, asyncio.Future[bool]]] = {header.key: {} for header in headers}
         for queue in self._queues:
             lacking = [h for h in headers if h.key not in queue.tier.keys() and h.key not in self._deleting]
             for chain in consecutive(lacking):
-                for header, admitted in zip(chain, self._admit(queue, chain), strict=True):
+                if queue.tier.medium is Medium.DISK and not at_once:
+                    chain = chain[: self._certain(chain)]
+                for header, admitted in zip(chain, self._admit(queue, chain, queue.fill), strict=True):
                     if admitted and (future := queue.offer(header)) is not None:
                         writes[header.key][queue.tier.medium] = future
         return writes
@@ -363,12 +383,32 @@ class Store:
                 self.host.unpin(key, offset)
         self._write_down(headers)
 
-    def _admit(self, queue: Writeback, chain: Sequence[Header]) -> list[bool]:
-        if self.admission is None:
+    def _certain(self, chain: Sequence[Header]) -> int:
+        if self.admission is None or self.admission.mode is not Mode.ENFORCE:
+            return len(chain)
+        return self.admission.certain([header.key for header in chain], time.time())
+
+    def _ask_leaving(self, everything: bool = False) -> Iterator[Writeback]:
+        """Write down what the host tier will give up and the disk admits, with the blocks before it, chain by chain."""
+        if self.admission is None or self.admission.mode is not Mode.ENFORCE:
+            return
+        for leaving in self._leaving:
+            queue = leaving.queue
+            pressure = queue.fill  # of others: what is offered here is not held against the rest of it
+            due = [header for header in leaving.due(everything) if not queue.has(header.key)]
+            for chain in consecutive(header for header in due if header.key not in self._deleting):
+                admitted = self._admit(queue, chain, pressure, leaving.residence)
+                for header in (header for header, admit in zip(chain, admitted, strict=True) if admit):
+                    for each in leaving.with_ancestors(header):
+                        queue.offer(each)
+                yield queue
+
+    def _admit(self, queue: Writeback, chain: Sequence[Header], pressure: float, residence: float = inf) -> list[bool]:
+        if self.admission is None or not chain:
             return [True] * len(chain)
         medium = queue.tier.medium.value
         keys = [header.key for header in chain]
-        decisions = self.admission.admit(Target(medium), keys, time.time(), pressure=queue.fill)
+        decisions = self.admission.admit(Target(medium), keys, time.time(), pressure, residence=residence)
         for decision in decisions:
             self.metrics.judged.labels(medium, decision.reason.value).inc()
         refused = [key for key, decision in zip(keys, decisions, strict=True) if not decision.admit]

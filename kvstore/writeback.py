@@ -46,6 +46,10 @@ class Writeback:
         """Share of the queue that is taken, 0 to 1."""
         return self.queued_bytes / self._limit
 
+    def has(self, key: BlockKey) -> bool:
+        """The tier holds the block, or will soon."""
+        return key in self._pending or key in self.tier.keys()
+
     def offer(self, header: Header) -> asyncio.Future[bool] | None:
         """Queue a block that the host tier holds. The future tells whether the tier holds it; None: dropped."""
         key = header.key

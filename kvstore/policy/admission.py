@@ -200,6 +200,14 @@ class AdmissionPolicy:
         enforce = self.mode is Mode.ENFORCE
         return [Decision(not enforce or reason in ADMITTED, reason) for reason in reasons]
 
+    def certain(self, keys: Sequence[BlockKey], now: float) -> int:
+        """How many blocks of a chain, from its head, a disk takes whatever their chances: those before one that was seen again
+        or is pinned, and that one. About the others it is best asked late; see ``Thresholds.disk_loss``."""
+        if self.mode is Mode.OFF:
+            return len(keys)
+        wanted = (self._traffic.sightings(keys) >= 2) | np.array(self.pins.hold(keys, now), dtype=bool)
+        return int(np.flatnonzero(wanted)[-1]) + 1 if wanted.any() else 0
+
     def consider(
         self,
         target: Target,

@@ -46,6 +46,10 @@ class HostTier(Tier):
         self._candidates: dict[int, deque[int]] = {}
         """Rows to evict next, by size class."""
         self._ranked_at = 0.0
+        self._taken = 0
+        """Bytes given out since the start."""
+        self._named_at = -1
+        """The same, when blocks were named last."""
         self._unlisted: dict[int, int] = {}
         """Pins left on slots whose block was deleted, by offset."""
         self._evicted = self._refused = self._quarantined = 0
@@ -122,7 +126,25 @@ class HostTier(Tier):
             self._refused += 1
             return None
         self._used_bytes += nbytes
+        self._taken += nbytes
         return offset
+
+    def leaving(self) -> list[BlockKey]:
+        """Blocks that will be evicted before long, the next one first; nothing while there is room, or when they were named.
+
+        Twice as many as one ranking names, again when half of them may be gone: who wants to keep a block elsewhere has time.
+        """
+        capacity = self._slabs.capacity
+        usual = self._used_bytes // max(len(self.index), 1)
+        share = max(int(capacity * RANKED_AT_ONCE), min(RANKED_AT_LEAST * usual, capacity // 4))
+        nearly_full = self._evicted > 0 or self._used_bytes + 2 * share > capacity
+        if not nearly_full or (self._named_at >= 0 and self._taken - self._named_at < share):
+            return []
+        self._named_at = self._taken
+        rows = self.index.used()
+        order = eviction_order(self.index, self.policy, rows[self.index.pins[rows] == 0], time.time())
+        several = 2 * max(RANKED_AT_LEAST, int(len(order) * RANKED_AT_ONCE))
+        return [self.index.key(row) for row in order[:several].tolist()]
 
     def discard(self, offset: int) -> None:
         """Give back a slot that was allocated and not published."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kvstore.errors import BlockCorrupt, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
-from kvstore.policy.admission import AdmissionPolicy, Mode
+from kvstore.policy.admission import AdmissionPolicy, Mode, Thresholds
 from kvstore.policy.reuse import Traffic
 from kvstore.store import Flags, Session, Store, consecutive, contained, runs_of
 from kvstore.telemetry import StoreMetrics
@@ -405,6 +406,91 @@ async def test_admission_keeps_one_off_blocks_from_the_bucket_until_they_are_ask
     await rig.store.drain(5)
     assert set(rig.bucket.blocks) == set(keys_of(chain))
     await rig.store.close()
+
+
+class Enforcing(Rig):
+    """A rig whose disk takes what admission admits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = Traffic(1 << 8)
+        admission = AdmissionPolicy(self.traffic, mode=Mode.ENFORCE)
+        self.store = Store(self.host, [self.disk], StoreMetrics(), 16 * SLOT, admission=admission)
+
+    async def ask(self, chain: list[SealedBlock], durable: Medium = Medium.HOST) -> list[BlockKey]:
+        self.traffic.observe(keys_of(chain), time.time())
+        return await self.save(chain, durable)
+
+    async def settle(self) -> None:
+        async with asyncio.timeout(30):
+            while self.store.queued_bytes[Medium.DISK]:
+                await asyncio.sleep(0.001)
+
+
+@pytest_asyncio.fixture
+async def enforcing() -> AsyncIterator[Enforcing]:
+    rig = Enforcing()
+    yield rig
+    await rig.store.close()
+
+
+async def test_the_disk_is_asked_when_memory_gives_a_block_up(enforcing: Enforcing, chain: list[SealedBlock]) -> None:
+    await enforcing.ask(chain)
+    await enforcing.settle()
+    assert not enforcing.disk.blocks, "it may be asked for again while it is in memory"
+    source = random.Random(2)
+    for _ in range(4):
+        await enforcing.ask(random_chain(source, 4, LENGTH))
+        await enforcing.settle()
+    assert not set(keys_of(chain)) <= enforcing.host.keys()
+    assert set(keys_of(chain)) <= enforcing.host.keys() | enforcing.disk.keys(), "nothing is known against them"
+    assert (await enforcing.store.acquire(enforcing.session, keys_of(chain), 5)).miss is None
+
+
+async def test_what_is_refused_is_not_written_when_it_leaves(
+    enforcing: Enforcing,
+) -> None:
+    enforcing.store.admission = AdmissionPolicy(
+        enforcing.traffic, mode=Mode.ENFORCE, thresholds=Thresholds(disk_pressure=0.0)
+    )
+    source = random.Random(2)
+    for _ in range(6):
+        await enforcing.ask(random_chain(source, 4, LENGTH))
+        await enforcing.settle()
+    assert enforcing.host.stats().evicted
+    assert not enforcing.disk.blocks
+    judged = enforcing.store.metrics.snapshot()["kvstore_judged_blocks_total{reason=under_pressure,tier=disk}"]
+    assert 0 < judged <= 24, "each was asked about once"
+
+
+async def test_what_is_asked_for_again_is_written_at_once(enforcing: Enforcing, chain: list[SealedBlock]) -> None:
+    enforcing.traffic.observe(keys_of(chain)[:3], time.time())
+    await enforcing.ask(chain)
+    await enforcing.settle()
+    assert set(enforcing.disk.blocks) == set(keys_of(chain)[:3])
+
+
+async def test_durability_that_is_asked_for_does_not_wait(enforcing: Enforcing, chain: list[SealedBlock]) -> None:
+    assert await enforcing.ask(chain, durable=Medium.DISK) == keys_of(chain)
+    assert set(enforcing.disk.blocks) == set(keys_of(chain))
+
+
+async def test_a_node_that_stops_writes_down_what_its_disk_admits(
+    enforcing: Enforcing, chain: list[SealedBlock]
+) -> None:
+    source = random.Random(2)
+    chains = [chain, random_chain(source, 4, LENGTH), random_chain(source, 4, LENGTH)]
+    for each in chains:
+        await enforcing.ask(each)
+    assert await enforcing.store.drain(30)
+    assert set(enforcing.disk.blocks) == {key for each in chains for key in keys_of(each)}
+
+
+async def test_a_block_whose_ancestors_are_lost_is_not_written(enforcing: Enforcing, chain: list[SealedBlock]) -> None:
+    await enforcing.ask(chain)
+    await enforcing.host.delete([chain[2].key])
+    assert await enforcing.store.drain(30)
+    assert set(enforcing.disk.blocks) == set(keys_of(chain)[:2])
 
 
 def test_consecutive_blocks_are_taken_together() -> None:
