@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,8 +59,16 @@ class Demand:
         self.traffic = _read(self._traffic_path, lambda data: Traffic.unpack(data, now)) or Traffic()
         pins = _read(self._pins_path, lambda data: Pins.unpack(data, now))
         self.pins = pins if pins is not None else Pins()
+        self._more: list[tuple[Path, Callable[[], bytes]]] = []
         self._recent: dict[tuple[object, BlockKey], float] = {}
         self._works = [asyncio.create_task(self._keep_regularly()), asyncio.create_task(self._report_regularly())]
+
+    def also_keep(self, name: str, load: Callable[[bytes], object], pack: Callable[[], bytes]) -> None:
+        """Keep something else that was learnt: ``load`` gets what ``pack`` gave before a restart, and raises ValueError for bytes
+        that it cannot have given. Both are called in the event loop."""
+        path = self._path.with_name(f"{name}.msgpack")
+        _read(path, load)
+        self._more.append((path, pack))
 
     def observe(self, client: object, keys: Sequence[BlockKey], block_tokens: int, block_bytes: int) -> None:
         """A client looks this chain up, from its head."""
@@ -101,6 +110,7 @@ class Demand:
     async def _keep(self) -> None:
         hotness, pins = self.hotness.pack(), self.pins.pack()
         kept = [(self._path, lambda: hotness), (self._traffic_path, self.traffic.pack), (self._pins_path, lambda: pins)]
+        kept += [(path, partial(bytes, pack())) for path, pack in self._more]
         for path, pack in kept:
             try:
                 await asyncio.to_thread(_write, path, pack)

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgpack
 from prometheus_client import Counter
 
 from kvstore.config.schema import PolicySection
+from kvstore.demand import Demand
 from kvstore.history import What
 from kvstore.identity import BlockKey
 from kvstore.namespaces import KnownNamespace
@@ -29,6 +31,9 @@ MOST_ENGINES = 64
 
 MOST_LOADING = 1024
 """Loads of an engine that are remembered until they are over."""
+
+_VERSION = 1
+_MAX_PACKED = 1 << 20
 
 PROMISED_SECONDS = 30.0
 """A planned load counts as work ahead of others for so long at most: its request may never be admitted."""
@@ -78,10 +83,48 @@ class Planning:
         )
 
     @classmethod
-    def of(cls, settings: PolicySection, store: Store) -> Planning:
-        """As configured."""
+    def of(cls, settings: PolicySection, store: Store, demand: Demand) -> Planning:
+        """As configured, with what was learnt before a restart; ``demand`` keeps what is learnt from now on."""
         wait = Wait(Prefetch(settings.prefetch), settings.prefetch_timeout_base, settings.prefetch_timeout_per_ki_token)
-        return cls(store, Mode(settings.planner), wait)
+        planning = cls(store, Mode(settings.planner), wait)
+        demand.also_keep("speeds", planning.load, planning.pack)
+        return planning
+
+    def pack(self) -> bytes:
+        """The speeds that were learnt, for a file: some 0.5 KB a tier and an engine."""
+        meters = {medium.value: meter.pack() for medium, meter in self._store.promoter.meters.items() if meter.known}
+        engines = [
+            [
+                digest,
+                engine.prefill.pack() if engine.prefill.known else None,
+                engine.pages.pack() if engine.pages.known else None,
+            ]
+            for digest, engine in self._engines.items()
+        ]
+        packed: bytes = msgpack.packb([_VERSION, meters, engines])
+        return packed
+
+    def load(self, data: bytes) -> None:
+        """What ``pack`` made. Raises ValueError for bytes that it cannot have made. A tier that is gone is left out."""
+        if len(data) > _MAX_PACKED:
+            raise ValueError("too much for speeds")
+        try:
+            version, meters, engines = msgpack.unpackb(data)
+            if version != _VERSION or not isinstance(meters, dict) or len(engines) > MOST_ENGINES:
+                raise ValueError("not speeds of this version")
+            for medium, meter in self._store.promoter.meters.items():
+                if medium.value in meters:
+                    meter.load(meters[medium.value])
+            for digest, prefill, pages in engines:
+                if not isinstance(digest, bytes):
+                    raise ValueError("not a namespace")
+                engine = self._engine(digest)
+                if prefill is not None:
+                    engine.prefill.load(prefill)
+                if pages is not None:
+                    engine.pages.load(pages)
+        except (TypeError, msgpack.UnpackException) as error:
+            raise ValueError("not speeds") from error
 
     def decide(
         self,

@@ -66,7 +66,7 @@ class Node:
             store,
             namespaces,
             demand,
-            Planning.of(config.policy, store),
+            Planning.of(config.policy, store, demand),
             config.identity.tenant,
             config.identity.secret_bytes(),
             arena.epoch,

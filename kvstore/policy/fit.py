@@ -11,7 +11,8 @@ of the prior.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log, sqrt
+from math import exp, isfinite, log, sqrt
+from typing import Any
 
 FAR = 3.0
 """Residuals beyond so many times the usual one are far off."""
@@ -23,6 +24,7 @@ _LEAST_SPREAD, _FIRST_SPREAD, _MOST_SPREAD = 0.02, 0.3, 1.0
 _SPREAD_GAIN = 0.1
 _ROUNDS = 30
 _LARGEST = 1e18
+_LARGEST_LOG = 100.0
 
 
 class OnlineFit:
@@ -58,6 +60,34 @@ class OnlineFit:
         """By which a feature counts at present: the scale included."""
         scale = exp(self._log_scale)
         return tuple(scale * value for value in self._coefficients)
+
+    def pack(self) -> list[Any]:
+        """What was learnt, as plain values."""
+        return [
+            self._coefficients, self._log_scale, self._moments, self._target, self._weight, self._spread, self.observations
+        ]  # fmt: skip
+
+    def load(self, packed: Any) -> None:
+        """What ``pack`` gave, of the same features. Raises ValueError for what it cannot have given; nothing is changed then."""
+        size = len(self._prior)
+        try:
+            coefficients, log_scale, moments, target, weight, spread, observations = packed
+            rows = [coefficients, target, *moments, [log_scale, weight, spread]]
+            values = [[float(value) for value in row] for row in rows]
+            count = int(observations)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError("not a fit") from error
+        widths = [len(row) for row in values]
+        if widths != [size] * (size + 2) + [3] or not all(isfinite(value) for row in values for value in row):
+            raise ValueError("not a fit of these features")
+        log_scale, weight, spread = values[-1]
+        diagonal = [values[2 + i][i] for i in range(size)]
+        if min(values[0]) < 0 or min(diagonal) < 0 or weight < 0 or abs(log_scale) > _LARGEST_LOG or count < 1:
+            raise ValueError("not a fit that can have been learnt")
+        self._coefficients, self._target, self._moments = values[0], values[1], values[2:-1]
+        self._log_scale, self._weight = log_scale, weight
+        self._spread = min(max(spread, _LEAST_SPREAD), _MOST_SPREAD)
+        self.observations = count
 
     def seconds(self, features: Sequence[float]) -> float:
         """Prediction."""

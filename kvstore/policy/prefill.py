@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore.policy.fit import OnlineFit
 
@@ -54,6 +55,22 @@ class PrefillSpeed:
             return 0.0
         steps = -(-tokens // self.step_tokens)
         return self.fit.seconds((steps, tokens, attention(start, tokens)))
+
+    def pack(self) -> list[Any]:
+        """What was learnt, as plain values."""
+        return [self.fit.pack(), self.step_tokens]
+
+    def load(self, packed: Any) -> None:
+        """What ``pack`` gave. Raises ValueError for what it cannot have given."""
+        try:
+            fit, step_tokens = packed
+            possible = 1 <= step_tokens < 1 << 32
+        except (TypeError, ValueError) as error:
+            raise ValueError("not a prefill speed") from error
+        if not possible:
+            raise ValueError("not a step of an engine")
+        self.fit.load(fit)
+        self.step_tokens = int(step_tokens)
 
     def describe(self) -> Mapping[str, float]:
         """For people: what was learnt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from kvstore.policy.fit import OnlineFit
 from kvstore.policy.planner import Speed
@@ -34,6 +35,14 @@ class SpeedMeter:
     def spread(self) -> float:
         """Usual relative error."""
         return self._fit.spread
+
+    def pack(self) -> list[Any]:
+        """What was learnt, as plain values."""
+        return self._fit.pack()
+
+    def load(self, packed: Any) -> None:
+        """What ``pack`` gave. Raises ValueError for what it cannot have given."""
+        self._fit.load(packed)
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """So many bytes came in so many seconds: those asked for, and those that were ahead of them."""

@@ -73,3 +73,21 @@ def test_speeds_that_are_reported_decide_and_are_counted(tmp_path: Path) -> None
 def test_a_report_that_cannot_be_is_refused(tmp_path: Path, arguments: dict[str, object]) -> None:
     with RunningNode(tmp_path) as node, Client(node.socket) as client, pytest.raises(ProtocolError, match="rows"):
         client.call("report", **arguments)
+
+
+def test_speeds_are_known_over_a_restart(tmp_path: Path) -> None:
+    chain = keys(8)
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        save(client, chain)
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        client.open_namespace(NAMESPACE, SIZE)
+        assert client.acquire(chain, 30).miss is None
+        client.report(Report(steps=[(64, 2048.0, 1e-7)] * 5))
+        wait_for(lambda: client.call("planner")["engines"])
+        learnt = client.call("planner")
+        assert learnt["tiers"]["disk"]["transfers"]
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        assert client.call("planner") == learnt
+    next(tmp_path.rglob("speeds.msgpack")).write_bytes(b"\xc1")
+    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+        assert client.call("planner")["engines"] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,3 +148,38 @@ def test_whatever_is_reported_predictions_are_finite_and_not_negative(rows: list
         fit.observe((1.0, tokens, pairs), seconds)
     assert all(value >= 0 and math.isfinite(value) for value in fit.coefficients)
     assert math.isfinite(fit.seconds((1, 1000, 1e6)))
+
+
+def test_what_was_learnt_is_the_same_over_a_restart() -> None:
+    meter, speed = SpeedMeter(Medium.DISK, 16), PrefillSpeed()
+    teach(speed, 50)
+    for nbytes in (1 << 20, 16 << 20, 4 << 20):
+        meter.observe(nbytes, 0.01 + nbytes / 3e9)
+    again, prefill = SpeedMeter(Medium.DISK, 16), PrefillSpeed()
+    again.load(msgpack.unpackb(msgpack.packb(meter.pack())))
+    prefill.load(msgpack.unpackb(msgpack.packb(speed.pack())))
+    assert again.describe() == meter.describe()
+    assert prefill.describe() == speed.describe()
+    for before, after in ((meter, again), (speed, prefill)):
+        before.observe(100, 1e6, 0.2) if isinstance(before, PrefillSpeed) else before.observe(1 << 20, 0.02)
+        after.observe(100, 1e6, 0.2) if isinstance(after, PrefillSpeed) else after.observe(1 << 20, 0.02)
+        assert after.describe() == before.describe()
+
+
+plain = st.recursive(
+    st.none() | st.floats() | st.integers() | st.binary() | st.text(),
+    lambda inner: st.lists(inner, max_size=8),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(plain)
+def test_what_cannot_have_been_learnt_is_refused_and_changes_nothing(packed: object) -> None:
+    meter, speed = SpeedMeter(Medium.DISK, 16), PrefillSpeed()
+    with pytest.raises(ValueError, match="not a"):
+        meter.load(packed)
+    with pytest.raises(ValueError, match="not a"):
+        speed.load(packed)
+    assert not meter.known
+    assert not speed.known
