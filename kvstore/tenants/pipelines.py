@@ -277,7 +277,7 @@ class Tenants:
             lower = [Encrypting(tier, keys) for tier in lower]
         admission = AdmissionPolicy(demand.traffic, demand.pins, Mode(config.policy.admission))
         store = Store(host, lower, metrics, arena.nbytes // 4, probe=shared.probe, admission=admission, history=history)
-        planning = Planning.of(config.policy, store)
+        planning = Planning.of(config.policy, store, demand)
         verbs = Verbs(store, namespaces, demand, planning, name, tenant.secret_bytes(), arena.epoch)
         return Pipeline(verbs, store, arena, tenant, demand, own)
 
