@@ -175,7 +175,7 @@ def node_name(directory: Path) -> str:
 def encryption_keys(config: Config, tenant: str = "") -> KeyRing | None:
     """What a tenant's blocks are encrypted with, if anything; by default the node's own. Raises ConfigError."""
     settings, tenant = config.encryption, tenant or config.identity.tenant
-    unwrap = kms_at(settings.kms_region, settings.kms_endpoint).unwrap
+    unwrap = kms_at(config.object.region).unwrap
     if settings.key_file is not None:
         return KeyFile(settings.key_file, tenant, unwrap)
     if text := settings.keys.get_secret_value():

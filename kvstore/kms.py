@@ -23,12 +23,14 @@ TIMEOUT_SECONDS = 10.0
 
 
 class Kms:
-    """A KMS, and what it has decrypted already. Any thread may call; boto3 finds the credentials."""
+    """A KMS, and what it has decrypted already. Any thread may call.
 
-    def __init__(self, region: str = "", endpoint: str = "") -> None:
-        """Empty: as the AWS SDK finds them. Nothing is asked yet."""
+    The AWS SDK finds credentials and address as it always does: ``AWS_ENDPOINT_URL_KMS`` names another one.
+    """
+
+    def __init__(self, region: str = "") -> None:
+        """``region`` empty: as the SDK finds it. Nothing is asked yet."""
         self._region = region
-        self._endpoint = endpoint
         self._lock = Lock()
         self._client: Any = None
         self._known: dict[str, str] = {}
@@ -71,7 +73,6 @@ class Kms:
                 self._client = boto3.session.Session().client(
                     "kms",
                     region_name=self._region or None,
-                    endpoint_url=self._endpoint or None,
                     config=Config(connect_timeout=TIMEOUT_SECONDS, read_timeout=TIMEOUT_SECONDS, retries=retries),
                 )
             return getattr(self._client, operation)(**arguments)
@@ -80,9 +81,9 @@ class Kms:
 
 
 @cache
-def kms_at(region: str = "", endpoint: str = "") -> Kms:
+def kms_at(region: str = "") -> Kms:
     """One for the process, so that tenants that share a keyring do not each ask."""
-    return Kms(region, endpoint)
+    return Kms(region)
 
 
 def _context(identity: str) -> dict[str, str]:
@@ -90,5 +91,5 @@ def _context(identity: str) -> dict[str, str]:
 
 
 def _refused(problem: str) -> ConfigError:
-    remedy = "See encryption.kms_region and kms_endpoint, and that this role may kms:Decrypt with the key."
+    remedy = "See that object.region or AWS_REGION is the key's, and that this role may kms:Decrypt with it."
     return ConfigError("encryption", "(not shown)", f"the KMS gives no key: {problem}", remedy)

@@ -111,5 +111,4 @@ def new_key(
     if not kms:
         print(make())
         return
-    settings = source.load().config.encryption
-    print(kms_at(settings.kms_region, settings.kms_endpoint).new_line(kms))
+    print(kms_at(source.load().config.object.region).new_line(kms))

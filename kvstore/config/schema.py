@@ -304,10 +304,6 @@ class EncryptionSection(_Section):
     key_file: Path | None = Field(
         None, description="File with one id:key a line, the active one first; read again when it changes."
     )
-    kms_region: str = Field(
-        "", description="AWS region of the KMS that decrypts keys written as id:kms:ciphertext; empty: the SDK's."
-    )
-    kms_endpoint: str = Field("", description="URL of that KMS; empty: AWS's of the region.")
 
     @model_validator(mode="after")
     def _check(self) -> EncryptionSection:

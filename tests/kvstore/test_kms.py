@@ -28,12 +28,13 @@ def server() -> Iterator[S3Server]:
     with ministack() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
         patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+        patch.setenv("AWS_ENDPOINT_URL_KMS", server.endpoint)
         yield server
 
 
 @pytest.fixture(scope="module")
 def key(server: S3Server) -> str:
-    made = boto3.client("kms", region_name=REGION, endpoint_url=server.endpoint).create_key(Description="test")
+    made = boto3.client("kms", region_name=REGION).create_key(Description="test")
     return str(made["KeyMetadata"]["KeyId"])
 
 
@@ -48,21 +49,20 @@ def written(path: Path, *lines: str) -> Path:
 def test_a_line_from_the_command_line_opens_the_same_secret_everywhere(
     server: S3Server, key: str, tmp_path: Path
 ) -> None:
-    options = [f"--set=encryption.kms_endpoint={server.endpoint}", f"--set=encryption.kms_region={REGION}"]
-    made = CliRunner().invoke(app, ["key", "--kms", key, *options])
+    made = CliRunner().invoke(app, ["key", "--kms", key, f"--set=object.region={REGION}"])
     assert made.exit_code == 0, made.output
     file = written(tmp_path / "keys", made.stdout.strip())
-    one = KeyFile(file, "a", Kms(REGION, server.endpoint).unwrap)
-    other = KeyFile(file, "a", Kms(REGION, server.endpoint).unwrap)
+    one = KeyFile(file, "a", Kms(REGION).unwrap)
+    other = KeyFile(file, "a", Kms(REGION).unwrap)
     identity, secret = one.active()
     assert (identity, secret) == other.active()
     assert identity.hex() == made.stdout[:16]
     assert secret.hex() not in file.read_text()
-    assert KeyFile(file, "b", Kms(REGION, server.endpoint).unwrap).active()[1] != secret
+    assert KeyFile(file, "b", Kms(REGION).unwrap).active()[1] != secret
 
 
 def test_what_is_decrypted_is_the_secret_of_the_ring(server: S3Server, key: str) -> None:
-    kms = Kms(REGION, server.endpoint)
+    kms = Kms(REGION)
     wrapped, plain = kms.new_line(key), new_key()
     unwrapped = kms.unwrap(f"{wrapped} {plain}").split()
     assert unwrapped[1] == plain
@@ -75,7 +75,7 @@ def test_what_is_decrypted_is_the_secret_of_the_ring(server: S3Server, key: str)
 
 
 def test_keys_rotate_while_the_file_is_in_use(server: S3Server, key: str, tmp_path: Path) -> None:
-    kms = Kms(REGION, server.endpoint)
+    kms = Kms(REGION)
     first, second = kms.new_line(key), kms.new_line(key)
     file = written(tmp_path / "keys", first)
     keys = KeyFile(file, "a", kms.unwrap)
@@ -86,16 +86,19 @@ def test_keys_rotate_while_the_file_is_in_use(server: S3Server, key: str, tmp_pa
 
 
 def test_a_ciphertext_under_another_id_is_refused(server: S3Server, key: str) -> None:
-    kms = Kms(REGION, server.endpoint)
+    kms = Kms(REGION)
     line = kms.new_line(key)
     with pytest.raises(ConfigError, match="KMS gives no key"):
         kms.unwrap("00" * 8 + line[16:])
 
 
-def test_without_the_kms_nothing_starts(server: S3Server, key: str, tmp_path: Path) -> None:
-    kms = Kms(REGION, server.endpoint)
+def test_without_the_kms_nothing_starts(
+    server: S3Server, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kms = Kms(REGION)
     file = written(tmp_path / "keys", kms.new_line(key))
-    nobody = Kms(REGION, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{free_port()}")
+    nobody = Kms(REGION)
     with pytest.raises(ConfigError, match="kms:Decrypt"):
         KeyFile(file, "a", nobody.unwrap)
     with pytest.raises(ConfigError, match="base64"):
@@ -103,7 +106,7 @@ def test_without_the_kms_nothing_starts(server: S3Server, key: str, tmp_path: Pa
 
 
 def test_no_block_waits_for_the_kms(server: S3Server, key: str, tmp_path: Path) -> None:
-    kms, answers = Kms(REGION, server.endpoint), Event()
+    kms, answers = Kms(REGION), Event()
 
     def slow(text: str) -> str:
         if ":kms:" in text:
