@@ -29,7 +29,7 @@ from conftest import (
     storage_config,
     wait,
 )
-from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, PoolName, PoolTransfer
+from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, PoolName, PoolTransfer, PoolTransferResult
 from sglang.srt.mem_cache.utils import get_hash_str
 
 import connectors.sglang.geometry as geometry
@@ -389,8 +389,8 @@ def test_the_usable_prefix_follows_the_pools_policy(policy: str, keys: int, held
 
 
 def test_the_usable_prefix_is_that_of_sglangs_own_file_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(HiCacheFile, "_collect_existing_component_keys"):
-        pytest.skip("this SGLang's file backend knows no other pools")
+    if not hasattr(PoolTransferResult, "restorable_prefix_pages"):
+        pytest.skip("older file backends also offer lengths that a pool with trailing pages cannot serve")
     source = random.Random(1)
     theirs = HiCacheFile(storage_config(None), str(tmp_path))
     for _ in range(500):
@@ -423,9 +423,7 @@ def test_a_kv_pool_without_bytes_follows_the_others(backends: Backends) -> None:
 
     def paged(name: str, seed: int) -> Any:
         device = [torch.zeros(PAGES // 2, 640, dtype=torch.uint8) for _ in range(LAYERS)]
-        pool = hosts.DeepSeekV4PagedHostPool(
-            name, device, 640, PAGES, PAGE, layout="page_first", pin_memory=False, page_aligned_only=True
-        )
+        pool = hosts.DeepSeekV4PagedHostPool(name, device, 640, PAGES, PAGE, layout="page_first", pin_memory=False)
         return fill(pool, seed)
 
     compressed, window = paged("deepseek_v4_c4", 1), paged("swa", 2)
