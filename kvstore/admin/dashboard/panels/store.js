@@ -17,7 +17,7 @@ function Tier({ tier, breaker, samples }) {
   const written = samples.rate(`put ${medium}`);
   const notes = [
     `${count(tier.blocks)} blocks`,
-    tier.queued_bytes ? `${bytes(tier.queued_bytes)} waiting to be written` : "",
+    tier.queued_bytes ? `${bytes(tier.queued_bytes)} waiting` : "",
     tier.evicted ? `${count(tier.evicted)} evicted` : "",
     tier.refused ? `${count(tier.refused)} refused` : "",
   ].filter(Boolean);
