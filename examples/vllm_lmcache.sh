@@ -19,6 +19,7 @@ read -ra options <<<"${LMCACHE_OPTIONS:-}"
 trap 'exit 0' INT TERM
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 
+# Where revisions or dtypes share a model's name, name them here: "weights" and "dtype", see docs/lmcache.md.
 lmcache server --host 127.0.0.1 --port "$port" --http-host 127.0.0.1 --http-port "$http" --eviction-policy LRU \
     --l1-size-gb 4 --l1-init-size-gb 1 "${options[@]}" --l2-adapter '{
       "type": "plugin", "module_path": "connectors.lmcache", "class_name": "KVStoreAdapter",
