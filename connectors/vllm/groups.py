@@ -48,11 +48,11 @@ class PageTables:
 
     def row(self, tables: Sequence[Sequence[int]], pages: range) -> tuple[int, ...]:
         """What ``BlockCopy.pages`` is of these pages of a request."""
-        return tuple(
-            ABSENT if window and table[page] == NULL_PAGE else table[page]
-            for table, window in zip(tables, self.windows, strict=True)
-            for page in pages
-        )
+        row: list[int] = []
+        for table, window in zip(tables, self.windows, strict=True):
+            kept = table[pages.start : pages.stop]
+            row += [ABSENT if page == NULL_PAGE else page for page in kept] if window else kept
+        return tuple(row)
 
 
 ONE_TABLE = PageTables()

@@ -31,14 +31,11 @@ class Load:
     def parts(self, pages_per_block: int, tables: int = 1) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
         """Per block: its key, the engine pages to fill (as in ``BlockCopy``), and the page of the block at which they start."""
         total = len(self.pages) // tables
+        columns = [self.pages[at : at + total] for at in range(0, total * tables, total or 1)]
         taken, first = 0, self.first_page
         for key in self.keys:
-            stop = min(taken + pages_per_block - first, total)
-            yield (
-                key,
-                tuple(page for at in range(0, total * tables, total) for page in self.pages[at + taken : at + stop]),
-                first,
-            )
+            stop = taken + pages_per_block - first
+            yield key, sum((column[taken:stop] for column in columns), ()), first
             taken, first = stop, 0
 
 
