@@ -7,6 +7,7 @@ to it, so that nodes hear of it within a second. A catalog that is away or incom
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Self
@@ -16,11 +17,12 @@ import structlog
 from kvstore.catalog.base import START, Catalog, Entry
 from kvstore.catalog.cursors import SourceCursor
 from kvstore.catalog.hotness import reports
-from kvstore.catalog.pins import pinned_blocks
+from kvstore.catalog.pins import region_pins
 from kvstore.catalog.publisher import Publisher
 from kvstore.catalog.purges import ring
 from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError, ProtocolError
 from kvstore.identity import BlockKey
+from kvstore.policy.pins import Pins
 from kvstore.tiers.object.contents import size_only
 from kvstore.tiers.object.hotness import MAX_SNAPSHOT_BYTES, HotnessSnapshot
 from kvstore.tiers.object.names import BLOCKS, HOTNESS, TOMBSTONES, block_name, hotness_name, parse_block_name
@@ -50,6 +52,7 @@ class Contents:
         self._unseen: set[BlockKey] = set()
         """While the whole index is read again: blocks that were not come across yet."""
         self._used_bytes = 0
+        self._pins = Pins()
         self._stones: dict[str, Tombstone | None] = {}
         """By name in the bucket; None: unreadable."""
         self._turn = asyncio.Lock()
@@ -111,11 +114,11 @@ class Contents:
         return [report for report in read if report is not None]
 
     async def pinned(self) -> set[BlockKey]:
-        """Blocks that somebody wants kept, as far as the catalog tells."""
+        """Blocks that somebody wants kept, by what the catalog told last."""
         if self.catalog is not None:
             with suppress(CatalogUnavailable):
-                return await pinned_blocks(self.catalog.documents)
-        return set()
+                self._pins = await region_pins(self.catalog.documents)
+        return self._pins.held(time.time())
 
     async def purged(self) -> None:
         """Tombstones were written: have nodes look at once. Without a catalog they look every few seconds."""

@@ -77,13 +77,13 @@ class RegionPins:
             self._written[name] = wish.at, written
 
 
-async def pinned_blocks(documents: Documents) -> set[BlockKey]:
-    """All blocks of the region that are pinned now. Raises CatalogUnavailable."""
+async def region_pins(documents: Documents) -> Pins:
+    """What is pinned in the region, of all tenants. Raises CatalogUnavailable."""
     pins, now = Pins(), time.time()
     for document in (await documents.read_all(FOLDER)).values():
         if (wish := read_wish(document)) is not None:
             pins.heed(wish, now)
-    return pins.held(now)
+    return pins
 
 
 def read_wish(document: Document) -> Wish | None:

@@ -19,6 +19,7 @@ from kvstore.catalog.documents import Document
 
 FOLDER = "nodes"
 _NOWHERE = {"0.0.0.0", "::"}
+_API = re.compile(r"https?://[^/?#@\s]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class Presence:
             known = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
         except (ValueError, TypeError, KeyError):
             return None
+        if not _API.fullmatch(known["api"]):
+            known["api"] = ""
         return cls(**known, expires=document.expires)
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from kvstore.catalog.pins import RegionPins
 from kvstore.catalog.purges import Bell
 from kvstore.identity import BlockKey
 from kvstore.policy.pins import Pins
-from kvstore.testing.servers import free_port
+from kvstore.testing.redis import redis_server
+from kvstore.testing.servers import ServerUnavailable, free_port
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import hotness_name
@@ -116,6 +117,19 @@ async def test_what_a_node_pinned_stays_in_the_bucket(folder: ObjectSettings, tm
             rule = Retention.model_validate({"ttl": "1h"})
             assert (await retire(contents, [rule], enforce=True)).blocks.total() == 12
     assert set(kept) <= stored(folder).keys()
+
+
+async def test_pins_are_remembered_while_the_catalog_is_away(folder: ObjectSettings, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(redis_server())
+        except ServerUnavailable as error:
+            pytest.skip(str(error))
+        async with region(folder, tmp_path, server.url) as (contents, catalog):
+            await pin(catalog, [ONE])
+            assert await contents.pinned() == {ONE}
+            server.stop()
+            assert await contents.pinned() == {ONE}
 
 
 async def test_a_purge_rings_for_the_nodes(folder: ObjectSettings, tmp_path: Path) -> None:

@@ -173,6 +173,13 @@ def test_what_is_no_presence_is_passed_over(body: bytes) -> None:
     assert present(documents) == [dataclasses.replace(here, expires=9.0)]
 
 
+def test_what_is_no_address_is_not_asked() -> None:
+    for api in ("file:///etc/passwd", "http://user@host:1", "http://host:1/path", "host:1"):
+        node = dataclasses.replace(Presence.here("n", "", ""), api=api)
+        (read,) = present([Document(node.document, node.pack(), 1, 9.0)])
+        assert apis([read], read.host) == []
+
+
 def test_of_a_node_that_came_back_its_latest_life_counts() -> None:
     lives = [
         Presence(name="n", process=f"h:{pid}:a", host="h", started=at) for pid, at in ((1, 5.0), (2, 7.0), (3, 6.0))

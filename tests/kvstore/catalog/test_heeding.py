@@ -12,7 +12,7 @@ from region_nodes import SPACE, Peer, Region, wait_for
 from kvstore import burials, demand
 from kvstore.catalog import Catalog, hotness, open_catalog, presence, sharing
 from kvstore.catalog.hotness import reports
-from kvstore.catalog.pins import FOLDER, RegionPins, pinned_blocks
+from kvstore.catalog.pins import FOLDER, RegionPins, region_pins
 from kvstore.catalog.presence import present
 from kvstore.catalog.purges import ring
 from kvstore.identity import BlockKey
@@ -104,12 +104,12 @@ async def test_nodes_that_tell_of_the_same_chain_at_once_agree(url: str) -> None
         await asyncio.gather(*(member.round() for member in members))
     assert {pins.ends(chain, now)[0] for pins in nodes} == {now + 102}
     assert told[0][-3:] == chain
-    assert await pinned_blocks(catalogs[0].documents) == set(chain)
+    assert (await region_pins(catalogs[0].documents)).held(now) == set(chain)
     nodes[0].unpin(chain[:2], now)
     for _ in range(2):
         await asyncio.gather(*(member.round() for member in members))
     assert [pins.hold(chain, now) for pins in nodes] == [[False, False, True]] * 3
-    assert await pinned_blocks(catalogs[0].documents) == {chain[2]}
+    assert (await region_pins(catalogs[0].documents)).held(now) == {chain[2]}
     for catalog in catalogs:
         await catalog.close()
 
@@ -124,9 +124,9 @@ async def test_what_is_no_pin_is_passed_over(url: str) -> None:
     junk = ((f"{folder}/a", b""), (f"{FOLDER}/b", b"\xc1"), (written, b"junk"), (f"{folder}/{'00' * 16}", wish.pack()))
     for name, body in junk:
         await catalog.documents.put(name, body, 60)
-    assert await pinned_blocks(catalog.documents) == set()
+    assert (await region_pins(catalog.documents)).held(now) == set()
     await RegionPins(catalog.documents, pins, "acme").round()
-    assert await pinned_blocks(catalog.documents) == {wish.last}, "what could not be read was replaced"
+    assert (await region_pins(catalog.documents)).held(now) == {wish.last}, "what could not be read was replaced"
     await catalog.close()
 
 
@@ -139,7 +139,7 @@ async def test_a_tenant_does_not_hear_of_another_ones_pins(url: str) -> None:
         for name, pins in tenants.items():
             await RegionPins(catalog.documents, pins, name).round()
     assert [len(pins.wishes(now)) for pins in tenants.values()] == [1, 1]
-    assert len(await pinned_blocks(catalog.documents)) == 2, "whoever evicts for all heeds both"
+    assert len((await region_pins(catalog.documents)).held(now)) == 2, "whoever evicts for all heeds both"
     await catalog.close()
 
 
