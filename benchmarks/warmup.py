@@ -41,7 +41,7 @@ BIRTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 HALF = 0.5
 STEADY = 0.95
 HEADROOM_POINTS = 1.0
-REPORT_AGES = (60.0, 300.0)
+REPORT_AGES = (15.0, 60.0, 300.0)
 """Seconds: the report that the choice is made from is old."""
 
 

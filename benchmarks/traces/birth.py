@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.traces.replay import Answers, Keyed
-from kvstore.demand import KEEP_EVERY_SECONDS, prefill_seconds
+from benchmarks.traces.trace import ROOT
+from kvstore.demand import REPORT_SECONDS, prefill_seconds
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
 from kvstore.policy.reuse import Traffic
@@ -116,7 +117,7 @@ class Birth:
         for request in self.before:
             if request.time > until:
                 break
-            if request.time >= reported + KEEP_EVERY_SECONDS:
+            if request.time >= reported + REPORT_SECONDS:
                 traffic.values(b"", np.zeros(0, dtype=np.intp), np.zeros(0))
                 reported = request.time
             answers.until(request.time)
@@ -130,7 +131,14 @@ class Birth:
         answers.until(until)
         report = HotnessSnapshot.unpack(HotnessSnapshot.learnt(traffic, index, until, prefill_seconds).pack())
         scores = merged([report], self.time)
-        return self.sent({block: scores[keys[block]] for block in self.seen if keys[block] in scores})
+        above = self.source.trace.parent.tolist()
+        told: dict[int, float] = {}
+        for block in reversed(self.seen):  # with the ancestors, which a report leaves out
+            if block in told or keys[block] in scores:
+                told[block] = scores.get(keys[block], 0.0)
+                if above[block] != ROOT:
+                    told[above[block]] = 0.0
+        return self.sent(told)
 
     def by_hindsight(self, window: float) -> list[int]:
         """The best that is possible for the first ``window`` seconds, to within what the planner's order is from it."""

@@ -58,7 +58,7 @@ class Reporter:
         """What is expected of the bucket's blocks, and what was counted of those that this node knows nothing else of."""
         now = time.time()
         counted = HotnessSnapshot.of(self._demand.hotness, now, prefill_seconds)
-        return HotnessSnapshot.learnt(self._demand.traffic, self._bucket.index, now, prefill_seconds).with_more(counted)
+        return HotnessSnapshot.learnt(self._demand.traffic, self._bucket.index, now, prefill_seconds, counted)
 
 
 async def reports(documents: Documents) -> Mapping[str, HotnessSnapshot]:

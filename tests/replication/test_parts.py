@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.envelope import Header
@@ -25,6 +25,7 @@ from kvstore.testing.blocks import SealedBlock, random_chain, random_key, seal
 from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.hotness import MAX_BLOCKS, HotnessSnapshot, merged
+from replication.hotset import hot_block, raise_ancestors
 from replication.links import Links
 
 KEY = BlockKey(b"k" * 16)
@@ -82,9 +83,10 @@ class TestHotnessSnapshot:
         for block in (*newest, *once):
             index.add(block.header, 0, 60.0 * 39)
         snapshot = HotnessSnapshot.learnt(traffic, index, 60.0 * 40, lambda tokens: tokens / 100)
-        assert snapshot.scores.keys() == {block.key for block in (*newest, *once)}
-        coldest = min(snapshot.scores[block.key] for block in newest)
-        assert coldest > max(snapshot.scores[block.key] for block in once)
+        scores = dict(snapshot.scores)
+        raise_ancestors([hot_block(block.header) for block in (*newest, *once)], scores)
+        coldest = min(scores[block.key] for block in newest)
+        assert coldest > max(scores[block.key] for block in once)
 
     def tail(self, source: random.Random, chain: list[SealedBlock], blocks: int) -> list[SealedBlock]:
         added: list[SealedBlock] = []
@@ -92,6 +94,50 @@ class TestHotnessSnapshot:
             last = (chain + added)[-1]
             added.append(seal(random_key(source), b"x" * 100, parent=last.key, index=last.header.index + 1))
         return added
+
+    @given(st.integers(0, 2**32 - 1))
+    @settings(max_examples=20, deadline=None)
+    def test_a_report_says_the_same_of_all_blocks_by_naming_few(self, seed: int) -> None:
+        source, traffic, index = random.Random(seed), Traffic(1 << 10), BlockIndex()
+        chains = [random_chain(source, 6, 100)]
+        for _ in range(8):  # each leaves an earlier one somewhere
+            stem = source.choice(chains)[: source.randint(1, 6)]
+            chains.append([*stem, *self.tail(source, stem, source.randint(1, 6))])
+        blocks = {block.key: hot_block(block.header) for chain in chains for block in chain}
+        for header in {block.key: block.header for chain in chains for block in chain}.values():
+            index.add(header, 0, 0.0)
+        now = 0.0
+        for _ in range(20):
+            now += source.expovariate(1 / 30)
+            chain = [block.key for block in source.choice(chains)]
+            traffic.observe(chain, now)
+            index.touch(chain, now)
+        report = HotnessSnapshot.learnt(traffic, index, now, lambda tokens: tokens / 100)
+        rows = index.rows(blocks)
+        rates = traffic.values(index.key_bytes(rows), index.hits[rows], now - index.accessed[rows])
+        seconds = rates * 3600.0 * index.tokens[rows] / 100
+        told, everything = dict(report.scores), dict(zip(blocks, seconds.tolist(), strict=True))
+        for scores in (told, everything):
+            raise_ancestors(list(blocks.values()), scores)
+        assert told == pytest.approx(everything)
+        assert len(report.scores) < len(blocks)
+        uses = dict(report.used)
+        for block in reversed(blocks.values()):
+            if block.key in uses:
+                uses[block.parent] = max(uses[block.key], uses.get(block.parent, 0.0))
+        accessed = dict(zip(blocks, index.accessed[rows].tolist(), strict=True))
+        assert {key: uses[key] for key in blocks if key in uses} == {key: at for key, at in accessed.items() if at}
+
+    def test_what_was_counted_is_told_of_blocks_that_are_not_ranked(self) -> None:
+        chain, other = random_chain(random.Random(3), 3, 100), BlockKey(b"o" * 16)
+        traffic, index = Traffic(64), BlockIndex()
+        traffic.observe([block.key for block in chain], 1.0)
+        for block in chain:
+            index.add(block.header, 0, 1.0)
+        counted = HotnessSnapshot(2.0, 3600.0, {chain[1].key: 1e9, other: 5.0}, {other: 1.0})
+        report = HotnessSnapshot.learnt(traffic, index, 2.0, float, counted)
+        assert report.scores[other] == 5.0
+        assert max(score for key, score in report.scores.items() if key != other) < 1e9
 
     def test_blocks_of_which_only_the_size_is_known_are_not_ranked(self) -> None:
         index = BlockIndex()
