@@ -19,5 +19,13 @@ from kvstore.admin.routes import (
 
 ROUTERS = (events.router, jobs.router, configuration.router, region.router, whoami.router)
 """Those of every service, beside those of health."""
-NODE_ROUTERS = (status.router, blocks.router, prompts.router, insight.router, namespaces.router, policy.router, tenants.router)
+NODE_ROUTERS = (
+    status.router,
+    blocks.router,
+    prompts.router,
+    insight.router,
+    namespaces.router,
+    policy.router,
+    tenants.router,
+)
 """Those that ask a node."""
