@@ -150,6 +150,11 @@ class Tenants:
         """By tenant."""
         return {name: pipeline.store for name, pipeline in self.pipelines.items()}
 
+    def of_namespace(self, digest: bytes) -> Pipeline | None:
+        """Whose a namespace is; None for the node's own, and for one that is not known."""
+        known = self._namespaces.get(digest)
+        return None if known is None else self.pipelines.get(known.fields.tenant)
+
     # --- who is who
 
     def place(self, shown: Shown) -> Pipeline | None:

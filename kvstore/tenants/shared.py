@@ -75,13 +75,16 @@ class Shared:
         return lambda tier, keys: EncryptingEach(tier, keys, namespaces, ring)
 
     def telling(self, own: OnEvict) -> OnEvict:
-        """``own``, and each tenant of its blocks that went to make room for others, though not for whom."""
+        """Tells each tenant of its blocks that went to make room for others, though not for whom; ``own`` of all else."""
 
         def tell(medium: Medium, keys: Sequence[BlockKey], newcomer: BlockKey | None) -> None:
-            own(medium, keys, newcomer)
+            stores, told = self.stores(), set[BlockKey]()
             for tenant, mine in self.ledgers[medium].had(keys).items():
-                if (store := self.stores().get(tenant)) is not None:
+                if (store := stores.get(tenant)) is not None:
                     store.history.evicted(medium, mine, None)
+                    told.update(mine)
+            if rest := [key for key in keys if key not in told]:
+                own(medium, rest, newcomer)
 
         return tell
 

@@ -1,7 +1,7 @@
 """What operators ask a node with several tenants.
 
-The verbs of every node are asked of the tenant that is meant: the one that ``tenant`` names, else the one that holds the
-block, or made the request, that they are about; else of the node's own tenant, which sees disk and bucket as a whole.
+The verbs of every node are asked of the tenant that is meant: the one that ``tenant`` names, else the one whose the block, the
+request or the namespace is that they are about; else of the node's own tenant, which sees disk and bucket as a whole.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
             return next((each for each in tenants.pipelines.values() if _holds(each.store, block)), None)
         if request := text_of(args, "request", MAX_ID_CHARS):
             return next((each for each in tenants.pipelines.values() if each.verbs.remembers(request)), None)
-        return None
+        namespace = args.get("namespace")
+        return tenants.of_namespace(namespace) if isinstance(namespace, bytes) else None
 
     def asked_of_one(verb: str) -> Verb:
         def ask(caller: Caller, args: Arguments) -> Any:

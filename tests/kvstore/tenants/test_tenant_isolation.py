@@ -181,7 +181,11 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
         assert operator.call("verify", keys=joined, medium="disk")["checked"] == 5
         assert operator.call("evict", keys=joined, medium="host") == {"evicted": 5}
         assert operator.call("delete", keys=joined)["deleted"] == {"host": 0, "disk": 5}
-        assert b'kvstore_tenant_published_blocks_total{tenant="acme"} 5.0' in operator.call("metrics")
+        save(acme, PROMPT)
+        (digest,) = {space["digest"] for space in operator.call("status")["namespaces"]}
+        assert len(operator.call("list", medium="host", limit=10, namespace=digest)["blocks"]) == 5
+        assert operator.call("delete", namespace=digest)["deleted"] == {"host": 5, "disk": 5}
+        assert b'kvstore_tenant_published_blocks_total{tenant="acme"} 10.0' in operator.call("metrics")
 
 
 def test_what_tenants_stored_is_theirs_after_a_restart(site: TenantSite) -> None:
