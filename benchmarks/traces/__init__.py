@@ -27,7 +27,6 @@ from benchmarks.traces.plot import draw
 from benchmarks.traces.replay import Cache, baseline_hits, keyed, policy_hits
 from benchmarks.traces.tiers import Tally, run_tiers
 from benchmarks.traces.trace import Trace, load
-from benchmarks.traces.variants import all_of, made
 from kvstore.policy.admission import Mode
 from kvstore.policy.reuse import Reuse, Traffic
 
@@ -38,8 +37,6 @@ FILES = (
     "ragpulse/0_trace.jsonl",
 )
 CAPACITIES = (0.02, 0.05, 0.10, 0.25, 0.50)
-FEWER = (0.02, 0.10, 0.25)
-"""Capacities for the many traces of ``--variants``."""
 GAP_POINTS = 2.0
 """A gap from LRU to Belady below this says nothing about a policy."""
 
@@ -92,7 +89,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _figures(points: Sequence[Point]) -> dict[str, float]:
+def figures_of(points: Sequence[Point]) -> dict[str, float]:
     closed = [value for p in points if (value := p.gap_closed(p.reuse)) is not None]
     without = [value for p in points if (value := p.gap_closed(p.reuse_without_answers)) is not None]
     return {
@@ -115,7 +112,7 @@ def _admission_figures(tallies: Sequence[tuple[Tally, Tally]]) -> dict[str, floa
     }
 
 
-def _show(console: Console, points: Sequence[Point]) -> None:
+def show(console: Console, points: Sequence[Point]) -> None:
     for name in dict.fromkeys(point.trace for point in points):
         rows = [point for point in points if point.trace == name]
         table = Table("capacity", title=f"{name}: hit ratio, %", title_justify="left")
@@ -148,39 +145,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, action="append", help="another trace in the Mooncake format, in place of the known ones"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--variants", action="store_true", help="judge halves, stretched, shuffled and made traces instead"
-    )
     parser.add_argument("--plot", type=Path, help="draw hit ratio over capacity into this SVG file")
 
 
-def run(args: Any) -> Mapping[str, float]:
-    console = Console(stderr=True, width=140)
-    paths = args.trace or [args.traces / file for file in FILES]
+def load_all(paths: Sequence[Path]) -> list[Trace]:
+    """The traces in these files. Exits with what to do where one is missing."""
     for path in paths:
         if not path.exists():
             raise SystemExit(
                 f"no trace at {path}: name the folder that holds {FILES} with --traces, or a file with --trace"
             )
-    traces = [load(path) for path in paths]
-    shares = CAPACITIES
-    if args.variants:
-        traces, shares = [variant for trace in traces for variant in all_of(trace)] + made(), FEWER
-    grid = [(trace, share) for trace in traces for share in shares]
+    return [load(path) for path in paths]
+
+
+def run(args: Any) -> Mapping[str, float]:
+    console = Console(stderr=True, width=140)
+    traces = load_all(args.trace or [args.traces / file for file in FILES])
+    grid = [(trace, share) for trace in traces for share in CAPACITIES]
     with ProcessPoolExecutor(args.jobs) as pool:
-        tallies = list(pool.map(_admission, traces)) if not args.variants else []
+        tallies = list(pool.map(_admission, traces))
         points = list(pool.map(measure, *zip(*grid, strict=True)))
-    _show(console, points)
-    figures = _figures(points)
-    if tallies:
-        _show_admission(console, traces, tallies)
-        figures |= _admission_figures(tallies)
-        figures |= {
-            "prefill_seconds_saved": sum(
-                enforced.prefill_seconds_saved(trace.block_tokens)
-                for trace, (_, enforced) in zip(traces, tallies, strict=True)
-            ),
-        }
+    show(console, points)
+    _show_admission(console, traces, tallies)
+    saved = (tally.prefill_seconds_saved(trace.block_tokens) for trace, (_, tally) in zip(traces, tallies, strict=True))
+    figures = figures_of(points) | _admission_figures(tallies) | {"prefill_seconds_saved": sum(saved)}
     if args.plot:
         draw(args.plot, points)
     return figures

@@ -32,12 +32,29 @@ def scaled(trace: Trace, factor: float) -> Trace:
     return build(f"{trace.name}, time x {factor:g}", [_row(r, r.time * factor) for r in trace.requests])
 
 
+def session(request: Request) -> int:
+    """What a request belongs to: requests that share their second block (their first, where there is no second; the first is
+    often one system prompt for all)."""
+    return request.blocks[min(1, len(request.blocks) - 1)]
+
+
+def sampled(trace: Trace, requests: int, seed: int = 5) -> Trace:
+    """Whole sessions, drawn at random, with about so many requests."""
+    sessions = sorted({session(request) for request in trace.requests})
+    share = min(requests / len(trace.requests), 1.0)
+    drawn = {
+        name
+        for name, draw in zip(sessions, np.random.default_rng(seed).random(len(sessions)), strict=True)
+        if draw < share
+    }
+    return build(trace.name, [_row(request, request.time) for request in trace.requests if session(request) in drawn])
+
+
 def shuffled(trace: Trace, seed: int = 1) -> Trace:
-    """Sessions start in another order; inside a session nothing changes. A session is what shares its second block (its
-    first, where there is no second): the first is often one system prompt for all."""
+    """Sessions start in another order; inside a session nothing changes."""
     sessions: dict[int, list[Request]] = defaultdict(list)
     for request in trace.requests:
-        sessions[request.blocks[min(1, len(request.blocks) - 1)]].append(request)
+        sessions[session(request)].append(request)
     starts = np.array([session[0].time for session in sessions.values()])
     moved = np.random.default_rng(seed).permutation(starts)
     rows = [
@@ -113,5 +130,5 @@ def all_of(trace: Trace) -> list[Trace]:
     return [*halves(trace), scaled(trace, 0.1), scaled(trace, 10.0), shuffled(trace)]
 
 
-def made() -> list[Trace]:
-    return [agents(), documents(), scans(), loop()]
+def made(requests: int) -> list[Trace]:
+    return [agents(requests), documents(requests), scans(requests), loop(requests)]
