@@ -22,7 +22,10 @@ Duration = Annotated[
 
 @grouped
 def pin(prompt: prompts.Named, node: options.Node, duration: Duration = "1h", json: options.Json = False) -> None:
-    """Ask the node to keep a prompt until a deadline. Its blocks are given up last, and admitted to every tier."""
+    """Keep a prompt until a deadline, on the node and on those that share its catalog.
+
+    Its blocks are given up last, and admitted to every tier.
+    """
     seconds = _seconds(duration)
     with node.connect() as client:
         document = client.call("pin", 30.0, seconds=seconds, **prompt.arguments(client))
@@ -37,7 +40,7 @@ def _print(document: dict[str, Any], duration: str) -> None:
 
 @grouped
 def unpin(prompt: prompts.Named, node: options.Node, json: options.Json = False) -> None:
-    """End the pins of a prompt's blocks."""
+    """End the pins of a prompt's blocks, on the node and on those that share its catalog."""
     with node.connect() as client:
         document = client.call("unpin", 30.0, **prompt.arguments(client))
     output.show(json, document, lambda: print(f"{number(document['unpinned'])} blocks are not pinned any more."))
