@@ -22,6 +22,8 @@ from typing import Any
 
 import httpx
 import msgpack
+import numpy as np
+import numpy.typing as npt
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -74,7 +76,8 @@ def choose(engines: Sequence[Engine], tokens: int, held: Mapping[str, Tiers], sp
     return [choice for *_, choice in sorted(map(ready, engines), key=lambda each: each[:2])]
 
 
-Held = Callable[[str, list[int], str], Awaitable[Mapping[str, Tiers]]]
+Tokens = npt.NDArray[np.uint32]
+Held = Callable[[str, Tokens, str], Awaitable[Mapping[str, Tiers]]]
 """What each node holds of a prompt, by the address of its API: of a model, token ids and a cache salt. Never raises."""
 
 
@@ -96,8 +99,8 @@ class Asking:
         self._http, self._apis, self._patience = http, apis, patience
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    async def __call__(self, model: str, tokens: list[int], salt: str) -> Mapping[str, Tiers]:
-        prompt = {"namespace": model, "tokens": tokens, "cache_salt": salt}
+    async def __call__(self, model: str, tokens: Tokens, salt: str) -> Mapping[str, Tiers]:
+        prompt = {"namespace": model, "packed_tokens": tokens.tobytes().hex(), "cache_salt": salt}
         question = {"prompts": [prompt], "timeout_seconds": self._patience / 2}
         for api in self._apis:
             found = await ask(self._http, api + "/v1/router/lookup", question, self._headers, self._patience)
@@ -142,7 +145,7 @@ class Following:
         finally:
             socket.close(0)
 
-    async def __call__(self, model: str, tokens: list[int], salt: str) -> Mapping[str, Tiers]:
+    async def __call__(self, model: str, tokens: Tokens, salt: str) -> Mapping[str, Tiers]:
         if model not in self._spaces:
             return {}
         block_tokens, keyring = self._spaces[model]
@@ -193,11 +196,11 @@ class Router:
         """The engines, best first. What is no request is for an engine to refuse."""
         try:
             wanted = json.loads(body)
-            tokens = await self._tokenize(wanted, headers)
+            tokens = np.array(await self._tokenize(wanted, headers), dtype="<u4")
             model, salt = str(wanted.get("model", "")), str(wanted.get("cache_salt") or "")
-        except (ValueError, AttributeError):
-            tokens = []
-        held = await self._held(model, tokens, salt) if tokens else {}
+        except (ValueError, AttributeError, OverflowError):
+            tokens = np.zeros(0, dtype="<u4")
+        held = await self._held(model, tokens, salt) if len(tokens) else {}
         return choose(self.engines, len(tokens), held, self._speed)
 
     async def _tokenize(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> list[int]:

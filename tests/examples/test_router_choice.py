@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import httpx
 import pytest
 
-from examples.router import Engine, choose
+from examples.router import Engine, Router, Tiers, Tokens, choose
 
 SPEED = 10_000.0
 ONE, TWO = "http://one", "http://two"
@@ -42,3 +45,16 @@ def test_the_engine_that_is_ready_first(
 def test_of_a_prompt_of_which_nothing_is_known_the_engine_with_fewest_requests() -> None:
     engines = [Engine(ONE, ONE, requests=2), Engine(TWO, TWO, requests=1)]
     assert choose(engines, 0, {}, SPEED)[0].engine.url == TWO
+
+
+@pytest.mark.parametrize(
+    "body", ["", "[]", "{}", '{"prompt": [-1]}', '{"prompt": [4294967296]}', '{"prompt": [1, "2"]}']
+)
+async def test_what_is_no_prompt_is_for_an_engine_to_refuse(body: str) -> None:
+    async def held(model: str, tokens: Tokens, salt: str) -> Mapping[str, Tiers]:
+        raise AssertionError("nothing to ask for")
+
+    nobody = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(404)))
+    async with nobody as http:
+        router = Router(http, [Engine(ONE, ONE, requests=1), Engine(TWO, TWO)], SPEED, 1.0, held)
+        assert [choice.engine.url for choice in await router.order(body.encode(), {})] == [TWO, ONE]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from examples.router import Following
+from examples.router import Following, Tokens
 from kvstore.config.schema import PUBLIC_SECRET
 from kvstore.identity import NO_PARENT, Namespace, chain_digests
 from kvstore.node.api import NewBlock
@@ -23,10 +24,10 @@ SPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=1, kv_heads=1, head_dim=1, attention="gqa", rope="",
     block_tokens=16, layout="opaque:test",
 )  # fmt: skip
-TOKENS = list(range(16 * 5 + 3))
+TOKENS = np.arange(16 * 5 + 3, dtype=np.uint32)
 
 
-async def usable(following: Following, tokens: list[int], wanted: int) -> None:
+async def usable(following: Following, tokens: Tokens, wanted: int) -> None:
     """Waits until events have told that ``wanted`` tokens are usable."""
     for _ in range(200):
         held = await following("toy", tokens, "")
