@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import exp
 from typing import Any
 
 from kvstore.policy.fit import OnlineFit
@@ -65,6 +66,7 @@ class SpeedMeter:
         }
 
     def speed(self, queued_bytes: int = 0) -> Speed:
-        """What is to be expected behind so many bytes."""
+        """What is to be expected behind so many bytes: the mean of timings that scatter, which is more than their middle."""
         latency, per_byte = self._fit.coefficients
-        return Speed(latency, 1 / max(per_byte, 1e-15), self._window, queued_bytes)
+        mean = exp(self.spread**2 / 2)  # of a log-normal, in terms of its median
+        return Speed(latency * mean, 1 / max(per_byte * mean, 1e-15), self._window, queued_bytes)
