@@ -9,6 +9,7 @@
     namespaces.py   the namespaces of one tenant
     pipelines.py    a tenant's arena, store and verbs over the shared tiers
     verbs.py        what operators ask about tenants
+    whole.py        the node as a whole, for operators
     metrics.py      every tenant's metrics, by name
 
 A tenant has an arena and an index of its own, so that nothing of another tenant's can be read, looked up or listed, whatever

@@ -21,32 +21,6 @@ Sizes = npt.NDArray[np.int64]
 NOBODY = ""
 
 
-def dues(used: Mapping[str, int], quotas: Mapping[str, int], room: int) -> dict[str, int]:
-    """Bytes that each tenant gives up so that ``room`` bytes are free: what is above quotas, then from the top.
-
-    More than ``room`` only where quotas are exceeded by more; tenants that give nothing up are left out.
-    """
-    due = {name: max(nbytes - quotas.get(name, nbytes), 0) for name, nbytes in used.items()}
-    left = {name: nbytes - due[name] for name, nbytes in used.items()}
-    still = min(room - sum(due.values()), sum(left.values()))
-    if still > 0:
-        for name, nbytes in left.items():
-            due[name] += max(nbytes - _level(list(left.values()), still), 0)
-    return {name: nbytes for name, nbytes in due.items() if nbytes}
-
-
-def _level(holdings: list[int], room: int) -> int:
-    """Down to where the largest must shrink for ``room`` bytes, rounded down."""
-    highest_first = sorted(holdings, reverse=True)
-    taken = 0
-    for count, nbytes in enumerate(highest_first, start=1):
-        below = highest_first[count] if count < len(highest_first) else 0
-        if taken + count * (nbytes - below) >= room:
-            return nbytes - -(-(room - taken) // count)
-        taken += count * (nbytes - below)
-    return 0
-
-
 def claims(sizes: Sizes, quota: int | None) -> Values:
     """How much each block is in the way of others: ``sizes`` are a tenant's, in the order in which it gives blocks up.
 
@@ -59,7 +33,7 @@ def claims(sizes: Sizes, quota: int | None) -> Values:
 
 
 class FairShare(EvictionPolicy):
-    """Ranks the blocks of a shared tier so that tenants pay as ``dues`` says, each in the order of its own policy."""
+    """Ranks the blocks of a shared tier by their claims, and those of a tenant in the order of its own policy."""
 
     name = "fair"
 

@@ -44,7 +44,9 @@ class Own(Wrapped):
         return self.inner.stat(key) if key in self._mine.keys else None
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
-        self.inner.touch([key for key in keys if key in self._mine.keys])
+        self.inner.touch(
+            list(filter(self._mine.keys.__contains__, keys))
+        )  # no Python a key: every lookup comes by here
 
     def stats(self) -> TierStats:
         quota = self._quota()

@@ -18,6 +18,7 @@ from kvstore.node.arguments import Arguments, integer_of, text_of
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.requests import MAX_ID_CHARS
 from kvstore.store import Store
+from kvstore.tenants.whole import together
 
 if TYPE_CHECKING:
     from kvstore.node.verbs import Caller, Verb, Verbs
@@ -27,8 +28,8 @@ MAX_NAME = 64
 MAX_HOT = 1000
 
 ASKED_OF_ONE = (
-    *("peek", "where", "judge", "explain", "open_namespace", "list", "inspect", "verify", "pin", "unpin", "pins"),
-    *("policy", "planner", "breakers", "previews", "status"),
+    *("peek", "where", "judge", "explain", "open_namespace", "list", "inspect", "verify", "pin", "unpin"),
+    *("policy", "planner", "breakers", "previews"),
 )
 """Those that leave nothing on the connection, whose session is of the node's own store."""
 
@@ -88,6 +89,23 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         found.sort(key=lambda prompt: -prompt["hits"] * prompt["seconds_saved"] / max(prompt["bytes"], 1))
         return {"prompts": found[: integer_of(args, "limit", 1, MAX_HOT)]}
 
+    def status(caller: Caller, args: Arguments) -> Any:
+        """The node as a whole, or as the ``tenant`` that is named sees it."""
+        if (named := meant(args)) is not None:
+            return named.verbs.status(caller, args)
+        return together(
+            own.status(caller, args), [each.verbs.status(caller, args) for each in tenants.pipelines.values()]
+        )
+
+    async def pins(caller: Caller, args: Arguments) -> Any:
+        """What is pinned, by deadline, of all tenants, or of the ``tenant`` that is named."""
+        named = meant(args)
+        tables = (
+            [ours, *(each.verbs.table for each in tenants.pipelines.values())] if named is None else [named.verbs.table]
+        )
+        found = [pin for table in tables for pin in (await table["pins"](caller, args))["pins"]]
+        return {"pins": sorted(found, key=lambda pin: float(pin["until"]))}
+
     async def list_tenants(caller: Caller, args: Arguments) -> Any:
         """What each tenant holds of each tier, and how many clients it has here."""
         return {
@@ -134,6 +152,8 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         "evict": evict,
         "hot": hot,
         "drain": drain,
+        "pins": pins,
+        "status": status,
         "tenants": list_tenants,
         "follow_tenants": follow,
         "purge_tenant": purge,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,10 +13,37 @@ from kvstore.envelope import Header
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.index import BlockIndex
 from kvstore.policy.eviction import LRU, eviction_order
-from kvstore.tenants.fairness import FairShare, claims, dues
+from kvstore.tenants.fairness import FairShare, claims
 from kvstore.tenants.ledger import Ledger
 
 PAGE = 4096
+
+
+def dues(used: Mapping[str, int], quotas: Mapping[str, int], room: int) -> dict[str, int]:
+    """The rule, which the ranking is held to: bytes that each tenant gives up so that ``room`` bytes are free. First what is above
+    quotas, then from the top.
+
+    More than ``room`` only where quotas are exceeded by more; tenants that give nothing up are left out.
+    """
+    due = {name: max(nbytes - quotas.get(name, nbytes), 0) for name, nbytes in used.items()}
+    left = {name: nbytes - due[name] for name, nbytes in used.items()}
+    still = min(room - sum(due.values()), sum(left.values()))
+    if still > 0:
+        for name, nbytes in left.items():
+            due[name] += max(nbytes - _level(list(left.values()), still), 0)
+    return {name: nbytes for name, nbytes in due.items() if nbytes}
+
+
+def _level(holdings: list[int], room: int) -> int:
+    """Down to where the largest must shrink for ``room`` bytes, rounded down."""
+    highest_first = sorted(holdings, reverse=True)
+    taken = 0
+    for count, nbytes in enumerate(highest_first, start=1):
+        below = highest_first[count] if count < len(highest_first) else 0
+        if taken + count * (nbytes - below) >= room:
+            return nbytes - -(-(room - taken) // count)
+        taken += count * (nbytes - below)
+    return 0
 
 
 @pytest.mark.parametrize(

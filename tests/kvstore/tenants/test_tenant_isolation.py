@@ -172,6 +172,12 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
                 keys_of(engine, PROMPT)
                 engine.lookup(theirs, timeout=10)
         wait_for(lambda: operator.call("hot", limit=10)["prompts"])
+        whole = operator.call("status")
+        assert [(tier["medium"], tier["blocks"]) for tier in whole["tiers"]] == [("host", 5), ("disk", 5)]
+        assert whole["counters"]["kvstore_published_blocks_total"] == 5
+        assert {client["name"] for client in whole["clients"]} == {"engine of acme", "operator"}
+        assert operator.call("pin", key=theirs[-1], seconds=60)["pinned"] == 5
+        assert [pin["blocks"] for pin in operator.call("pins")["pins"]] == [5]
         joined = b"".join(theirs)
         assert operator.call("peek", keys=joined)["tiers"][0][1] == 5, "in whose memory it is"
         acme.lookup(theirs, timeout=10, about=About("some request"))
