@@ -20,7 +20,7 @@ PAGE = 4096
 
 
 def dues(used: Mapping[str, int], quotas: Mapping[str, int], room: int) -> dict[str, int]:
-    """The rule, which the ranking is held to: bytes that each tenant gives up so that ``room`` bytes are free. First what is above
+    """The rule that the ranking is held to: bytes that each tenant gives up so that ``room`` bytes are free. First what is above
     quotas, then from the top.
 
     More than ``room`` only where quotas are exceeded by more; tenants that give nothing up are left out.
