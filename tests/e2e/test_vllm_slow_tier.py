@@ -70,7 +70,7 @@ def test_what_is_slower_to_load_is_computed(tmp_path: Path, monkeypatch: pytest.
             new = itertools.count(100)
             wait_for(lambda: tokens(engine, prompt(next(new))) and steps(node) >= 3)
             assert tokens(engine, STORED[0]) == expected[STORED[0]], "the first load from a tier is a trial"
-            assert "disk" in call(node, "planner")["tiers"]
+            wait_for(lambda: "disk" in call(node, "planner")["tiers"])  # when what was late has come
             for text in STORED[1:]:
                 assert tokens(engine, text) == expected[text]
             counters = call(node, "status")["counters"]
