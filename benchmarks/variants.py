@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument(
-        "--requests", type=int, default=1000, help="of each trace, in whole sessions (default: %(default)s)"
+        "--requests", type=int, default=2000, help="of each trace, in whole sessions (default: %(default)s)"
     )
 
 
