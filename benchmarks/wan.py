@@ -4,6 +4,7 @@ A request trace is cut. A region is born at that moment with the blocks that wer
 that never fills (``benchmarks.traces.birth``). Which blocks were sent, and in which order:
 
 * learnt: as nodes report what they expect back and ``replication.planner`` sends it
+* rehearsed: the same, by nodes that have served all of the trace once before, the rest included: how far better estimates lead
 * count: blocks used most often, the plain threshold
 * hindsight: those that will be asked for, which nobody can know; no choice does better
 
@@ -62,10 +63,11 @@ def gain(birth: Birth, order: Sequence[int], window: float) -> float:
 def gains(trace: Trace, share: float) -> dict[str, float]:
     """By choice and window, for a region born when this share of the requests is over."""
     birth = Birth(keyed(trace), share)
-    learnt, count = birth.by_learning(), birth.by_count()
+    learnt, rehearsed, count = birth.by_learning(), birth.by_learning(rehearsed=True), birth.by_count()
     found = {}
     for name, window in WINDOWS.items():
         found[name] = gain(birth, learnt, window)
+        found[f"_rehearsed{name}"] = gain(birth, rehearsed, window)
         found[f"_by_count{name}"] = gain(birth, count, window)
         found[f"_by_hindsight{name}"] = gain(birth, birth.by_hindsight(window), window)
     return found

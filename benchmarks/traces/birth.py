@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.traces.replay import Answers, Keyed
-from benchmarks.traces.trace import ROOT
+from benchmarks.traces.trace import ROOT, Request
 from kvstore.demand import REPORT_SECONDS, prefill_seconds
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
@@ -20,6 +20,8 @@ from replication.planner import by_value
 
 BYTES_PER_TOKEN = 128 << 10
 """An 8B model with grouped queries, in bf16."""
+REHEARSED_BEFORE = 86_400.0
+"""Seconds between a rehearsal and the trace."""
 
 
 @dataclass(frozen=True)
@@ -103,35 +105,31 @@ class Birth:
         """The plain threshold for any number of blocks."""
         return self.sent({block: float(count) for block, count in self.counts.items()})
 
-    def by_learning(self, ahead: float = 0.0) -> list[int]:
+    def by_learning(self, ahead: float = 0.0, rehearsed: bool = False) -> list[int]:
         """As a node reports them and the planner sends them: what the older cluster expects back.
 
-        ``ahead``: seconds that the report is old by the time of the birth. Estimates are made all along, as for earlier reports,
-        because a node judges each by what follows it.
+        ``ahead``: seconds that the report is old by the time of the birth. ``rehearsed``: the older cluster has served all of the
+        trace once before, with other blocks: it knows how such traffic goes on, and not what any one conversation will do.
         """
-        keys, headers = self.source.keys, self.source.headers
+        trace, keys = self.source.trace, self.source.keys
         traffic, index = Traffic(1 << 20), BlockIndex()
         until = self.time - ahead
-        answers = Answers(self.source, traffic)
-        reported = self.before[0].time
+        if rehearsed:
+            others = [BlockKey(bytes(byte ^ 0xFF for byte in key)) for key in keys]
+            earlier = trace.requests[-1].time - trace.requests[0].time + REHEARSED_BEFORE
+            requests = [replace(request, time=request.time - earlier) for request in trace.requests]
+            teach(traffic, replace(self.source, keys=others), requests, requests[-1].time)
+        teach(traffic, self.source, self.before, until)
         for request in self.before:
             if request.time > until:
                 break
-            if request.time >= reported + REPORT_SECONDS:
-                traffic.values(b"", np.zeros(0, dtype=np.intp), np.zeros(0))
-                reported = request.time
-            answers.until(request.time)
-            answers.begin(request)
-            chain = [keys[block] for block in request.blocks]
-            traffic.observe(chain, request.time)
-            index.touch(chain, request.time)
-            for block, key in zip(request.blocks, chain, strict=True):
-                if key not in index:
-                    index.add(headers[block], 0, request.time)
-        answers.until(until)
+            index.touch([keys[block] for block in request.blocks], request.time)
+            for block in request.blocks:
+                if keys[block] not in index:
+                    index.add(self.source.headers[block], 0, request.time)
         report = HotnessSnapshot.unpack(HotnessSnapshot.learnt(traffic, index, until, prefill_seconds).pack())
         scores = merged([report], self.time)
-        above = self.source.trace.parent.tolist()
+        above = trace.parent.tolist()
         told: dict[int, float] = {}
         for block in reversed(self.seen):  # with the ancestors, which a report leaves out
             if block in told or keys[block] in scores:
@@ -157,3 +155,19 @@ class Birth:
         number = {keys[block]: block for block in scores}
         order = by_value([replace(block, score=ranked[block.key]) for block in offered if block.key in ranked])
         return [number[block.key] for block in order]
+
+
+def teach(traffic: Traffic, source: Keyed, requests: Sequence[Request], until: float) -> None:
+    """Let a node serve requests. It makes its estimates all along, as for reports, because it judges each by what follows."""
+    answers = Answers(source, traffic)
+    reported = requests[0].time
+    for request in requests:
+        if request.time > until:
+            break
+        if request.time >= reported + REPORT_SECONDS:
+            traffic.values(b"", np.zeros(0, dtype=np.intp), np.zeros(0))
+            reported = request.time
+        answers.until(request.time)
+        answers.begin(request)
+        traffic.observe([source.keys[block] for block in request.blocks], request.time)
+    answers.until(until)

@@ -52,3 +52,11 @@ def test_a_catalog_bears_as_many_nodes_as_keep_its_core_free() -> None:
     nodes = most_nodes(100.0, costs)
     assert region(nodes, 100.0, costs)["busy"] <= 0.7 < region(nodes + 1, 100.0, costs)["busy"]
     assert region(2 * nodes, 100.0, costs)["told"] == pytest.approx(4 * region(nodes, 100.0, costs)["told"])
+
+
+def test_a_rehearsal_leaves_no_block_known() -> None:
+    """Nodes that served such traffic before know how it goes on, not which conversations will."""
+    born = Birth(keyed(agents(200)))
+    order = born.by_learning(rehearsed=True)
+    assert set(order) == set(born.by_learning())
+    assert gain(born, order, 300.0) <= gain(born, born.by_hindsight(300.0), 300.0)
