@@ -30,7 +30,7 @@ GRACE = 0.05
 """Share of the time of computing everything that a load may be late, before its beginning counts as failed."""
 
 TRIAL = 0.05
-"""The same for a load from a tier of which nothing is known: it may cost a tenth, and giving it up costs an engine a step or two."""
+"""The same for a load from a tier of which nothing is known: giving it up costs an engine a step or two besides."""
 
 LEAST_PATIENCE = 0.01
 """Seconds. Threads and engine steps are late by so much without a tier being slow."""
