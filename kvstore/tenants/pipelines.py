@@ -119,6 +119,8 @@ class Tenants:
         self._namespaces = namespaces
         self._policies: dict[str, EvictionPolicy] = {}
         self._quotas: dict[str, int] = {}
+        self._problems: dict[str, str] = {}
+        """What keeps tenants from being served, as it was logged."""
         self._turn = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         for tenant in self.book.tenants():
@@ -130,11 +132,11 @@ class Tenants:
     # --- life
 
     async def start(self, store: Store) -> None:
-        """Open every tenant's pipeline beside the node's own ``store``. Raises ConfigError."""
+        """Open every tenant's pipeline beside the node's own ``store``. Raises ConfigError when the book cannot be read."""
         for known in self._namespaces:
             self.shared.adopt(known.fields)
         store.metrics.registry.register(TenantMetrics(self.stores))
-        await self.follow(strict=True)
+        await self.follow()
         self._following = asyncio.create_task(self._follow_regularly())
 
     async def close(self) -> None:
@@ -202,8 +204,8 @@ class Tenants:
 
     # --- following the book
 
-    async def follow(self, strict: bool = False) -> None:
-        """Be as the book is now. Raises ConfigError when it cannot be read, with ``strict`` also for a tenant not served."""
+    async def follow(self) -> None:
+        """Be as the book is now. A tenant that cannot be served is logged, and tried again. Raises ConfigError for the book."""
         async with self._turn:
             wanted = {tenant.name: tenant for tenant in self.book.tenants() if not tenant.shares}
             ending = [
@@ -222,10 +224,11 @@ class Tenants:
                         self.pipelines[tenant.name] = self._open(tenant)
                     for own in self.pipelines[tenant.name].own.values():
                         await own.keep_quota()
-                except (ConfigError, TierError) as error:
-                    if strict and isinstance(error, ConfigError):
-                        raise
-                    log.error("tenant not served as its book says", tenant=tenant.name, error=str(error))
+                    self._problems.pop(tenant.name, None)
+                except (ConfigError, TierError, OSError) as error:
+                    if self._problems.get(tenant.name) != str(error):  # else it was said before
+                        log.error("tenant not served as its book says", tenant=tenant.name, error=str(error))
+                    self._problems[tenant.name] = str(error)
 
     async def _follow_regularly(self) -> None:
         while True:
@@ -256,6 +259,7 @@ class Tenants:
         if extent > nbytes:
             problem = f"less than one extent of {extent} bytes"
             raise ConfigError("quota.host", nbytes, problem, "Raise the quota, or lower host.extent_bytes.")
+        keys = encryption_keys(config, name)
         arena = Arena.create(nbytes, secrets.randbits(63) or 1)
         demand = Demand(folder / "hotness.msgpack")
         metrics, history = StoreMetrics(), History()
@@ -278,7 +282,7 @@ class Tenants:
             demand.publish = partial(_tell_counts, demand, shared.bucket, node)
         for part in own.values():
             part.on_evict = history.evicted
-        if (keys := encryption_keys(config, name)) is not None:
+        if keys is not None:
             lower = [Encrypting(tier, keys) for tier in lower]
         admission = AdmissionPolicy(demand.traffic, demand.pins, Mode(config.policy.admission))
         store = Store(host, lower, metrics, arena.nbytes // 4, probe=shared.probe, admission=admission, history=history)

@@ -92,6 +92,16 @@ def test_a_quota_of_nothing_keeps_blocks_off_the_disk() -> None:
             assert tier(acme, "disk")["used_bytes"] == 0
 
 
+def test_a_tenant_that_cannot_be_served_keeps_nobody_else_waiting() -> None:
+    with tenant_site("acme", "globex") as site:
+        site.book.change("acme", quota=Quota(host=1 << 50))
+        with site.running(), site.engine("acme") as acme, site.engine("globex") as globex:
+            assert save(globex, prompt_of(2))
+            assert not answers(acme)
+            site.book.change("acme", quota=Quota(host=2 * MIB))
+            wait_for(lambda: answers(acme))
+
+
 def fill(site: TenantSite, tenant: str, start: int, chains: int) -> None:
     with site.engine(tenant) as engine:
         for number in range(chains):
