@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import crc32c as _crc32c
 
-from kvstore.errors import BlockCorrupt
+from kvstore.errors import BlockCorrupt, OtherFormat
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
 
 HEADER_BYTES = 4096
@@ -133,7 +133,7 @@ class Header:
         if stored != crc32c(view[: HEADER_BYTES - _CRC.size]):
             raise BlockCorrupt("header checksum does not match")
         if version != _VERSION or size != HEADER_BYTES:
-            raise BlockCorrupt(f"format version {version} is not {_VERSION}")
+            raise OtherFormat(f"format version {version} is not {_VERSION}")
         if length > MAX_PAYLOAD_BYTES:
             raise BlockCorrupt(f"payload length {length} is beyond the bound of {MAX_PAYLOAD_BYTES}")
         return cls(

@@ -75,6 +75,10 @@ class BlockCorrupt(TierError):
     """The stored bytes are not the block that they claim to be."""
 
 
+class OtherFormat(BlockCorrupt):
+    """A block that another version of this package wrote, in a format that this one does not read. It is not damaged."""
+
+
 class BlockTooLarge(TierError):
     """The block is larger than the place meant for it."""
 

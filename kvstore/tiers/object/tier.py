@@ -12,7 +12,7 @@ import structlog
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from kvstore.envelope import HEADER_BYTES, Header, verify
-from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, TierUnavailable
+from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError, OtherFormat, TierUnavailable
 from kvstore.identity import BlockKey, Namespace
 from kvstore.index import BlockIndex
 from kvstore.policy.eviction import LRU, EvictionPolicy
@@ -134,6 +134,8 @@ class ObjectTier(Tier):
         def check(found: Found, envelope: memoryview) -> Header:
             try:
                 header = verify(envelope, key)
+            except OtherFormat:
+                raise
             except BlockCorrupt as error:
                 raise BadObject(str(error), found) from None
             if header.namespace != namespace:
@@ -148,6 +150,9 @@ class ObjectTier(Tier):
         except BadObject as bad:
             self._condemn(namespace, key, bad)
             raise BlockCorrupt(str(bad)) from bad
+        except OtherFormat:  # nodes of another version share the bucket: theirs to read and to delete, here a miss
+            self._contents.forget(key)
+            raise BlockNotFound(key.hex()) from None
         except BlockTooLarge:
             await self._check_size(namespace, key)
             raise
@@ -386,6 +391,9 @@ class ObjectTier(Tier):
                 self._correct(header)  # the index was wrong, not the object
                 return
             reason = f"object has {found.size} bytes, its header says {header.envelope_bytes}"
+        except OtherFormat:
+            self._contents.forget(key)
+            raise BlockNotFound(key.hex()) from None
         except BlockCorrupt as error:
             reason = str(error)
         self._condemn(namespace, key, BadObject(reason, found))
