@@ -170,7 +170,8 @@ def check_hybrid(make: Callable[[PagedKV, BlockLayout, tuple[int, int]], Pager],
 
     choice = random.Random(3)
     rows = [choice.sample(range(40), 6) for _ in range(4)]
-    places = [SLOT_ALIGNMENT * (i + 1) for i in range(4)]
+    slot = -(-2 * HYBRID.nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    places = [slot * (i + 1) for i in range(4)]
     whole = [BlockCopy(tuple(row), at) for row, at in zip(rows, places, strict=True)]
     some = [BlockCopy((ABSENT, ABSENT, *copy.pages[2:4], ABSENT, ABSENT), copy.offset) for copy in whole[:3]]
     some.append(BlockCopy(whole[3].pages[1::2], whole[3].offset, first_page=1))
