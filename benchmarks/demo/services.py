@@ -56,7 +56,7 @@ def restart(node: NodeProcess, lose_disk: bool = False) -> None:
         shutil.rmtree(node.data)
     node.start()
     wait_for(lambda: node.clients() >= clients and node.blocks()["object"] >= stored)
-    time.sleep(2 * HEARTBEAT_SECONDS)  # a client that has come back opens its namespace with its next heartbeat
+    time.sleep(HEARTBEAT_SECONDS)  # a client that has come back has opened its namespace by its next heartbeat
 
 
 @contextmanager
