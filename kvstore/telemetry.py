@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
 
 
 class StoreMetrics:
@@ -36,3 +38,9 @@ class StoreMetrics:
                     labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
                     samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return samples
+
+
+def exposition(metrics: Collector, exemplars: bool) -> bytes:
+    """Prometheus' text format, or OpenMetrics, which has exemplars."""
+    render = openmetrics.generate_latest if exemplars else generate_latest
+    return bytes(render(metrics))

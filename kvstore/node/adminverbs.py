@@ -9,8 +9,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prometheus_client import generate_latest
-from prometheus_client.openmetrics import exposition as openmetrics
 
 from kvstore.errors import ProtocolError
 from kvstore.node.arguments import Arguments, integer_of, medium_of
@@ -18,6 +16,7 @@ from kvstore.node.chains import Chain, Chains
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.policy.admission import ADMITTED, Mode, Target
 from kvstore.store import Store, contained, runs_of
+from kvstore.telemetry import exposition
 from kvstore.tiers.base import Medium
 
 MAX_COUNT = 1000
@@ -32,8 +31,7 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
 
     def metrics(caller: Caller, args: Arguments) -> bytes:
         """Every metric of the node, in Prometheus' text format, or with ``openmetrics`` in that one, with exemplars."""
-        render = openmetrics.generate_latest if args.get("openmetrics") is True else generate_latest
-        return bytes(render(store.metrics.registry))
+        return exposition(store.metrics.registry, args.get("openmetrics") is True)
 
     def peek(caller: Caller, args: Arguments) -> Any:
         """For each tier ``[medium, blocks, seconds, held]``: the prefix of the prompt that it and the faster ones hold, how

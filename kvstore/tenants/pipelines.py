@@ -36,7 +36,7 @@ from kvstore.policy.eviction import EvictionPolicy
 from kvstore.store import Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tenants.book import Operator, Tenant, TenantBook
-from kvstore.tenants.metrics import TenantMetrics
+from kvstore.tenants.metrics import WholeNode
 from kvstore.tenants.namespaces import OwnNamespaces
 from kvstore.tenants.own import Own
 from kvstore.tenants.shared import Shared
@@ -135,7 +135,7 @@ class Tenants:
         """Open every tenant's pipeline beside the node's own ``store``. Raises ConfigError when the book cannot be read."""
         for known in self._namespaces:
             self.shared.adopt(known.fields)
-        store.metrics.registry.register(TenantMetrics(self.stores))
+        self.metrics = WholeNode(store.metrics.registry, self.stores)
         await self.follow()
         self._following = asyncio.create_task(self._follow_regularly())
 

@@ -18,6 +18,7 @@ from kvstore.node.arguments import Arguments, integer_of, text_of
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.requests import MAX_ID_CHARS
 from kvstore.store import Store
+from kvstore.telemetry import exposition
 from kvstore.tenants.whole import together
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
             own.status(caller, args), [each.verbs.status(caller, args) for each in tenants.pipelines.values()]
         )
 
+    def metrics(caller: Caller, args: Arguments) -> bytes:
+        """Those of the whole node; a tenant's have its name as a label."""
+        return exposition(tenants.metrics, args.get("openmetrics") is True)
+
     async def pins(caller: Caller, args: Arguments) -> Any:
         """What is pinned, by deadline, of all tenants, or of the ``tenant`` that is named."""
         named = meant(args)
@@ -151,6 +156,7 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         "delete": delete,
         "evict": evict,
         "hot": hot,
+        "metrics": metrics,
         "drain": drain,
         "pins": pins,
         "status": status,

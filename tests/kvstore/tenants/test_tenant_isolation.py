@@ -191,7 +191,12 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
         (digest,) = {space["digest"] for space in operator.call("status")["namespaces"]}
         assert len(operator.call("list", medium="host", limit=10, namespace=digest)["blocks"]) == 5
         assert operator.call("delete", namespace=digest)["deleted"] == {"host": 5, "disk": 5}
-        assert b'kvstore_tenant_published_blocks_total{tenant="acme"} 10.0' in operator.call("metrics")
+        for form in (False, True):
+            lines = operator.call("metrics", openmetrics=form).decode().splitlines()
+            assert 'kvstore_published_blocks_total{tenant="acme"} 10.0' in lines
+            assert "kvstore_published_blocks_total 0.0" in lines, "of the node's own tenant"
+            types = [line for line in lines if line.startswith("# TYPE")]
+            assert len(types) == len(set(types)), "a metric is described once"
 
 
 def test_what_tenants_stored_is_theirs_after_a_restart(site: TenantSite) -> None:
