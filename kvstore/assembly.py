@@ -85,8 +85,11 @@ async def open_store(
             probe = bucket.probe if sharing is None else sharing.probe
             if sharing is not None:
                 sharing.watch(metrics.registry)
-                touched = lambda keys: [tier.touch(keys) for tier in (host, *lower)]  # noqa: E731
-                _heed_region(sharing, demand, config.identity.tenant, touched, undertaker)
+                _hear_of_purges(sharing, undertaker)
+                heed_pins = partial(_heed_pins, sharing)
+                heed_pins(demand, config.identity.tenant, lambda keys: [tier.touch(keys) for tier in (host, *lower)])
+                if shared is not None:
+                    shared.heed_pins = heed_pins
             _share_namespaces(namespaces, bucket)
             demand.publish = _reporter(config, demand, bucket, sharing)
         if (keys := encryption_keys(config)) is not None:
@@ -110,18 +113,19 @@ def ranking_for(config: Config, demand: Demand) -> EvictionPolicy:
     return PinnedLast(ranking, demand.pins)
 
 
-def _heed_region(
-    sharing: Sharing,
-    demand: Demand,
-    tenant: str,
-    pinned: Callable[[Sequence[BlockKey]], object],
-    undertaker: Undertaker,
-) -> None:
-    """Have the node share its pins with its tenant's other nodes of the region, and hear of purges at once."""
+def _heed_pins(
+    sharing: Sharing, demand: Demand, tenant: str, pinned: Callable[[Sequence[BlockKey]], object]
+) -> Callable[[], object]:
+    """Have a tenant's pins here shared with its other nodes of the region; what ends that."""
     from kvstore.catalog.pins import RegionPins
+
+    return sharing.also(RegionPins(sharing.documents, demand.pins, tenant, pinned).round)
+
+
+def _hear_of_purges(sharing: Sharing, undertaker: Undertaker) -> None:
+    """At once, instead of at the next regular look."""
     from kvstore.catalog.purges import Bell
 
-    sharing.also(RegionPins(sharing.documents, demand.pins, tenant, pinned).round)
     sharing.also(Bell(sharing.documents, undertaker.wake).round)
 
 

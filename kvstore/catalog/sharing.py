@@ -69,9 +69,14 @@ class Sharing(Peers):
         """What the processes of the region tell each other."""
         return self._catalog.documents
 
-    def also(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do ``work`` every ``DUTY_SECONDS`` too, until ``close``. A KVStoreError that it raises is logged."""
-        self._tasks.append(asyncio.create_task(self._forever(work, DUTY_SECONDS)))
+    def also(self, work: Callable[[], Awaitable[None]]) -> Callable[[], object]:
+        """Do ``work`` every ``DUTY_SECONDS`` too, until ``close`` or until what is returned is called.
+
+        A KVStoreError that it raises is logged.
+        """
+        task = asyncio.create_task(self._forever(work, DUTY_SECONDS))
+        self._tasks.append(task)
+        return task.cancel
 
     def watch(self, registry: CollectorRegistry) -> None:
         """Show the state of the link in ``registry``."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ProtocolError
-from kvstore.node.arguments import Arguments
+from kvstore.identity import BlockKey
+from kvstore.node.arguments import Arguments, digest_of
 from kvstore.node.chains import Chains
 from kvstore.policy.pins import LONGEST, Pins
 from kvstore.store import Store
@@ -33,8 +34,9 @@ def pin_verbs(store: Store, pins: Pins, chains: Chains) -> Mapping[str, Verb]:
         return {"pinned": pinned, "blocks": len(chain.keys), "held": _held(store, chain.keys), "until": now + seconds}
 
     async def unpin(caller: Caller, args: Arguments) -> Any:
-        chain = await chains.named(args)
-        return {"unpinned": pins.unpin(chain.keys, time.time())}
+        """A chain may be unpinned where no tier knows it: it was pinned on another node."""
+        pinned = pins.ending_in(BlockKey(digest_of(args, "key"))) if "key" in args else []
+        return {"unpinned": pins.unpin(pinned or (await chains.named(args)).keys, time.time())}
 
     async def list_pins(caller: Caller, args: Arguments) -> Any:
         """What is pinned, by deadline; ``key`` is the last block that was named with it."""

@@ -118,6 +118,11 @@ class Pins:
             self._take(wish)
         return news
 
+    def ending_in(self, last: BlockKey) -> list[BlockKey]:
+        """The blocks of the chain that was pinned with this one as its last; none if none was."""
+        wish = self._wishes.get(last)
+        return [] if wish is None else wish.blocks
+
     def wishes(self, now: float) -> list[Wish]:
         """What still means something, in the order in which it was made."""
         return sorted((wish for wish in self._wishes.values() if wish.ends > now), key=lambda wish: wish.at)

@@ -74,6 +74,8 @@ class Pipeline(Place):
     demand: Demand
     own: Mapping[Medium, Own]
     """Its parts of the shared tiers."""
+    unheed: Callable[[], object]
+    """Ends the sharing of its pins."""
 
     def fits(self, tenant: Tenant, host_bytes: int) -> bool:
         """Whether it serves the tenant as it is now."""
@@ -82,6 +84,7 @@ class Pipeline(Place):
     async def close(self, drain_seconds: float) -> None:
         """Write down what waits, as far as the time allows; the shared tiers stay open."""
         self.verbs.draining = True
+        self.unheed()
         if not await self.store.drain(drain_seconds):
             log.warning("stopped with writes pending", tenant=self.tenant.name)
         await self.demand.close()
@@ -288,7 +291,8 @@ class Tenants:
         store = Store(host, lower, metrics, arena.nbytes // 4, probe=shared.probe, admission=admission, history=history)
         planning = Planning.of(config.policy, store, demand)
         verbs = Verbs(store, namespaces, demand, planning, name, tenant.secret_bytes(), arena.epoch)
-        return Pipeline(verbs, store, arena, tenant, demand, own)
+        unheed = shared.heed_pins(demand, name, lambda keys: [tier.touch(keys) for tier in store.tiers])
+        return Pipeline(verbs, store, arena, tenant, demand, own, unheed)
 
     def _unburied(self, tier: Tier) -> Tier:
         undertaker = self.shared.undertaker

@@ -18,8 +18,13 @@ from kvstore.tiers.encryption import Encrypting
 
 if TYPE_CHECKING:
     from kvstore.burials import Undertaker
+    from kvstore.demand import Demand
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectTier
+
+
+HeedPins = Callable[["Demand", str, Callable[[Sequence[BlockKey]], object]], Callable[[], object]]
+"""Of a tenant's demand, its name, and what is told of blocks that others want kept; returns what ends it."""
 
 
 class Shared:
@@ -31,6 +36,8 @@ class Shared:
         self.bucket: ObjectTier | None = None
         self.undertaker: Undertaker | None = None
         self.probe: Probe | None = None
+        self.heed_pins: HeedPins = lambda demand, tenant, pinned: lambda: None
+        """Shares a tenant's pins with its other nodes of the region, where there is a catalog."""
         self.ledgers: dict[Medium, Ledger] = {}
         self.stores: Callable[[], Mapping[str, Store]] = dict
         """By tenant, as they are now."""

@@ -7,6 +7,7 @@ request or the namespace is that they are about; else of the node's own tenant, 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         key = args.get("key", args.get("keys"))
         if isinstance(key, bytes) and len(key) >= KEY_BYTES:
             block = BlockKey(key[:KEY_BYTES])
-            return next((each for each in tenants.pipelines.values() if _holds(each.store, block)), None)
+            return next((each for each in tenants.pipelines.values() if _knows(each, block)), None)
         if request := text_of(args, "request", MAX_ID_CHARS):
             return next((each for each in tenants.pipelines.values() if each.verbs.remembers(request)), None)
         namespace = args.get("namespace")
@@ -164,6 +165,11 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         "follow_tenants": follow,
         "purge_tenant": purge,
     }
+
+
+def _knows(tenant: Pipeline, key: BlockKey) -> bool:
+    """Whether a block is there, or wished to be."""
+    return _holds(tenant.store, key) or any(tenant.demand.pins.hold([key], time.time()))
 
 
 def _holds(store: Store, key: BlockKey) -> bool:
