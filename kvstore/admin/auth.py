@@ -37,6 +37,8 @@ class Principal:
 
     name: str
     role: Role
+    tenant: str = ""
+    """The one it may see and change; empty: all, and the node itself."""
 
 
 Authenticate = Callable[[Request], Awaitable[Principal]]
@@ -54,13 +56,20 @@ def require(who: Principal, role: Role) -> None:
         raise Problem(403, "forbidden", f"{who.name} is {who.role}; this needs {role}", required_role=role)
 
 
-def authorize(role: Role) -> Any:
-    """The dependency of every route but health: the Principal, if it has ``role``; else Problem (401, 403)."""
+def authorize(role: Role, tenants: bool = False) -> Any:
+    """The dependency of every route but health: the Principal, if it has ``role``; else Problem (401, 403).
+
+    A principal of one tenant may use routes for ``tenants`` only: what they work with, ``CurrentNode``, is that tenant's part.
+    """
 
     async def check(request: Request) -> Principal:
-        principal: Principal = await request.app.state.site.authenticate(request)
-        request.state.principal = principal  # for the audit log
+        site = request.app.state.site
+        principal: Principal = await site.authenticate(request)
+        request.state.principal = principal  # for the audit log, and CurrentNode
         require(principal, role)
+        if principal.tenant and (not tenants or site.config.tenants.book is None):
+            detail = f"{principal.name} is limited to tenant {principal.tenant}; this is about more than that"
+            raise Problem(403, "forbidden", detail, tenant=principal.tenant)
         return principal
 
     return Depends(check)
@@ -84,11 +93,11 @@ def _idempotency_key(
     """Only for the document: ``kvstore.admin.idempotency`` does the work."""
 
 
-def reads(role: Role = Role.VIEWER) -> list[Any]:
+def reads(role: Role = Role.VIEWER, tenants: bool = False) -> list[Any]:
     """``dependencies`` of a route that changes nothing."""
-    return [authorize(role)]
+    return [authorize(role, tenants)]
 
 
-def writes(role: Role) -> list[Any]:
+def writes(role: Role, tenants: bool = False) -> list[Any]:
     """``dependencies`` of a route that changes something: the audit log shows whoever asks for it, and what came of it."""
-    return [Depends(_audited), authorize(role), Depends(_idempotency_key)]
+    return [Depends(_audited), authorize(role, tenants), Depends(_idempotency_key)]

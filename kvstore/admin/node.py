@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,20 @@ class NodeView:
         self.socket = socket
         self._client = AsyncClient(Client(socket, name="admin API", token=token))
         self._tokenize = tokenize
+        self._scope: dict[str, str] = {}
+        self._parts: dict[str, NodeView] = {}
+        self._forget_answers()
+
+    def within(self, tenant: str) -> NodeView:
+        """The part of the node that is a tenant's: nothing of another is in any answer, nor in what is kept of them."""
+        part = self._parts.get(tenant)
+        if part is None:
+            part = self._parts[tenant] = copy(self)
+            part._scope = {"scope": tenant}
+            part._forget_answers()
+        return part
+
+    def _forget_answers(self) -> None:
         self._known = PromptKeys()
         self._keyrings: dict[tuple[str, str], Keyring | None] = {}
         self._kept: OrderedDict[tuple[object, ...], Cached[Any]] = OrderedDict()
@@ -68,17 +83,20 @@ class NodeView:
         self.hot = Cached(self._hot, HOT_SECONDS)
         self.breakers = Cached(self._breakers, BREAKERS_SECONDS)
 
+    async def _call(self, verb: str, timeout: float, /, **arguments: Any) -> Any:
+        return await self._client.call(verb, timeout, **arguments, **self._scope)
+
     async def read(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
         """A verb that changes nothing (``kvstore/node/verbs.py``); the answer as plain msgpack types.
 
         The same question within ``STATUS_SECONDS`` gets the same answer.
         """
         if "tokens" in arguments:  # long, and seldom the same
-            return await self._client.call(verb, timeout, **arguments)
+            return await self._call(verb, timeout, **arguments)
         name = (verb, *sorted(arguments.items()))
         known = self._kept.get(name)
         if known is None:
-            known = self._kept[name] = Cached(partial(self._client.call, verb, timeout, **arguments), STATUS_SECONDS)
+            known = self._kept[name] = Cached(partial(self._call, verb, timeout, **arguments), STATUS_SECONDS)
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return await known()
@@ -86,7 +104,7 @@ class NodeView:
     async def change(self, verb: str, timeout: float = CALL_SECONDS, /, **arguments: Any) -> Any:
         """A verb that changes something; what is read afterwards shows it."""
         try:
-            return await self._client.call(verb, timeout, **arguments)
+            return await self._call(verb, timeout, **arguments)
         finally:
             self._kept.clear()
             self.status.forget()
@@ -133,7 +151,7 @@ class NodeView:
 
     async def peek_keys(self, keys: bytes, timeout: float = CALL_SECONDS) -> dict[str, Any]:
         """The same of a chain by its joined keys."""
-        return dict(await self._client.call("peek", timeout, keys=keys))
+        return dict(await self._call("peek", timeout, keys=keys))
 
     async def chain(self, prompt: Prompt) -> PromptChain | None:
         """The keys of a prompt named by tokens or text; None where this process may not derive them.
@@ -163,7 +181,7 @@ class NodeView:
             return None
         name = (await self.status()).epoch, space.digest  # a node that restarted may have another secret
         if name not in self._keyrings:
-            digest, secret = await self._client.call(
+            digest, secret = await self._call(
                 "open_namespace", CALL_SECONDS, fields=space.fields, block_bytes=space.block_bytes, **space.asked_of
             )
             self._keyrings = {known: ring for known, ring in self._keyrings.items() if known[0] == name[0]}
@@ -171,17 +189,17 @@ class NodeView:
         return self._keyrings[name]
 
     async def _status(self) -> NodeStatus:
-        return NodeStatus.model_validate(await self._client.call("status", CALL_SECONDS))
+        return NodeStatus.model_validate(await self._call("status", CALL_SECONDS))
 
     async def _breakers(self) -> BreakerReport:
-        return BreakerReport.model_validate(await self._client.call("breakers", WORK_SECONDS))
+        return BreakerReport.model_validate(await self._call("breakers", WORK_SECONDS))
 
     async def _metrics(self, openmetrics: bool) -> bytes:
-        text: bytes = await self._client.call("metrics", CALL_SECONDS, openmetrics=openmetrics)
+        text: bytes = await self._call("metrics", CALL_SECONDS, openmetrics=openmetrics)
         return text
 
     async def _hot(self) -> list[HotPrompt]:
         return [
             HotPrompt.model_validate(prompt)
-            for prompt in (await self._client.call("hot", CALL_SECONDS, limit=HOT_PROMPTS))["prompts"]
+            for prompt in (await self._call("hot", CALL_SECONDS, limit=HOT_PROMPTS))["prompts"]
         ]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.encoders import jsonable_encoder
 
-from kvstore.admin.auth import Authenticate, everybody
+from kvstore.admin.auth import Authenticate, Principal, everybody
 from kvstore.admin.cached import Cached
 from kvstore.admin.catalog import CatalogView
 from kvstore.admin.jobs import Jobs
@@ -79,12 +79,21 @@ async def _site(request: Request) -> Site:
     return site
 
 
-async def _node(request: Request) -> NodeView:
+async def _whole_node(request: Request) -> NodeView:
     node = (await _site(request)).node
     if node is None:
         raise Problem(404, "no-node", "this service has no node beside it", "Ask the API of a node.")
     return node
 
 
+async def _node(request: Request) -> NodeView:
+    node = await _whole_node(request)
+    who: Principal | None = getattr(request.state, "principal", None)
+    return node.within(who.tenant) if who is not None and who.tenant else node
+
+
 CurrentSite = Annotated[Site, Depends(_site)]
 CurrentNode = Annotated[NodeView, Depends(_node)]
+"""As whoever asks may see it: the whole node, or one tenant's part."""
+WholeNode = Annotated[NodeView, Depends(_whole_node)]
+"""Whoever asks."""

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvstore.admin.auth import Principal, Role
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError
+from kvstore.tenants.book import NAME
 
 MAX_FILE_BYTES = 1 << 20
 FAILURES, FAILURE_SECONDS = 10, 60.0
@@ -39,6 +40,8 @@ class Token(BaseModel):
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
     name: str = Field(min_length=1, max_length=64)
     role: Role
+    tenant: str = Field("", pattern=rf"^$|{NAME}")
+    """The one it is limited to; empty: none."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     created: float
     expires: float | None = None
@@ -59,7 +62,7 @@ class TokenBook:
         self._read_at: tuple[int, int] | None = None
         self._tokens: dict[str, Token] = {}
 
-    def create(self, name: str, role: Role, lifetime: float | None = None) -> tuple[Token, str]:
+    def create(self, name: str, role: Role, lifetime: float | None = None, tenant: str = "") -> tuple[Token, str]:
         """A new token and its text, which is nowhere else. ``lifetime`` in seconds. Raises ConfigError."""
         identity, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         now = time.time()
@@ -67,6 +70,7 @@ class TokenBook:
             id=identity,
             name=name,
             role=role,
+            tenant=tenant,
             sha256=_digest(secret),
             created=now,
             expires=now + lifetime if lifetime else None,
@@ -138,7 +142,7 @@ def in_book(book: TokenBook) -> Check:
 
     async def check(text: str) -> Principal | None:
         token = book.check(text)
-        return None if token is None else Principal(token.name, token.role)
+        return None if token is None else Principal(token.name, token.role, token.tenant)
 
     return check
 

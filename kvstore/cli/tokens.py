@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,18 +29,24 @@ def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; the audit log shows it.")],
     role: Annotated[str, typer.Option(metavar="ROLE", help="viewer, operator or admin.")] = "viewer",
     days: Lifetime = None,
+    tenant: Annotated[
+        str, typer.Option(metavar="TENANT", help="Limit it to one tenant of the node: its blocks, prompts and pins.")
+    ] = "",
     *,
     source: options.Settings,
     json: options.Json = False,
 ) -> None:
     """Make a token and print it; it is shown this once."""
     from kvstore.admin.auth import Role
+    from kvstore.tenants.book import NAME
 
     if role not in list(Role):
         raise ConfigError("--role", role, "no such role", "Choose viewer, operator or admin.")
-    token, text = _book(source).create(name, Role(role), days * 86400 if days else None)
+    if tenant and not re.fullmatch(NAME, tenant):
+        raise ConfigError("--tenant", tenant, "not the name of a tenant", "See kvstore tenants list.")
+    token, text = _book(source).create(name, Role(role), days * 86400 if days else None, tenant)
     if json:
-        print_json({"id": token.id, "name": token.name, "role": token.role, "expires": token.expires, "token": text})
+        print_json({**token.model_dump(include={"id", "name", "role", "tenant", "expires"}), "token": text})
     else:
         print(text)
         note(f"{token.role} token {token.id} for {token.name}. It is not shown again.")
@@ -55,12 +62,13 @@ def list_tokens(source: options.Settings, json: options.Json = False) -> None:
         return
     now = time.time()
     print_table(
-        ("id", "name", "role", ">age", "expires"),
+        ("id", "name", "role", "tenant", ">age", "expires"),
         [
             (
                 token.id,
                 token.name,
                 token.role,
+                token.tenant or "all",
                 ago(now - token.created),
                 "never"
                 if token.expires is None

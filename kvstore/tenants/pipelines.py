@@ -178,6 +178,14 @@ class Tenants:
             raise ProtocolError(f"{known} is of no tenant of this node{remedy}")
         return pipeline
 
+    def serving(self, name: str) -> Pipeline:
+        """The pipeline that serves a tenant. Raises ProtocolError: never does one see more for want of its own."""
+        tenant = self.book.get(name)
+        pipeline = None if tenant is None else self.pipelines.get(self.book.owner(tenant).name)
+        if pipeline is None:
+            raise ProtocolError(f"this node serves no tenant {name!r}")
+        return pipeline
+
     # --- purging
 
     async def purge(self, name: str) -> dict[str, dict[str, int]]:

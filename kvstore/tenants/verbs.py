@@ -152,7 +152,21 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
             "queued_bytes": sum(answer["queued_bytes"] for answer in done),
         }
 
-    return {
+    def within(verb: str, handler: Verb) -> Verb:
+        """With a ``scope``, a tenant's name, the verb of that tenant's pipeline, which has nothing of any other."""
+
+        def ask(caller: Caller, args: Arguments) -> Any:
+            if "scope" not in args:
+                return handler(caller, args)
+            theirs = tenants.serving(text_of(args, "scope", MAX_NAME)).verbs.table.get(verb)
+            if theirs is None:
+                raise ProtocolError(f"{verb} is about the whole node")
+            return theirs(caller, {name: value for name, value in args.items() if name not in ("scope", "tenant")})
+
+        return ask
+
+    whole: dict[str, Verb] = {
+        **own.table,
         **{verb: asked_of_one(verb) for verb in ASKED_OF_ONE},
         "delete": delete,
         "evict": evict,
@@ -165,6 +179,7 @@ def tenant_verbs(tenants: Tenants, own: Verbs) -> Mapping[str, Verb]:
         "follow_tenants": follow,
         "purge_tenant": purge,
     }
+    return {verb: within(verb, handler) for verb, handler in whole.items()}
 
 
 def _knows(tenant: Pipeline, key: BlockKey) -> bool:

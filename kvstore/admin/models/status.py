@@ -21,6 +21,7 @@ class WhoAmI(Model):
 
     name: str = Field(description="Of the token.", examples=["on-call"])
     role: str = Field(examples=["operator"])
+    tenant: str = Field("", description="The only one that it may see and change; empty: all.", examples=["acme"])
     token: bool = Field(description="Whether this API asks for tokens.")
     site: str = Field(description="The node or service.", examples=["gpu-17-1f6a2b3c"])
     region: str = Field(description="Empty when none is configured.", examples=["eu"])

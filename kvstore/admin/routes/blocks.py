@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1", tags=["blocks"], responses=documented(422, 503,
 PathKey = Annotated[Key, Path(description="Block key, 32 hexadecimal digits.")]
 
 
-@router.get("/blocks", dependencies=reads(), responses=documented(404, 409))
+@router.get("/blocks", dependencies=reads(tenants=True), responses=documented(404, 409))
 async def list_blocks(
     node: CurrentNode,
     tier: Annotated[TierName, Query(description="Whose blocks.")],
@@ -62,7 +62,7 @@ async def list_blocks(
     return BlockPage(items=items, cursor=encode_cursor(page["cursor"]))
 
 
-@router.post("/blocks/query", dependencies=reads(), responses=documented(404, 409))
+@router.post("/blocks/query", dependencies=reads(tenants=True), responses=documented(404, 409))
 async def query_blocks(query: PromptBlocksQuery, node: CurrentNode) -> PromptBlocks:
     """The blocks of a prompt in chain order, and where each is. Does not count as a use."""
     after = decode_cursor(query.cursor)
@@ -81,14 +81,14 @@ async def query_blocks(query: PromptBlocksQuery, node: CurrentNode) -> PromptBlo
     )
 
 
-@router.post("/blocks/evict", dependencies=writes(Role.OPERATOR), responses=documented(404, 409))
+@router.post("/blocks/evict", dependencies=writes(Role.OPERATOR, tenants=True), responses=documented(404, 409))
 async def evict_blocks(wanted: Eviction, node: CurrentNode) -> Evicted:
     """Have one tier give blocks up. The other tiers keep theirs; a block that only this one held is gone."""
     done = await node.change("evict", WORK_SECONDS, medium=wanted.tier.value, **await _named(wanted, node))
     return Evicted(evicted=done["evicted"])
 
 
-@router.post("/blocks/delete", dependencies=writes(Role.ADMIN), responses=documented(404, 409))
+@router.post("/blocks/delete", dependencies=writes(Role.ADMIN, tenants=True), responses=documented(404, 409))
 async def delete_blocks(wanted: SomeBlocks, node: CurrentNode) -> Deleted:
     """Delete blocks from every tier, the region's bucket included. Other nodes' copies in memory and on disk stay."""
     if wanted.prompt is None:
@@ -98,19 +98,19 @@ async def delete_blocks(wanted: SomeBlocks, node: CurrentNode) -> Deleted:
     return Deleted.model_validate(await node.change("delete", WORK_SECONDS, keys=keys))
 
 
-@router.get("/blocks/{key}", dependencies=reads(), responses=documented(404))
+@router.get("/blocks/{key}", dependencies=reads(tenants=True), responses=documented(404))
 async def show_block(key: PathKey, node: CurrentNode) -> BlockInfo:
     """One block."""
     return await _inspect(key, node)
 
 
-@router.delete("/blocks/{key}", dependencies=writes(Role.ADMIN))
+@router.delete("/blocks/{key}", dependencies=writes(Role.ADMIN, tenants=True))
 async def delete_block(key: PathKey, node: CurrentNode) -> Deleted:
     """Delete one block from every tier."""
     return Deleted.model_validate(await node.change("delete", WORK_SECONDS, keys=bytes.fromhex(key)))
 
 
-@router.post("/blocks/{key}/verify", dependencies=writes(Role.OPERATOR), responses=documented(404))
+@router.post("/blocks/{key}/verify", dependencies=writes(Role.OPERATOR, tenants=True), responses=documented(404))
 async def verify_block(key: PathKey, node: CurrentNode) -> Verified:
     """Read every copy of a block and check it. A bad one is dropped and quarantined."""
     tiers = []
@@ -122,19 +122,19 @@ async def verify_block(key: PathKey, node: CurrentNode) -> Verified:
     return Verified(key=key, tiers=tiers)
 
 
-@router.get("/pins", dependencies=reads())
+@router.get("/pins", dependencies=reads(tenants=True))
 async def list_pins(node: CurrentNode) -> list[Pin]:
     """What is pinned, by deadline."""
     return [Pin.model_validate(pin) for pin in (await node.read("pins"))["pins"]]
 
 
-@router.post("/pins", dependencies=writes(Role.OPERATOR), status_code=201, responses=documented(404, 409))
+@router.post("/pins", dependencies=writes(Role.OPERATOR, tenants=True), status_code=201, responses=documented(404, 409))
 async def pin(wanted: NewPin, node: CurrentNode) -> Pinned:
     """Keep a prompt until a deadline. A wish, not a lock: a tier with nothing else to give up gives up pinned blocks too."""
     return Pinned.model_validate(await node.change("pin", **await node.about(wanted.prompt), seconds=wanted.seconds))
 
 
-@router.delete("/pins/{key}", dependencies=writes(Role.OPERATOR), responses=documented(404))
+@router.delete("/pins/{key}", dependencies=writes(Role.OPERATOR, tenants=True), responses=documented(404))
 async def unpin(key: PathKey, node: CurrentNode) -> Unpinned:
     """End the pins of the prompt that ends in a block."""
     return Unpinned.model_validate(await node.change("unpin", key=bytes.fromhex(key)))

@@ -17,7 +17,9 @@ from kvstore.admin.tree import Segment, grow
 from kvstore.errors import BlockNotFound
 from kvstore.identity import KEY_BYTES
 
-router = APIRouter(prefix="/v1", tags=["prompts"], dependencies=reads(), responses=documented(422, 503, 504))
+router = APIRouter(
+    prefix="/v1", tags=["prompts"], dependencies=reads(tenants=True), responses=documented(422, 503, 504)
+)
 
 COMPARED = 20
 """Hot prompts that a tree is made of."""

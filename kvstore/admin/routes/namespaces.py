@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["namespaces"], responses=documented(422, 
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="Whole digest.", examples=[DIGEST_EXAMPLE])]
 
 
-@router.get("/namespaces", dependencies=reads())
+@router.get("/namespaces", dependencies=reads(tenants=True))
 async def list_namespaces(node: CurrentNode, limit: Limit = 100, cursor: Cursor = "") -> NamespacePage:
     """The namespaces that this node knows, by digest."""
     spaces = sorted((await node.status()).namespaces, key=lambda space: space.digest)
@@ -29,13 +29,13 @@ async def list_namespaces(node: CurrentNode, limit: Limit = 100, cursor: Cursor 
     return NamespacePage(items=items, cursor=after)
 
 
-@router.get("/namespaces/{digest}", dependencies=reads(), responses=documented(404))
+@router.get("/namespaces/{digest}", dependencies=reads(tenants=True), responses=documented(404))
 async def show_namespace(digest: Digest, node: CurrentNode) -> NamespaceInfo:
     """One namespace."""
     return await node.namespace(digest)
 
 
-@router.delete("/namespaces/{digest}/blocks", dependencies=writes(Role.ADMIN), responses=documented(404))
+@router.delete("/namespaces/{digest}/blocks", dependencies=writes(Role.ADMIN, tenants=True), responses=documented(404))
 async def delete_namespace_blocks(digest: Digest, node: CurrentNode) -> Deleted:
     """Delete every block of a namespace from every tier of this node, the region's bucket included."""
     space = await node.namespace(digest)
@@ -44,7 +44,7 @@ async def delete_namespace_blocks(digest: Digest, node: CurrentNode) -> Deleted:
     )
 
 
-@router.get("/models", dependencies=reads())
+@router.get("/models", dependencies=reads(tenants=True))
 async def list_models(node: CurrentNode) -> list[ModelInfo]:
     """The models that this node knows, by name."""
     by_model: defaultdict[str, list[NamespaceInfo]] = defaultdict(list)

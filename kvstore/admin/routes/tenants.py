@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Request
 
 from kvstore.admin.auth import Role, reads, writes
 from kvstore.admin.models.tenants import (
@@ -25,7 +25,7 @@ from kvstore.admin.models.tenants import (
 from kvstore.admin.node import WORK_SECONDS, NodeView
 from kvstore.admin.paging import Cursor, Limit, page_of
 from kvstore.admin.problems import Problem, documented
-from kvstore.admin.site import CurrentNode, CurrentSite
+from kvstore.admin.site import CurrentSite, WholeNode
 from kvstore.errors import DeadlineExceeded, NodeUnavailable
 from kvstore.tenants.book import NAME, Tenant, TenantBook
 
@@ -45,11 +45,20 @@ async def _book(site: CurrentSite) -> TenantBook:
 
 
 Book = Annotated[TenantBook, Depends(_book)]
+
+
+async def _own(name: Annotated[str, Path(pattern=NAME)], request: Request) -> None:
+    """Raises Problem (404) for whoever is limited to another tenant: it hears of no other."""
+    if request.state.principal.tenant not in ("", name):
+        raise _unknown(name)
+
+
 Name = Annotated[str, Path(pattern=NAME, description="Of the tenant.", examples=["acme"])]
+OWN = Depends(_own)
 
 
 @router.get("", dependencies=reads())
-async def list_tenants(book: Book, node: CurrentNode, limit: Limit = 100, cursor: Cursor = "") -> TenantPage:
+async def list_tenants(book: Book, node: WholeNode, limit: Limit = 100, cursor: Cursor = "") -> TenantPage:
     """The tenants of this node, by name, with what they hold. Without secrets."""
     tenants, held = await asyncio.to_thread(book.tenants), await _held(node)
     items, after = page_of(tenants, lambda tenant: tenant.name, cursor, limit)
@@ -57,7 +66,7 @@ async def list_tenants(book: Book, node: CurrentNode, limit: Limit = 100, cursor
 
 
 @router.post("", dependencies=writes(Role.ADMIN), status_code=201, responses=documented(409))
-async def create_tenant(wanted: NewTenant, book: Book, node: CurrentNode) -> CreatedTenant:
+async def create_tenant(wanted: NewTenant, book: Book, node: WholeNode) -> CreatedTenant:
     """Make a tenant. Its token and its secret are in this answer and nowhere else; sent again under the same Idempotency-Key, the
     answer is repeated for a day."""
     if await asyncio.to_thread(book.get, wanted.name) is not None:
@@ -69,14 +78,14 @@ async def create_tenant(wanted: NewTenant, book: Book, node: CurrentNode) -> Cre
     return CreatedTenant(name=tenant.name, token=token, secret=tenant.secret)
 
 
-@router.get("/{name}", dependencies=reads())
-async def show_tenant(name: Name, book: Book, node: CurrentNode) -> TenantInfo:
+@router.get("/{name}", dependencies=[*reads(tenants=True), OWN])
+async def show_tenant(name: Name, book: Book, node: WholeNode) -> TenantInfo:
     """One tenant."""
     return _info(await _known(book, name), await _held(node))
 
 
 @router.patch("/{name}", dependencies=writes(Role.ADMIN))
-async def change_tenant(name: Name, change: TenantChange, book: Book, node: CurrentNode) -> TenantInfo:
+async def change_tenant(name: Name, change: TenantChange, book: Book, node: WholeNode) -> TenantInfo:
     """Other users or quotas. A lower quota of the disk is kept at once; for another one of host memory engines connect anew."""
     await _known(book, name)
     uids = None if change.uids is None else tuple(change.uids)
@@ -85,30 +94,30 @@ async def change_tenant(name: Name, change: TenantChange, book: Book, node: Curr
 
 
 @router.delete("/{name}", dependencies=writes(Role.ADMIN))
-async def remove_tenant(name: Name, book: Book, node: CurrentNode) -> Removed:
+async def remove_tenant(name: Name, book: Book, node: WholeNode) -> Removed:
     """End a tenant on this node: its engines are cut off. Its blocks stay until they are pushed out, or purged."""
     await _known(book, name)
     await _change(node, lambda: book.remove(name))
     return Removed(name=name)
 
 
-@router.post("/{name}/rotate-secret", dependencies=writes(Role.ADMIN))
-async def rotate_secret(name: Name, wanted: NewSecret, book: Book, node: CurrentNode) -> RotatedSecret:
+@router.post("/{name}/rotate-secret", dependencies=[*writes(Role.ADMIN, tenants=True), OWN])
+async def rotate_secret(name: Name, wanted: NewSecret, book: Book, node: WholeNode) -> RotatedSecret:
     """Give a tenant another secret. From now on nobody asks for what it has stored: it ages out, or is purged."""
     await _known(book, name)
     tenant = await _change(node, lambda: book.rotate_secret(name, bytes.fromhex(wanted.secret)))
     return RotatedSecret(name=name, secret=tenant.secret)
 
 
-@router.post("/{name}/rotate-token", dependencies=writes(Role.ADMIN))
-async def rotate_token(name: Name, book: Book, node: CurrentNode) -> RotatedToken:
+@router.post("/{name}/rotate-token", dependencies=[*writes(Role.ADMIN, tenants=True), OWN])
+async def rotate_token(name: Name, book: Book, node: WholeNode) -> RotatedToken:
     """Give a tenant another token. Engines with the one before are cut off."""
     await _known(book, name)
     return RotatedToken(name=name, token=await _change(node, lambda: book.rotate_token(name)))
 
 
-@router.post("/{name}/purge", dependencies=writes(Role.ADMIN), responses=documented(409))
-async def purge_tenant(name: Name, book: Book, node: CurrentNode, site: CurrentSite) -> TenantPurge:
+@router.post("/{name}/purge", dependencies=[*writes(Role.ADMIN, tenants=True), OWN], responses=documented(409))
+async def purge_tenant(name: Name, book: Book, node: WholeNode, site: CurrentSite) -> TenantPurge:
     """Delete all blocks of a tenant: on this node at once, in the bucket, on other nodes and in other regions by a job. Also of a
     tenant that is in the book no more."""
     tenant = await asyncio.to_thread(book.get, name)
@@ -124,8 +133,12 @@ async def purge_tenant(name: Name, book: Book, node: CurrentNode, site: CurrentS
 async def _known(book: TenantBook, name: str) -> Tenant:
     tenant = await asyncio.to_thread(book.get, name)
     if tenant is None:
-        raise Problem(404, "no-such-tenant", f"there is no tenant {name!r} here", "See /v1/tenants.")
+        raise _unknown(name)
     return tenant
+
+
+def _unknown(name: str) -> Problem:
+    return Problem(404, "no-such-tenant", f"there is no tenant {name!r} here", "See /v1/tenants.")
 
 
 async def _change(node: NodeView, change: Callable[[], T]) -> T:
