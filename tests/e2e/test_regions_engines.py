@@ -150,14 +150,17 @@ def test_a_damaged_block_is_computed_and_healed(world: World, reference: list[li
 
 
 def lose_disk(region: LocalRegion) -> None:
-    """Start the node anew with nothing but its bucket."""
+    """Start the node anew with nothing but its bucket; return when it knows that again."""
+    stored = region.node.blocks()["object"]
     region.node.stop()
     shutil.rmtree(region.node.data)
     region.node.start()
+    wait_for(lambda: region.node.blocks()["object"] == stored)
 
 
 def test_everything_is_restarted(world: World, reference: list[list[int]]) -> None:
     world.engines["eu"].close()
+    stored = {name: world[name].node.blocks()["object"] for name in ("na", "eu")}
     for name in ("na", "eu"):
         world[name].node.kill()
         world[name].s3.stop()
@@ -168,6 +171,7 @@ def test_everything_is_restarted(world: World, reference: list[list[int]]) -> No
         world.catalogs[name].restart()
         world[name].s3.restart()
         world[name].node.start()
+        wait_for(lambda: world[name].node.blocks()["object"] == stored[name])
     world.start_engine("eu")
     world["na"].publish()
     said = world["eu"].replicate()
