@@ -56,7 +56,8 @@ def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
     """A link to the node of this machine."""
     socket = options.socket or default_socket()
     start = partial(launch, socket) if start_node and options.autostart else None
-    return Link(Client(socket, "vLLM", CONNECT_TIMEOUT), geometry.namespace, geometry.block_bytes, start)
+    client = Client(socket, "vLLM", max(CONNECT_TIMEOUT, options.lookup_timeout_s))
+    return Link(client, geometry.namespace, geometry.block_bytes, start)
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -90,7 +91,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._describer = Describer.make(self._link, self._options)
             ranks = vllm_config.parallel_config.tensor_parallel_size
             self._timing = Timing(self._link, ranks)
-            self._planner = Planner(self._link, self._geometry, self._recorder, self._timing)
+            timeout = self._options.lookup_timeout_s
+            self._planner = Planner(self._link, self._geometry, self._recorder, self._timing, timeout)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning('kv_load_failure_policy is "%s"; set it to "recompute"', transfer.kv_load_failure_policy)
             logger.info("KV store: blocks of %d tokens, %s", self._geometry.block_tokens, self._geometry.namespace)

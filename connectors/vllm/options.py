@@ -19,6 +19,8 @@ class Options:
     """Where the node listens; empty for the default."""
     autostart: bool = True
     """Start a node when none answers."""
+    lookup_timeout_s: float = 0.05
+    """An answer that takes longer counts as "nothing stored": vLLM's scheduler waits for it."""
     load_timeout_s: float = 10.0
     """A load that takes longer ends, and what it has not brought is computed."""
     block_tokens: int = 0

@@ -25,9 +25,6 @@ from kvstore.node.api import About, Lookup, Miss, Plan
 from kvstore.policy.planner import ENDLESS, Reason
 from kvstore.tiers.base import Medium
 
-LOOKUP_TIMEOUT = 0.05
-"""Seconds. The scheduler waits for the answer, and with it every request."""
-
 _REMEMBERED = 1 << 17
 """Keys believed to be stored: 8 million tokens at the default block size, about 20 MB."""
 
@@ -68,8 +65,12 @@ class _State:
 class Planner:
     """Plans loads and saves for one engine."""
 
-    def __init__(self, link: Link, geometry: Geometry, recorder: Recorder, timing: Timing) -> None:
+    def __init__(
+        self, link: Link, geometry: Geometry, recorder: Recorder, timing: Timing, lookup_timeout: float
+    ) -> None:
+        """``lookup_timeout`` in seconds: the scheduler waits for the answer, and with it every request."""
         self._link = link
+        self._lookup_timeout = lookup_timeout
         self._timing = timing
         self._geometry = geometry
         self._recorder = recorder
@@ -231,7 +232,8 @@ class Planner:
             name, trace = state.request.request_id, traceparent(state.request)
             behind = len(self._waiting - {name})
             with tracing.span("connector lookup", trace, request=name, blocks=limit - first) as span:
-                found = self._link.client.lookup(state.chain.keys[:limit], first, LOOKUP_TIMEOUT, state.about, behind)
+                keys, patience = state.chain.keys[:limit], self._lookup_timeout
+                found = self._link.client.lookup(keys, first, patience, state.about, behind)
                 span.set(found=found.blocks)
             self._forget(state.chain.keys[first + found.blocks : limit])
             return found, Miss.NOT_STORED

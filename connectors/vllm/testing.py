@@ -16,6 +16,10 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE":
 _LOADED = "vllm:kvstore_tokens_loaded{"
 
 
+PATIENT = {"lookup_timeout_s": 2.0}
+"""Where more runs than there are cores, as when tests run, an answer may take longer than an engine should wait."""
+
+
 @contextmanager
 def cpu_engine(
     model: Path,
@@ -30,7 +34,7 @@ def cpu_engine(
     ``threads`` compute; 0 leaves the number to vLLM. ``options`` are more of the connector's settings. ``arguments`` go to
     ``vllm.LLM``, over ``EXACT``. An engine that dies raises RuntimeError with the end of its log.
     """
-    store = {"socket": str(socket), "autostart": False, **(options or {})} if socket else None
+    store = {"socket": str(socket), "autostart": False, **PATIENT, **(options or {})} if socket else None
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)} if threads else {}
     with log.open("ab") as out:
         process = EngineProcess(str(model), store, {**EXACT, **arguments}, {**_ENVIRONMENT, **bound}, out.fileno())

@@ -71,7 +71,7 @@ class Engine:
     def __init__(self, socket: Path) -> None:
         self.link = Link(Client(socket, "vLLM"), NAMESPACE, GEOMETRY.block_bytes)
         self.recorder = Recorder()
-        self.planner = Planner(self.link, GEOMETRY, self.recorder, Timing(self.link, 1))
+        self.planner = Planner(self.link, GEOMETRY, self.recorder, Timing(self.link, 1), 5.0)
         cache = torch.zeros(BLOCKS, GEOMETRY.block_bytes, dtype=torch.uint8)
         self.mover = Mover(self.link, OpaquePager({"layer": cache}, BLOCKS, 1), GEOMETRY, 0, self.recorder, 10.0)
         wait_for(lambda: self.link.keyring is not None)

@@ -132,7 +132,7 @@ class Engine:
         link: Any = FakeLink(client)
         recorder = Recorder()
         self.client = client
-        self.planner = Planner(link, GEOMETRY, recorder, Timing(link, 1))
+        self.planner = Planner(link, GEOMETRY, recorder, Timing(link, 1), 5.0)
         self.mover = worker.Mover(link, OpaquePager(self.caches, POOL, 2), GEOMETRY, 0, recorder, 1.0)
         self.free = list(range(1, POOL))
         self.cached: dict[tuple[Any, ...], int] = {}

@@ -23,6 +23,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connectors.vllm.process import transfer_config
+from connectors.vllm.testing import PATIENT
 from kvstore.config.schema import PUBLIC_SECRET
 from kvstore.testing.model import make_model
 from kvstore.testing.node import NodeProcess, wait_for
@@ -125,7 +126,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             events = f"ipc://{folder / str(number) / 'events'}"
             settings = [*NODE, f"api.listen={api}", f"events.listen={events}", peers]
             node = stack.enter_context(NodeProcess(folder / str(number), *settings))
-            store = transfer_config({"socket": str(node.socket), "autostart": False, "model": MODEL})
+            store = transfer_config({"socket": str(node.socket), "autostart": False, "model": MODEL, **PATIENT})
             port = free_port()
             arguments: list[str] = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, *ENGINE]
             argv = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]

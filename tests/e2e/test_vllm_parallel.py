@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connectors.vllm.process import EngineProcess
+from connectors.vllm.testing import PATIENT
 from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
 from kvstore.testing.model import make_model
@@ -56,7 +57,7 @@ def engine(socket: Path) -> Iterator[EngineProcess]:
     }  # fmt: skip
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1", "KVSTORE_CONFIG": str(config)}
     log = os.open(socket.parent / "engine.log", os.O_WRONLY | os.O_CREAT)
-    with EngineProcess(str(model), {"socket": str(socket)}, arguments, environment, log) as engine:
+    with EngineProcess(str(model), {"socket": str(socket), **PATIENT}, arguments, environment, log) as engine:
         os.close(log)
         engine.ready()
         yield engine
