@@ -171,7 +171,7 @@ def test_everything_is_restarted(world: World, reference: list[list[int]]) -> No
         world.catalogs[name].restart()
         world[name].s3.restart()
         world[name].node.start()
-        wait_for(lambda: world[name].node.blocks()["object"] == stored[name])
+        wait_for(lambda name=name: world[name].node.blocks()["object"] == stored[name])
     world.start_engine("eu")
     world["na"].publish()
     said = world["eu"].replicate()
