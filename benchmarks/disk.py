@@ -65,7 +65,7 @@ class Sample:
 
 def arguments(parser: Any) -> None:
     parser.add_argument("--directory", type=Path, default=Path(), help="where to put the files (default: here)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds per block size")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per block size")
     parser.add_argument("--mib", type=int, default=1024, help="MiB written and read per round")
 
 
@@ -126,7 +126,10 @@ async def _compare(fio: str, directory: Path, block: int, total: int, rounds: in
                     ("encrypted", encrypted.measure),
                     ("fio", theirs.measure),
                 ]
-                for name, measure in contestants if number % 2 else contestants[::-1]:
+                first = number % len(
+                    contestants
+                )  # whoever follows the other direction finds the disk still busy with it
+                for name, measure in contestants[first:] + contestants[:first]:
                     sample = await measure(direction)
                     if number:
                         samples[name, direction].append(sample)
