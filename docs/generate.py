@@ -88,7 +88,9 @@ MEASURED = {
         "encrypted_write_ratio": "... writing encrypted, share of its speed without",
         "encrypted_read_ratio": "... reading encrypted, share of its speed without",
     },
-    "slowtier": {"ratio_worst": "first token of a real vLLM over a disk slower than computing, times computing, at worst"},
+    "slowtier": {
+        "ratio_worst": "first token of a real vLLM over a disk slower than computing, times computing, at worst"
+    },
     "catalog": {
         "lookup_500_ms": "lookup of 500 blocks in a Redis catalog of a million, ms",
         "visible_ms": "from durable on one node to listed on another, ms",
