@@ -1,4 +1,5 @@
-"""Tokens of an OpenID Connect issuer: JWTs that it has signed, for this API, with a role among their claims.
+"""Tokens of an OpenID Connect issuer: JWTs that it has signed, for this API, with a role among their claims, and where the
+configuration names a claim for it, a tenant.
 
 Keys come from the issuer's JWKS, found by its discovery document. They are kept for minutes, and asked for again when a token
 names one that is not known, though seldom: nobody can make this API ask the issuer at will.
@@ -7,6 +8,7 @@ names one that is not known, though seldom: nobody can make this API ask the iss
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from jwt.exceptions import PyJWKClientError, PyJWTError
 from kvstore.admin.auth import Principal, Role
 from kvstore.admin.problems import Problem
 from kvstore.config.schema import ApiSection
+from kvstore.tenants.book import NAME
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +38,8 @@ RETRY_SECONDS = 2.0
 TIMEOUT_SECONDS = 5.0
 MAX_TOKEN_BYTES = 16 << 10
 MAX_NAME = 128
+ALL_TENANTS = "*"
+"""What the tenant's claim says of those who look after all of them. No tenant can have this name."""
 
 
 class OidcTokens:
@@ -45,6 +50,7 @@ class OidcTokens:
         self._issuer = api.oidc_issuer
         self._audience = api.oidc_audience
         self._claim = api.oidc_role_claim
+        self._tenant_claim = api.oidc_tenant_claim
         self._roles = role_names(api.oidc_roles)
         self._keys: list[PyJWK] = []
         self._turn = asyncio.Lock()
@@ -53,7 +59,10 @@ class OidcTokens:
         """Why the issuer gave no keys when it was asked last; those of before are used on."""
 
     async def __call__(self, text: str) -> Principal | None:
-        """None when the token is not valid here, or has no role. Raises Problem (503) when the issuer gives no keys."""
+        """None when the token is not valid here, has no role, or lacks the tenant that it must name.
+
+        Raises Problem (503) when the issuer gives no keys.
+        """
         if len(text) > MAX_TOKEN_BYTES or text.count(".") != 2:
             return None
         try:
@@ -72,7 +81,8 @@ class OidcTokens:
         except PyJWTError:
             return None
         role = role_of(claims, self._claim, self._roles)
-        return None if role is None else Principal(_name(claims), role)
+        tenant = tenant_of(claims, self._tenant_claim) if self._tenant_claim else ""
+        return None if role is None or tenant is None else Principal(_name(claims), role, tenant)
 
     async def _key(self, identity: str) -> PyJWK | None:
         async with self._turn:
@@ -110,12 +120,28 @@ def role_names(pairs: Sequence[str]) -> Mapping[str, Role]:
 
 def role_of(claims: Mapping[str, Any], path: str, roles: Mapping[str, Role]) -> Role | None:
     """The greatest that the claim gives; ``path`` has dots where claims are nested. None: it gives none."""
+    given = {roles[one] for one in _said(claims, path) if isinstance(one, str) and one in roles}
+    return max(given, key=list(Role).index, default=None)
+
+
+def tenant_of(claims: Mapping[str, Any], path: str) -> str | None:
+    """The one that the claim limits its bearer to; empty where it says ``ALL_TENANTS``.
+
+    None when it names none, several, or what cannot be one: a claim that is left out must not open every tenant.
+    """
+    said = _said(claims, path)
+    name = said[0] if len(said) == 1 else None
+    if name == ALL_TENANTS:
+        return ""
+    return name if isinstance(name, str) and re.fullmatch(NAME, name) else None
+
+
+def _said(claims: Mapping[str, Any], path: str) -> list[Any]:
+    """The values of a claim."""
     value: Any = claims
     for part in [path] if path in claims else path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    said = value if isinstance(value, list) else [value]
-    given = {roles[one] for one in said if isinstance(one, str) and one in roles}
-    return max(given, key=list(Role).index, default=None)
+    return value if isinstance(value, list) else [value]
 
 
 def _name(claims: Mapping[str, Any]) -> str:

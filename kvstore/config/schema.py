@@ -375,6 +375,12 @@ class ApiSection(_Section):
         max_length=256,
         description="What values of that claim mean, as sre=operator,platform=admin; empty: viewer, operator, admin.",
     )
+    oidc_tenant_claim: str = Field(
+        "",
+        max_length=256,
+        description="Claim that limits a token to one tenant, as tenant or org.tenant, or says * for all; tokens without it "
+        "are refused. Empty: tokens are of all tenants.",
+    )
     tls_certificate: Path | None = Field(None, description="PEM file of the API's certificate chain; empty: no TLS.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
     client_ca: Path | None = Field(

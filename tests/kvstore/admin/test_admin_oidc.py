@@ -2,87 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import json
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jwt
 import pytest
-import uvicorn
 from api_site import Site, api_site
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from fastapi import FastAPI
+from oidc_issuer import AUDIENCE, Issuer
 
 from kvstore.admin.auth import Role
 from kvstore.admin.jobs import JobKind, Running
 from kvstore.admin.kinds import NoOptions
-from kvstore.admin.oidc import role_names, role_of
+from kvstore.admin.oidc import role_names, role_of, tenant_of
 from kvstore.admin.tokens import FAILURES, TokenBook
 from kvstore.config import load
 from kvstore.errors import ConfigError
-from kvstore.testing.background import Background
 from kvstore.testing.servers import free_port
-
-AUDIENCE = "kvstore"
-
-
-class Issuer(Background):
-    """An OpenID Connect issuer on loopback, as far as one that checks its tokens meets it."""
-
-    def __init__(self) -> None:
-        self._port = free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        self.keys = {"first": generate_private_key(65537, 2048)}
-        self.asked = 0
-        super().__init__("issuer")
-
-    @asynccontextmanager
-    async def _serve(self) -> AsyncIterator[None]:
-        app = FastAPI()
-
-        @app.get("/.well-known/openid-configuration")
-        def discovery() -> dict[str, str]:
-            return {"issuer": self.url, "jwks_uri": f"{self.url}/keys"}
-
-        @app.get("/keys")
-        def keys() -> dict[str, Any]:
-            self.asked += 1
-            to_jwk = jwt.algorithms.RSAAlgorithm.to_jwk
-            public = {name: json.loads(to_jwk(key.public_key())) for name, key in self.keys.items()}
-            return {"keys": [{**key, "kid": name, "use": "sig"} for name, key in public.items()]}
-
-        server = uvicorn.Server(uvicorn.Config(app, port=self._port, log_level="error", lifespan="off"))
-        running = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        try:
-            yield
-        finally:
-            server.should_exit = True
-            await running
-
-    def open(self) -> AbstractAsyncContextManager[None]:
-        return self._serve()
-
-    def token(self, key: RSAPrivateKey | None = None, kid: str = "first", **claims: object) -> str:
-        now = time.time()
-        whole = {
-            "iss": self.url, "aud": AUDIENCE, "sub": "42", "iat": now, "exp": now + 600, "preferred_username": "ada",
-            "roles": ["operator", "something else"],
-        }  # fmt: skip
-        return jwt.encode(
-            {name: value for name, value in (whole | claims).items() if value is not None},
-            key or self.keys[kid],
-            "RS256",
-            {"kid": kid},
-        )
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +155,15 @@ def test_what_a_claim_means() -> None:
     for nothing in (None, 7, ["admin"], {"sre": 1}, [["sre"]]):
         assert role_of({"groups": nothing}, "groups", groups) is None
     assert role_of({}, "groups", groups) is None
+
+
+def test_a_claim_of_a_tenant_names_one_or_opens_nothing() -> None:
+    assert tenant_of({"tenant": "acme"}, "tenant") == "acme"
+    assert tenant_of({"org": {"tenant": ["acme"]}}, "org.tenant") == "acme"
+    assert tenant_of({"tenant": "*"}, "tenant") == ""
+    for nothing in (None, "", [], 7, {"acme": 1}, ["acme", "globex"], ["*", "acme"], "a/b", "acme\n", "..", "a" * 65):
+        assert tenant_of({"tenant": nothing}, "tenant") is None, nothing
+    assert tenant_of({}, "tenant") is None
 
 
 @pytest.mark.parametrize(
