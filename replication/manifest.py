@@ -18,6 +18,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import numpy.typing as npt
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -45,6 +46,10 @@ _ROW = np.dtype(
 )
 BLOCK_BYTES = _ROW.itemsize
 """What one block takes in a manifest."""
+
+Rows = npt.NDArray[np.void]
+"""Blocks as a structured array: ``key``, ``parent`` (a row, -1 for none), ``namespace`` (a place among the labels),
+``length``, ``created`` and ``score`` as in ``HotBlock``."""
 
 
 class ManifestRefused(KVStoreError):
@@ -120,6 +125,19 @@ class Manifest:
         return text + key.sign(text)
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A manifest as it is packed: 38 bytes a block, where objects take hundreds."""
+
+    region: str
+    sequence: int
+    published: float
+    labels: Sequence[Label]
+    rows: Rows
+    """Every block after its parent."""
+    tombstones: Sequence[Tombstone]
+
+
 def open_manifest(raw: bytes, region: str, key: Ed25519PublicKey, newest: int = 0) -> Manifest:
     """Check and read a manifest that says it comes from ``region``.
 
@@ -144,6 +162,11 @@ def read_trusted(raw: bytes) -> Manifest:
     return _parse(_body(raw))
 
 
+def read_table(raw: bytes) -> Table:
+    """The same, as arrays. Raises ManifestRefused."""
+    return _table(_body(raw))
+
+
 def _body(raw: bytes) -> memoryview:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise ManifestRefused(f"oversize: {len(raw)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
@@ -159,18 +182,23 @@ def _body(raw: bytes) -> memoryview:
 
 
 def _parse(body: memoryview) -> Manifest:
+    table = _table(body)
+    return Manifest(
+        region=table.region,
+        sequence=table.sequence,
+        published=table.published,
+        labels={label.digest: label for label in table.labels},
+        blocks=_blocks(table.rows, table.labels),
+        tombstones=table.tombstones,
+    )
+
+
+def _table(body: memoryview) -> Table:
     try:
         match msgpack.unpackb(body):
-            case [str(region), int(sequence), float(published), list(names), bytes(table), list(stones)]:
+            case [str(region), int(sequence), float(published), list(names), bytes(rows), list(stones)]:
                 labels = [_label(name) for name in names]
-                return Manifest(
-                    region=region,
-                    sequence=sequence,
-                    published=published,
-                    labels={label.digest: label for label in labels},
-                    blocks=_blocks(table, labels),
-                    tombstones=_tombstones(stones),
-                )
+                return Table(region, sequence, published, labels, _rows(rows, labels), _tombstones(stones))
     except (ValueError, TypeError, OverflowError, IdentityError, msgpack.UnpackException) as error:
         raise ManifestRefused(f"malformed: {error}") from None
     raise ManifestRefused("malformed: not the fields of a manifest")
@@ -189,7 +217,7 @@ def _tombstones(texts: list[Any]) -> list[Tombstone]:
     return [Tombstone.from_json(text) for text in texts]
 
 
-def _blocks(raw: bytes, labels: Sequence[Label]) -> list[HotBlock]:
+def _rows(raw: bytes, labels: Sequence[Label]) -> Rows:
     if len(labels) > MAX_NAMESPACES:
         raise ManifestRefused(f"malformed: {len(labels)} namespaces")
     table = np.frombuffer(raw, dtype=_ROW)
@@ -203,6 +231,10 @@ def _blocks(raw: bytes, labels: Sequence[Label]) -> list[HotBlock]:
     )
     if not sound:
         raise ManifestRefused("malformed: a block that cannot be")
+    return table
+
+
+def _blocks(table: Rows, labels: Sequence[Label]) -> list[HotBlock]:
     keys = [BlockKey(key.tobytes()) for key in table["key"]]
     if len(set(keys)) != len(keys):
         raise ManifestRefused("malformed: a block is listed twice")
