@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvstore.cli import options
+from kvstore.cli.groups import grouped
 from kvstore.cli.output import note
 from kvstore.errors import ConfigError
 
@@ -35,47 +38,80 @@ OptionalKey = Annotated[
         envvar="KVSTORE_REGION_KEY",
     ),
 ]
-Metrics = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Serve Prometheus metrics of the service here; else nowhere.")
-]
 
 
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Where the service's metrics are served."""
+
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve Prometheus metrics of the service here; without --metrics-client-ca on loopback only.",
+        ),
+    ] = ""
+    metrics_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of that listener's certificate chain, for TLS.")
+    ] = None
+    metrics_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the certificate's private key.")
+    ] = None
+    metrics_client_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM file of the authority whose certificates clients must show there."),
+    ] = None
+
+    def serving(self, registry: CollectorRegistry) -> AbstractContextManager[None]:
+        """While the context lasts, if asked for. Raises ConfigError."""
+        if not self.metrics:
+            return nullcontext()
+        from replication.exposition import MetricsAddress
+
+        address = MetricsAddress.of(self.metrics, self.metrics_certificate, self.metrics_key, self.metrics_client_ca)
+        return address.serving(registry)
+
+
+@grouped
 def run(
     topology: TopologyFile,
     region: RegionName,
     signing_key: OptionalKey = None,
-    metrics: Metrics = "",
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
+    *,
+    metrics: Metrics,
+    settings: options.Settings,
 ) -> None:
     """Run the regional service until SIGINT or SIGTERM: publish, replicate, evict, retire. Several replicas may run."""
     import asyncio
     import signal
+
+    from prometheus_client import CollectorRegistry
 
     from kvstore import tracing
     from kvstore.admin.process import inside
     from kvstore.cli.logs import configure
     from replication.service import serve
 
-    loaded = options.load(config, [*(overrides or ()), *_named(topology, region)])
-    settings = loaded.config
-    site = load_site(settings, topology, region)
+    loaded = options.load(settings.config, [*(settings.overrides or ()), *_named(topology, region)])
+    site = load_site(loaded.config, topology, region)
     private = own_key(site, signing_key)
-    registry = _registry(metrics)
-    configure(settings.node.log_level)
+    registry = CollectorRegistry()
+    configure(loaded.config.node.log_level)
 
     async def main() -> None:
         stop = asyncio.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-        telemetry = settings.telemetry
+        telemetry = loaded.config.telemetry
         with tracing.exporting("kvstore-region", telemetry.otlp_endpoint, telemetry.sample_ratio):
-            async with inside(loaded):
+            async with inside(loaded, registry):
                 await serve(site, private, stop, registry)
 
-    asyncio.run(main())
+    with metrics.serving(registry):
+        asyncio.run(main())
 
 
+@grouped
 def up(
     topology: Annotated[
         Path | None,
@@ -91,10 +127,9 @@ def up(
         str, typer.Option("--region", "-r", metavar="NAME", help="The region to act for.", envvar="KVSTORE_REGION")
     ] = "",
     signing_key: OptionalKey = None,
-    metrics: Metrics = "",
-    config: options.ConfigFile = None,
-    overrides: options.Overrides = None,
-    socket: options.Socket = None,
+    *,
+    metrics: Metrics,
+    node: options.Node,
 ) -> None:
     """Run a node and its region's service in one process, for one machine, until SIGINT or SIGTERM.
 
@@ -103,6 +138,8 @@ def up(
     """
     import asyncio
 
+    from prometheus_client import CollectorRegistry
+
     from kvstore.admin.process import beside
     from kvstore.cli.logs import configure
     from kvstore.node.server import serve
@@ -110,21 +147,23 @@ def up(
 
     if bool(topology) != bool(region):
         raise ConfigError("--region", region, "goes with --topology", "Give both, or neither.")
-    chosen = [*(overrides or ()), *_named(topology, region), *_defaults(options.load(config, overrides, socket).config)]
-    settings = options.load(config, chosen, socket).config
+    chosen = [*(node.overrides or ()), *_named(topology, region), *_defaults(node.load().config)]
+    node = replace(node, overrides=chosen)
+    settings = node.load().config
     site = load_site(settings, settings.region.topology, settings.region.name)
     private = own_key(site, signing_key)
-    registry = _registry(metrics)
+    registry = CollectorRegistry()
     configure(settings.node.log_level)
 
     async def main() -> None:
         async with (
-            beside(settings, options.Node(config, chosen, socket).arguments()),
+            beside(settings, node.arguments()),
             beside_a_node(site, private, registry),
         ):
             await serve(settings)
 
-    asyncio.run(main())
+    with metrics.serving(registry):
+        asyncio.run(main())
 
 
 def _named(topology: Path | None, region: str) -> list[str]:
@@ -176,18 +215,3 @@ def matching_key(topology: Topology, region: str, file: Path) -> Ed25519PrivateK
         problem = "not the private half of the region's public_key"
         raise ConfigError("--key", str(file), problem, "Put the public half of this key into the topology.")
     return private
-
-
-def _registry(address: str) -> CollectorRegistry:
-    """Where metrics go, served at ``address`` unless that is empty. Raises ConfigError."""
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry()
-    if address:
-        host, _, port = address.rpartition(":")
-        try:
-            start_http_server(int(port), host, registry)
-        except (ValueError, OSError, OverflowError) as error:
-            remedy = "Write a free one as 127.0.0.1:9400."
-            raise ConfigError("--metrics", address, str(error), remedy) from None
-    return registry

@@ -17,9 +17,9 @@ BAD_SHOWN = 1000
 
 
 class ScrubOptions(Wanted):
-    """Which tiers to read; all that the node has, if none is named."""
+    """Which tiers to read; all that the node keeps, if none is named."""
 
-    tiers: list[TierName] = Field(default_factory=list, max_length=3, examples=[["disk"]])
+    tiers: list[TierName] = Field(default_factory=list, max_length=4, examples=[["disk"]])
 
 
 class NoOptions(Wanted):
@@ -37,7 +37,8 @@ def register(jobs: Jobs, node: NodeView | None, config: Config) -> None:
 def scrub_kind(node: NodeView) -> JobKind:
     async def run(job: Running, options: ScrubOptions) -> dict[str, Any]:
         status = await node.status()
-        wanted = [tier for tier in status.tiers if not options.tiers or tier.medium in options.tiers]
+        named = options.tiers or [tier for tier in TierName if tier is not TierName.REMOTE]
+        wanted = [tier for tier in status.tiers if tier.medium in named]
         total = sum(tier.blocks for tier in wanted)
         done: dict[str, dict[str, Any]] = job.checkpoint.get("done", {})
         left: list[str] = job.checkpoint.get("left", [tier.medium.value for tier in wanted])

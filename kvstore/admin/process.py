@@ -12,11 +12,15 @@ import importlib.util
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 
 from kvstore.config import Config, Loaded
 from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 log = structlog.get_logger(__name__)
 
@@ -46,15 +50,15 @@ async def beside(config: Config, options: Sequence[str]) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def inside(loaded: Loaded) -> AsyncIterator[None]:
+async def inside(loaded: Loaded, registry: CollectorRegistry) -> AsyncIterator[None]:
     """For a service that has no node and no data path: the API in its own event loop while the context lasts, if
-    ``api.listen`` asks for one. Raises ConfigError."""
+    ``api.listen`` asks for one. ``registry`` has the service's metrics. Raises ConfigError."""
     if not _wanted(loaded.config):
         yield
         return
     from kvstore.admin.server import open_site, serving_site
 
-    async with serving_site(open_site(loaded, node=False)):
+    async with serving_site(open_site(loaded, node=False, registry=registry)):
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from kvstore.admin.app import create_app
 from kvstore.admin.auth import Authenticate, everybody
@@ -90,8 +91,8 @@ async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
         await running
 
 
-def open_site(loaded: Loaded, node: bool = True) -> Site:
-    """What the routes of this configuration work with. Raises ConfigError."""
+def open_site(loaded: Loaded, node: bool = True, registry: CollectorRegistry | None = None) -> Site:
+    """What the routes of this configuration work with; ``registry``: a service's own metrics. Raises ConfigError."""
     config = loaded.config
     name = node_name(config.node.directory) if node else config.region.name
     catalog = CatalogView(config) if config.catalog.url else None
@@ -106,6 +107,7 @@ def open_site(loaded: Loaded, node: bool = True) -> Site:
         url=config.api.url,
         peers=Peers(named, config.api.peer_token, partial(catalog.apis, name) if catalog is not None else nobody),
         catalog=catalog,
+        registry=registry,
         authenticate=_authenticator(config.api),
     )
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.encoders import jsonable_encoder
+from prometheus_client import CollectorRegistry
 
 from kvstore.admin.auth import Authenticate, Principal, everybody
 from kvstore.admin.cached import Cached
@@ -43,6 +44,8 @@ class Site:
     """Other nodes, for routers."""
     catalog: CatalogView | None = None
     """The region's, if one is configured."""
+    registry: CollectorRegistry | None = None
+    """The metrics of a service that has no node beside it."""
     authenticate: Authenticate = everybody
     parts: dict[str, Callable[[], Awaitable[Any]]] = field(default_factory=dict)
     """What ``/v1/events`` tells each second, by name: anything with a JSON form, quickly."""

@@ -427,7 +427,7 @@ class ApiSection(_Section):
             raise _refuse("api.tls_key" if self.tls_certificate else "api.tls_certificate", problem, "Set both.")
         if self.client_ca and not self.tls_certificate:
             raise _refuse("api.client_ca", "only TLS asks for certificates", "Set api.tls_certificate and api.tls_key.")
-        if not _is_loopback(self.address[0]) and not self.asks_who:
+        if not is_loopback(self.address[0]) and not self.asks_who:
             raise _refuse(
                 "api.listen",
                 "others than this machine could reach it, and it does not ask who they are",
@@ -440,7 +440,7 @@ def _check_oidc(api: ApiSection) -> None:
     url = urlsplit(api.oidc_issuer)
     if not api.oidc_issuer:
         return
-    if not (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or ""))) or not url.hostname:
+    if not (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.hostname or ""))) or not url.hostname:
         raise _refuse(
             "api.oidc_issuer", "not an https address", "Write it as the issuer does: https://login.example.com."
         )
@@ -453,7 +453,8 @@ def _check_oidc(api: ApiSection) -> None:
             raise _refuse("api.oidc_roles", f"{pair!r} is not value=role", "Write it as sre=operator,platform=admin.")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener there; names other than localhost count as others."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -473,7 +474,7 @@ class EventsSection(_Section):
         match = re.fullmatch(r"ipc:///.+|tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}", self.listen)
         if self.listen and match is None:
             raise _refuse("events.listen", "not tcp://host:port or ipc:///path", "Write it as tcp://127.0.0.1:5557.")
-        if match is not None and match[1] and not _is_loopback(match[1].strip("[]")):
+        if match is not None and match[1] and not is_loopback(match[1].strip("[]")):
             problem = "others than this machine could listen, and it does not ask who they are"
             raise _refuse(
                 "events.listen", problem, "Publish on 127.0.0.1 or ipc:///, and forward it over something that asks."
@@ -503,7 +504,7 @@ class TelemetrySection(_Section):
 
 
 class RegionSection(_Section):
-    """The node's region, for what the admin API shows of replication."""
+    """The node's region: where it reads from (remote.mode), and what the admin API shows of replication."""
 
     name: str = Field("", description="Name of this region in the topology; empty: it stands alone.")
     topology: Path | None = Field(None, description="TOML file with all regions.")
@@ -515,6 +516,24 @@ class RegionSection(_Section):
                 "region.name" if self.topology else "region.topology", "name and topology come as a pair", "Set both."
             )
         return self
+
+
+class RemoteSection(_Section):
+    """Reading what only other regions have, when a request asks for it."""
+
+    mode: Literal["off", "observe", "enforce"] = Field(
+        "off",
+        description="Whether blocks that other regions have published are loaded from there where that beats computing; "
+        "observe only counts them.",
+    )
+    bytes_per_second: Bytes | None = Field(
+        None,
+        ge=1,
+        description="What this node may read of a flow; empty: as much as the flow's own bytes_per_second allows.",
+    )
+    bytes_in_flight: Bytes = Field(
+        256 * _MIB, ge=_MIB, description="Bytes that may be on their way from other regions at a time."
+    )
 
 
 class Config(_Section):
@@ -534,6 +553,7 @@ class Config(_Section):
     events: EventsSection = EventsSection()
     telemetry: TelemetrySection = TelemetrySection()
     region: RegionSection = RegionSection()
+    remote: RemoteSection = RemoteSection()
 
     @property
     def disk_directory(self) -> Path:
@@ -549,6 +569,12 @@ class Config(_Section):
     def _check(self) -> Config:
         if self.catalog.url and not self.object.url:
             raise _refuse("catalog.url", "there is no bucket for it to index", "Set object.url too.")
+        if self.remote.mode != "off" and not (self.object.url and self.region.name):
+            raise _refuse(
+                "remote.mode",
+                "what other regions have, only a node with a bucket knows that has a place in a topology",
+                "Set object.url, region.name and region.topology too.",
+            )
         if self.queue_bytes > self.host.bytes // 4:
             raise _refuse(
                 "write.queue_bytes",

@@ -22,6 +22,7 @@ class TierName(StrEnum):
     HOST = "host"
     DISK = "disk"
     OBJECT = "object"
+    REMOTE = "remote"
 
 
 class Model(BaseModel):

@@ -8,6 +8,7 @@ from kvstore.admin.routes import (
     events,
     insight,
     jobs,
+    metrics,
     namespaces,
     policy,
     prompts,
@@ -17,7 +18,7 @@ from kvstore.admin.routes import (
     whoami,
 )
 
-ROUTERS = (events.router, jobs.router, configuration.router, region.router, whoami.router)
+ROUTERS = (metrics.router, events.router, jobs.router, configuration.router, region.router, whoami.router)
 """Those of every service, beside those of health."""
 NODE_ROUTERS = (
     status.router,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 
-from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
-from prometheus_client.openmetrics import exposition as openmetrics
+from fastapi import APIRouter
 
 from kvstore.admin.auth import reads
 from kvstore.admin.models.base import TierName
@@ -53,11 +51,3 @@ async def warmth(site: CurrentSite) -> WarmthStatus:
     if found is None:
         raise Problem(404, "never-warmed", "this node was never warmed", "Start a job of kind warm, or kvstore warm.")
     return WarmthStatus.model_validate({**asdict(found), "share": found.share})
-
-
-@router.get("/metrics", tags=["observability"], response_class=Response)
-async def metrics(node: CurrentNode, request: Request) -> Response:
-    """The node's metrics in Prometheus' text format."""
-    if "application/openmetrics-text" in request.headers.get("accept", ""):
-        return Response(await node.openmetrics(), media_type=openmetrics.CONTENT_TYPE_LATEST)
-    return Response(await node.metrics(), media_type=CONTENT_TYPE_LATEST)
