@@ -147,7 +147,7 @@ class Undertaker:
         older, which costs at most what was computed anew before the tombstone was seen.
         """
         labels = {known.digest: known.fields for known in self._namespaces}
-        own = [tier for tier in store.tiers if tier.medium is not Medium.OBJECT]
+        own = [tier for tier in store.tiers if tier.medium in (Medium.HOST, Medium.DISK)]
         dead: set[BlockKey] = set()
         for tier in own:
             found: list[_Resting] = []

@@ -17,6 +17,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from math import inf
 
 import numpy as np
@@ -81,15 +82,24 @@ class Store:
         probe: Probe | None = None,
         admission: AdmissionPolicy | None = None,
         history: History | None = None,
+        afar: Sequence[Tier] = (),
+        observed: Sequence[Tier] = (),
     ) -> None:
         """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
         ``writers`` how many blocks are on their way to it (two batches of the disk: one is written while the other is synced).
 
         ``probe`` is told of keys that no tier listed, to look for them off the caller's path. ``admission`` says which blocks
         are written down; without one, all are. ``history`` is told what becomes of blocks.
+
+        ``afar`` are tiers that are read and never written, slower than all others: what only they hold is saved here once it
+        is computed, or was read. Of ``observed`` ones it is only told what they would add.
         """
         self.host = host
-        self.tiers: tuple[Tier, ...] = (host, *lower)
+        self.written: tuple[Tier, ...] = (host, *lower)
+        """Those that keep what engines save here."""
+        self.tiers: tuple[Tier, ...] = (*self.written, *afar)
+        """Those that blocks are loaded from, fastest first."""
+        self._observed = tuple(observed)
         self.metrics = metrics
         self.history = history if history is not None else History()
         self._reservations = Reservations(host)
@@ -112,13 +122,22 @@ class Store:
         self.metrics.looked_up.inc(len(keys) - start)
         end = start + blocks
         asyncio.get_running_loop().call_soon(self._touch, keys[:end])
-        if end < len(keys):
-            self._look_further(keys[end : end + PROBED_AFTER_MISS])
+        near = start + sum(count for _, count in takewhile(lambda run: run[0] is not Medium.REMOTE, runs))
+        if near < len(keys):  # the region's bucket may have what others have stored meanwhile
+            self._look_further(keys[near : near + PROBED_AFTER_MISS])
         return Lookup(blocks, tuple(runs), self.estimate(keys[start:end], runs))
 
     def peek(self, keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:
         """Where the longest prefix of ``keys`` is, as runs of (medium, blocks). Does not count as a use."""
         return runs_of(((tier.medium, contained(keys, tier.keys())) for tier in self.tiers), len(keys))
+
+    def beyond(self, keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:
+        """What the observed tiers would add to the longest prefix of ``keys``, as runs."""
+        if not self._observed:
+            return []
+        tiers = (*self.tiers, *self._observed)
+        runs = runs_of(((tier.medium, contained(keys, tier.keys())) for tier in tiers), len(keys))
+        return runs[len(self.peek(keys)) :]
 
     def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
         """Seconds until ``keys``, which are in ``runs``, are in the arena."""
@@ -196,7 +215,7 @@ class Store:
             self.history.record(What.DEADLINE, keys[kept:])
         elif miss is Miss.NO_ROOM:
             self.history.record(What.NO_ROOM, keys[kept:], Medium.HOST)
-        self._write_down_lacking(keys[:kept])
+        self._write_down_lacking(keys[:kept], media)
         deque(self._ask_leaving(), maxlen=0)
         return Delivery(offsets, media, miss)
 
@@ -223,7 +242,7 @@ class Store:
         parts: int = 1,
     ) -> list[int | Miss]:
         """For each block the arena offset to write its payload to, or why not to (PRESENT, NO_ROOM)."""
-        held = [tier.keys() for tier in self.tiers]
+        held = [tier.keys() for tier in self.written]
         answers: list[int | Miss] = []
         for block in blocks:
             if any(block.key in present for present in held):
@@ -289,12 +308,15 @@ class Store:
     ) -> dict[Medium, int]:
         """Delete blocks so that no write or fetch that was under way brings one back; how many went, by tier.
 
-        With less than all ``media``, copies in the others stay. ``what`` is how the blocks' history calls it.
+        With less than all ``media``, copies in the others stay. ``what`` is how the blocks' history calls it. What is afar is
+        only forgotten, and not counted.
         """
         self._deleting.update(keys)
         try:
             await asyncio.gather(*(queue.forget(keys) for queue in self._queues))
-            lower = [tier for tier in reversed(self.tiers[1:]) if tier.medium in media]
+            if Medium.REMOTE in media:
+                await asyncio.gather(*(tier.delete(keys) for tier in self.tiers[len(self.written) :]))
+            lower = [tier for tier in reversed(self.written[1:]) if tier.medium in media]
             deleted = {tier.medium: await self.drop(tier, keys, what) for tier in lower}
             await self._promoter.settle(keys)
             if Medium.HOST in media:
@@ -328,7 +350,7 @@ class Store:
         await self._promoter.close()
         for queue in self._queues:
             await queue.close()
-        for tier in reversed(self.tiers):
+        for tier in reversed((*self.tiers, *self._observed)):
             await tier.close()
 
     @property
@@ -354,11 +376,12 @@ class Store:
             self.host.unpin(key, outcome[1])
 
     def _write_down(
-        self, headers: Sequence[Header], at_once: bool = False
+        self, headers: Sequence[Header], at_once: bool = False, judged: bool = True
     ) -> dict[BlockKey, dict[Medium, asyncio.Future[bool]]]:
         """Offer blocks of the host tier to every slower tier that lacks them and admits them.
 
         A disk that may refuse is asked about blocks that are not certain when they leave the host tier, unless ``at_once``.
+        Blocks that are not ``judged`` are admitted.
         """
         writes: dict[BlockKey, dict[Medium, asyncio.Future[bool]]] = {header.key: {} for header in headers}
         for queue in self._queues:
@@ -366,22 +389,27 @@ class Store:
             for chain in consecutive(lacking):
                 if queue.tier.medium is Medium.DISK and not at_once:
                     chain = chain[: self._certain(chain)]
-                for header, admitted in zip(chain, self._admit(queue, chain, queue.fill), strict=True):
+                admits = self._admit(queue, chain, queue.fill) if judged else [True] * len(chain)
+                for header, admitted in zip(chain, admits, strict=True):
                     if admitted and (future := queue.offer(header)) is not None:
                         writes[header.key][queue.tier.medium] = future
         return writes
 
-    def _write_down_lacking(self, keys: Sequence[BlockKey]) -> None:
-        """Blocks that are used get to the tiers that a full queue, an outage, admission or their origin kept them from."""
-        headers = []
-        for key in keys:
+    def _write_down_lacking(self, keys: Sequence[BlockKey], media: Sequence[Medium]) -> None:
+        """Blocks that are used get to the tiers that a full queue, an outage, admission or their origin kept them from.
+
+        What came from afar was hot there, and is far to fetch again: it needs no admission.
+        """
+        headers: dict[bool, list[Header]] = {False: [], True: []}
+        for key, medium in zip(keys, media, strict=True):
             if (
                 any(key not in queue.tier.keys() for queue in self._queues)
                 and (offset := self.host.pin(key)) is not None
             ):
-                headers.append(Header.unpack(self.host.slot(offset)))
+                headers[medium is Medium.REMOTE].append(Header.unpack(self.host.slot(offset)))
                 self.host.unpin(key, offset)
-        self._write_down(headers)
+        self._write_down(headers[False])
+        self._write_down(headers[True], at_once=True, judged=False)
 
     def _certain(self, chain: Sequence[Header]) -> int:
         if self.admission is None or self.admission.mode is not Mode.ENFORCE:

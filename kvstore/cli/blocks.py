@@ -24,7 +24,7 @@ _PAGE = 64
 
 TierOption = Annotated[
     options.TierName | None,
-    typer.Option("--tier", metavar="TIER", help="host, disk or object; else all that the node has."),
+    typer.Option("--tier", metavar="TIER", help="host, disk, object or remote; else all that the node has."),
 ]
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", "-n", metavar="NAME", help="Model name, or start of a namespace digest.")
@@ -141,11 +141,14 @@ def verify(
 ) -> None:
     """Read every block of a tier and check it. What is bad is dropped and quarantined, and the exit status is 1.
 
+    What other regions hold is read only when it is named, with --tier remote.
+
     Through the node, or on the files and objects themselves while no node runs.
     """
     try:
         with node.connect() as client:
-            results = {medium: _scrub(client, medium) for medium in _media(client.call("status"), tier)}
+            media = _media(client.call("status"), tier)
+            results = {m: _scrub(client, m) for m in media if tier is not None or m != options.TierName.remote}
     except NodeUnavailable:
         if tier is options.TierName.host:
             raise

@@ -34,6 +34,7 @@ class TierName(StrEnum):
     host = "host"
     disk = "disk"
     object = "object"
+    remote = "remote"
 
 
 def load(config: Path | None, overrides: list[str] | None, socket: Path | None = None) -> Loaded:

@@ -109,7 +109,7 @@ def admin_verbs(store: Store, chains: Chains) -> Mapping[str, Verb]:
             tier.medium.value: admission.consider(
                 Target(tier.medium.value), chain.keys, now, store.pressure(tier.medium)
             )
-            for tier in store.tiers[1:]
+            for tier in store.written[1:]
         }
         return {
             **_described(chain),

@@ -16,7 +16,12 @@ MEMORY = 40.0
 CHANGE = 5
 """Timings. A window gives two, so this is three windows of an ill-used tier, and one that was unlucky is none."""
 
-PRIORS = {Medium.HOST: (0.002, 1 / 10e9), Medium.DISK: (0.001, 1 / 2e9), Medium.OBJECT: (0.03, 1 / 1e9)}
+PRIORS = {
+    Medium.HOST: (0.002, 1 / 10e9),
+    Medium.DISK: (0.001, 1 / 2e9),
+    Medium.OBJECT: (0.03, 1 / 1e9),
+    Medium.REMOTE: (0.1, 1 / 1e9),
+}
 """Seconds, and seconds per byte: only their ratio is used, until transfers of several sizes tell the two apart."""
 
 

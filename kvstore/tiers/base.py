@@ -29,6 +29,8 @@ class Medium(Enum):
     HOST = "host"
     DISK = "disk"
     OBJECT = "object"
+    REMOTE = "remote"
+    """Another region's bucket: read from, never written to."""
 
 
 class PutResult(Enum):
