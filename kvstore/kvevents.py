@@ -67,7 +67,7 @@ class KVEvents:
         if what in _STORED:
             where = medium if what is What.WRITTEN and medium is not None else Medium.HOST
             self._gathered += [self._stored(key, where) for key in keys]
-        elif what in _REMOVED and medium is not None:
+        elif what in _REMOVED and medium in _MEDIUM:  # of what other regions have, nobody was told
             self._gathered.append({"type": "BlockRemoved", "block_hashes": list(keys), **_place(medium)})
         else:
             return

@@ -103,7 +103,7 @@ class Store:
         self.metrics = metrics
         self.history = history if history is not None else History()
         self._reservations = Reservations(host)
-        self._promoter = Promoter(host, lower, self.history)
+        self._promoter = Promoter(host, self.tiers[1:], self.history)
         self._queues = [Writeback(host, tier, metrics, self.history, queue_bytes, writers) for tier in lower]
         self._probe = probe
         self.admission = admission
