@@ -223,24 +223,39 @@ class TenantBook:
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Tenant]]:
+        try:
+            with self._locked():
+                self._refresh()
+                tenants = dict(self._by_name)
+                yield tenants
+                self._write(tenants)
+                self._refresh()
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror}"
+            remedy = (
+                "Change it where it is made, as by the Secret that it comes from, or give it a folder of the node's."
+            )
+            raise ConfigError("tenants.book", str(self.path), problem, remedy) from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(os.open(self.path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._refresh()
-            tenants = dict(self._by_name)
-            yield tenants
-            operator = self._file.operator if self._file is not None else secrets.token_urlsafe(32)
-            try:
-                file = _File(operator=operator, tenants=list(tenants.values()))
-            except ValidationError as error:
-                raise ConfigError("tenants.book", str(self.path), _first(error), "Change it otherwise.") from None
-            scratch = self.path.with_suffix(".tmp")
-            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-                out.write(file.model_dump_json(indent=1))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(scratch, self.path)
-            self._refresh()
+            yield
+
+    def _write(self, tenants: dict[str, Tenant]) -> None:
+        operator = self._file.operator if self._file is not None else secrets.token_urlsafe(32)
+        try:
+            file = _File(operator=operator, tenants=list(tenants.values()))
+        except ValidationError as error:
+            raise ConfigError("tenants.book", str(self.path), _first(error), "Change it otherwise.") from None
+        scratch = self.path.with_suffix(".tmp")
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.write(file.model_dump_json(indent=1))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(scratch, self.path)
 
     def _refresh(self) -> None:
         try:

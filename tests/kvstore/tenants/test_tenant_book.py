@@ -39,6 +39,12 @@ def test_a_book_that_others_may_read_is_refused(book: TenantBook) -> None:
         TenantBook(book.path).tenants()
 
 
+def test_a_book_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        TenantBook(tmp_path / "file" / "tenants.json").create("acme")
+
+
 def test_who_a_client_is(book: TenantBook) -> None:
     acme, token = book.create("acme", uids=(1001,))
     globex, other = book.create("globex", uids=(1002, 0))
