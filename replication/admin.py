@@ -9,11 +9,19 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field
 
 from kvstore.admin.auth import Principal, Role, authorize, reads, writes
 from kvstore.admin.cached import Cached
-from kvstore.admin.models.base import Model, Wanted
+from kvstore.admin.models.replication import (
+    ChainKeys,
+    FlowInfo,
+    Paused,
+    RegionHolding,
+    RegionInfo,
+    ReplicationStatus,
+    Sources,
+    TopologyInfo,
+)
 from kvstore.admin.models.status import Check
 from kvstore.admin.problems import Problem, documented
 from kvstore.admin.site import Site as ApiSite
@@ -28,117 +36,8 @@ from replication.site import Site
 from replication.status import look
 from replication.topology import Topology, load_topology
 
-MAX_CHAIN = 32768
-"""Blocks."""
 STATUS_SECONDS = 5.0
 """How old a status may be: it takes some ten requests to the bucket."""
-
-
-class SourceStatus(Model):
-    """How far this region is with a source."""
-
-    sequence: int = Field(description="Of the manifest that was read last.")
-    published: float
-    lag_seconds: float | None = Field(description="null: never level yet.")
-    blocks: int = Field(description="Copied so far.")
-    bytes: int
-    month_bytes: int
-    month_cost: float
-    updated: float
-    problem: str
-    paused: str = Field("", description="Since when and by whom, where it is.")
-
-
-class ManifestStatus(Model):
-    """What the region has published."""
-
-    sequence: int
-    published: float
-    blocks: int
-    bytes: int
-    tombstones: int
-
-
-class LeaseStatus(Model):
-    """Who does a duty of the region."""
-
-    holder: str
-    held: bool
-
-
-class ReplicationStatus(Model):
-    """Replication into this region."""
-
-    region: str = Field(examples=["eu"])
-    mode: str = Field(examples=["enforce"])
-    manifest: ManifestStatus | None
-    leases: dict[str, LeaseStatus]
-    sources: dict[str, SourceStatus]
-
-
-class RegionInfo(Model):
-    """A region of the topology."""
-
-    name: str
-    url: str
-    endpoints: list[str]
-    location: str
-    publishes: bool = Field(description="Whether others can pull from it: it has a public key.")
-
-
-class FlowInfo(Model):
-    """What destinations may pull from a source, and at what price. null: no limit."""
-
-    source: str
-    to: list[str]
-    models: list[str]
-    tenants: list[str]
-    min_score: float
-    max_bytes: int | None
-    bytes_per_second: int | None
-    price_per_gb: float
-    money_per_month: float | None
-
-
-class TopologyInfo(Model):
-    """Which regions there are, and what may flow between them. Without credentials."""
-
-    region: str = Field(description="This one.")
-    mode: str
-    regions: list[RegionInfo]
-    flows: list[FlowInfo]
-
-
-class Sources(Wanted):
-    """Regions to pull from; all, if none is named."""
-
-    sources: list[str] = Field(default_factory=list, max_length=100, examples=[["na"]])
-
-
-class ChainKeys(Wanted):
-    """A chain of blocks."""
-
-    keys: str = Field(
-        pattern="^([0-9a-f]{32})+$",
-        max_length=32 * MAX_CHAIN,
-        description="Keys of a prompt's blocks in order, joined.",
-    )
-
-
-class RegionHolding(Model):
-    """What a region has of a chain, as it published it last."""
-
-    region: str = Field(examples=["na"])
-    published: float
-    blocks: int = Field(description="How many of the blocks it has.")
-    prefix: int = Field(description="How many from the first on, without a gap.")
-    runs: list[tuple[int, int]] = Field(description="First block and the one behind the last, of each run that it has.")
-
-
-class Paused(Model):
-    """Sources from which nothing is copied."""
-
-    paused: dict[str, str] = Field(description="By source: since when and by whom.")
 
 
 def extend(api: ApiSite) -> APIRouter | None:

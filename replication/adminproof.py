@@ -5,45 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from pydantic import Field
 
 from kvstore.admin.auth import reads
-from kvstore.admin.models.base import DIGEST_EXAMPLE, Hex, Model
+from kvstore.admin.models.base import DIGEST_EXAMPLE
+from kvstore.admin.models.replication import NodeReceipt, PurgeProof, RegionReceipts
 from kvstore.admin.problems import Problem, documented
 from replication.receipts import Proof, prove
 from replication.site import Site
-
-
-class NodeReceipt(Model):
-    """A node has swept its memory and its disk."""
-
-    node: str = Field(examples=["gpu-17-1f6a2b3c"])
-    time: float
-    blocks: int = Field(description="That went with the sweep.")
-
-
-class RegionReceipts(Model):
-    """What a region's bucket shows."""
-
-    done: bool
-    known: bool = Field(description="Whether the tombstone is there.")
-    left: int | None = Field(description="Blocks from before the purge that are still there; null: not to be seen.")
-    receipts: list[NodeReceipt]
-    waiting: list[str] = Field(description="Nodes of this region, by its catalog, that have not confirmed it yet.")
-    problem: str = Field(description="Why the region could not be looked at.")
-
-
-class PurgeProof(Model):
-    """A purge, and who has carried it out."""
-
-    tombstone: str
-    time: float
-    tenant: str
-    model: str
-    namespace: Hex
-    prefix: Hex
-    done: bool = Field(description="Everywhere that can be seen from here.")
-    regions: dict[str, RegionReceipts]
 
 
 def proof_router(site: Site) -> APIRouter:

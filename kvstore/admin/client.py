@@ -1,22 +1,34 @@
-"""The admin API in Python: a thin layer over httpx that gives the API's own models."""
+"""The admin API in Python, with the API's own models."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar
+from typing import Any
+from urllib.parse import quote
 
-import httpx
-from pydantic import TypeAdapter
-from pydantic_core import to_json
-
+from kvstore.admin.calls import PAGE, Calls
 from kvstore.admin.models.base import TierName
-from kvstore.admin.models.blocks import Block, BlockInfo, Deleted, Evicted, Pin, Pinned, Unpinned, Verified
+from kvstore.admin.models.blocks import (
+    Block,
+    BlockInfo,
+    Deleted,
+    Evicted,
+    Pin,
+    Pinned,
+    PromptBlock,
+    PromptBlocks,
+    Unpinned,
+    Verified,
+)
+from kvstore.admin.models.insight import BreakerReport, Tree
 from kvstore.admin.models.jobs import Job, JobKindInfo, JobState
 from kvstore.admin.models.policy import DryRun, Mode, Policy
-from kvstore.admin.models.prompts import Explanation, HotPrompt, LookupAnswer, Prompt, RouterAnswer
+from kvstore.admin.models.prompts import Explanation, HotPrompt, LookupAnswer, Prompt, RouterAnswer, RouterPeeked
+from kvstore.admin.models.replication import Paused, PurgeProof, RegionHolding, ReplicationStatus, TopologyInfo
 from kvstore.admin.models.status import (
     CatalogInfo,
+    ClientStatus,
+    Health,
     ModelInfo,
     NamespaceInfo,
     NodeInfo,
@@ -24,41 +36,24 @@ from kvstore.admin.models.status import (
     Readiness,
     SettingInfo,
     Snapshot,
+    TierStatus,
     WarmthStatus,
+    WhoAmI,
 )
-from kvstore.errors import AdminRefused, NodeUnavailable
+from kvstore.admin.models.tenants import (
+    CreatedTenant,
+    NewTenant,
+    Removed,
+    RotatedSecret,
+    RotatedToken,
+    TenantChange,
+    TenantInfo,
+    TenantPurge,
+)
 
-T = TypeVar("T")
 
-PAGE = 1000
-
-
-class AdminClient:
-    """Calls raise AdminRefused with the API's reason, and NodeUnavailable when no API answers. Thread-safe.
-
-    Every write carries an Idempotency-Key of its own, so that what is sent twice on the way is done once.
-    """
-
-    def __init__(
-        self, url: str, token: str = "", timeout: float = 30.0, transport: httpx.BaseTransport | None = None
-    ) -> None:
-        """``url`` as ``http://127.0.0.1:7070``; ``timeout`` in seconds, for each answer; work that takes longer is a job.
-
-        Servers are verified against the system's authorities, or those of ``SSL_CERT_FILE``.
-        """
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout, transport=transport or httpx.HTTPTransport(retries=1)
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
+class AdminClient(Calls):
+    """One method for each route; see ``Calls`` for what they raise."""
 
     # --- status
 
@@ -66,8 +61,24 @@ class AdminClient:
         """Raises AdminRefused (503) while it is not."""
         return self._get(Readiness, "/readyz")
 
+    def health(self) -> Health:
+        return self._get(Health, "/healthz")
+
+    def whoami(self) -> WhoAmI:
+        """Whose token this is, and what it may do."""
+        return self._get(WhoAmI, "/v1/whoami")
+
     def status(self) -> NodeStatus:
         return self._get(NodeStatus, "/v1/status")
+
+    def tiers(self) -> list[TierStatus]:
+        return self._get(list[TierStatus], "/v1/tiers")
+
+    def tier(self, tier: TierName) -> TierStatus:
+        return self._get(TierStatus, f"/v1/tiers/{tier.value}")
+
+    def clients(self) -> list[ClientStatus]:
+        return self._get(list[ClientStatus], "/v1/clients")
 
     def warmth(self) -> WarmthStatus:
         return self._get(WarmthStatus, "/v1/warmth")
@@ -88,6 +99,10 @@ class AdminClient:
         """One each second, without end."""
         return self._stream(Snapshot, "/v1/events")
 
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        return self._answer("GET", "/metrics").text
+
     # --- prompts
 
     def lookup(self, prompt: Prompt) -> LookupAnswer:
@@ -97,22 +112,42 @@ class AdminClient:
         body = {"prompts": [_body(prompt) for prompt in prompts]}
         return self._post(RouterAnswer, "/v1/router/lookup", body)
 
+    def router_peek(self, chains: list[bytes]) -> RouterPeeked:
+        """The same of chains of joined keys, on this node alone."""
+        return self._post(RouterPeeked, "/v1/router/peek", {"chains": [chain.hex() for chain in chains]})
+
     def explain(self, prompt: Prompt) -> Explanation:
         return self._post(Explanation, "/v1/explain", _body(prompt))
 
     def hot(self, namespace: str = "") -> Iterator[HotPrompt]:
         return self._pages(HotPrompt, "/v1/hot", namespace=namespace)
 
+    def tree(self, prompt: Prompt) -> Tree:
+        return self._post(Tree, "/v1/tree", _body(prompt))
+
+    def breakers(self) -> BreakerReport:
+        return self._get(BreakerReport, "/v1/breakers")
+
     # --- blocks
 
     def blocks(self, tier: TierName, namespace: str = "", prefix: str = "") -> Iterator[Block]:
         return self._pages(Block, "/v1/blocks", tier=tier.value, namespace=namespace, prefix=prefix)
 
+    def blocks_of(self, prompt: Prompt) -> Iterator[PromptBlock]:
+        """In chain order, those that no tier holds among them."""
+        cursor = ""
+        while True:
+            body = {"prompt": _body(prompt), "limit": PAGE, "cursor": cursor}
+            page = self._post(PromptBlocks, "/v1/blocks/query", body)
+            yield from page.items
+            if not (cursor := page.cursor):
+                return
+
     def block(self, key: str) -> BlockInfo:
-        return self._get(BlockInfo, f"/v1/blocks/{key}")
+        return self._get(BlockInfo, f"/v1/blocks/{_part(key)}")
 
     def verify(self, key: str) -> Verified:
-        return self._post(Verified, f"/v1/blocks/{key}/verify")
+        return self._post(Verified, f"/v1/blocks/{_part(key)}/verify")
 
     def evict(self, tier: TierName, keys: list[str]) -> Evicted:
         return self._post(Evicted, "/v1/blocks/evict", {"tier": tier.value, "keys": keys})
@@ -120,11 +155,14 @@ class AdminClient:
     def delete(self, keys: list[str]) -> Deleted:
         return self._post(Deleted, "/v1/blocks/delete", {"keys": keys})
 
+    def delete_block(self, key: str) -> Deleted:
+        return self._read(Deleted, "DELETE", f"/v1/blocks/{_part(key)}")
+
     def delete_prompt(self, prompt: Prompt) -> Deleted:
         return self._post(Deleted, "/v1/blocks/delete", {"prompt": _body(prompt)})
 
     def delete_namespace(self, digest: str) -> Deleted:
-        return self._read(Deleted, "DELETE", f"/v1/namespaces/{digest}/blocks")
+        return self._read(Deleted, "DELETE", f"/v1/namespaces/{_part(digest)}/blocks")
 
     def pins(self) -> list[Pin]:
         return self._get(list[Pin], "/v1/pins")
@@ -134,12 +172,15 @@ class AdminClient:
         return self._post(Pinned, "/v1/pins", body)
 
     def unpin(self, key: str) -> Unpinned:
-        return self._read(Unpinned, "DELETE", f"/v1/pins/{key}")
+        return self._read(Unpinned, "DELETE", f"/v1/pins/{_part(key)}")
 
     # --- namespaces and policy
 
     def namespaces(self) -> Iterator[NamespaceInfo]:
         return self._pages(NamespaceInfo, "/v1/namespaces")
+
+    def namespace(self, digest: str) -> NamespaceInfo:
+        return self._get(NamespaceInfo, f"/v1/namespaces/{_part(digest)}")
 
     def models(self) -> list[ModelInfo]:
         return self._get(list[ModelInfo], "/v1/models")
@@ -163,82 +204,77 @@ class AdminClient:
         return self._pages(Job, "/v1/jobs", **({"state": state.value} if state else {}))
 
     def job(self, name: str) -> Job:
-        return self._get(Job, f"/v1/jobs/{name}")
+        return self._get(Job, f"/v1/jobs/{_part(name)}")
 
     def run_job(self, kind: str, options: dict[str, Any] | None = None) -> Job:
         return self._post(Job, "/v1/jobs", {"kind": kind, "options": options or {}})
 
     def cancel_job(self, name: str) -> Job:
-        return self._post(Job, f"/v1/jobs/{name}/cancel")
+        return self._post(Job, f"/v1/jobs/{_part(name)}/cancel")
 
     def resume_job(self, name: str) -> Job:
-        return self._post(Job, f"/v1/jobs/{name}/resume")
+        return self._post(Job, f"/v1/jobs/{_part(name)}/resume")
 
     def watch_job(self, name: str) -> Iterator[Job]:
         """At each change, until it has ended."""
-        return self._stream(Job, f"/v1/jobs/{name}/events")
+        return self._stream(Job, f"/v1/jobs/{_part(name)}/events")
 
-    # --- any route, those of other packages too
+    # --- tenants
 
-    def call(self, method: str, path: str, body: object = None, **params: Any) -> Any:
-        """The answer's JSON."""
-        headers = {} if method == "GET" else {"Idempotency-Key": uuid.uuid4().hex}
-        content = None
-        if body is not None:
-            content = to_json(body)  # of long prompts in a fifth of the time that the standard library takes
-            headers["Content-Type"] = "application/json"
-        try:
-            answer = self._http.request(method, path, content=content, params=params, headers=headers)
-        except httpx.TransportError as error:
-            raise self._unavailable(error) from error
-        _check(answer)
-        return answer.json()
+    def tenants(self) -> Iterator[TenantInfo]:
+        """By name."""
+        return self._pages(TenantInfo, "/v1/tenants")
 
-    def _get(self, kind: type[T], path: str) -> T:
-        return self._read(kind, "GET", path)
+    def tenant(self, name: str) -> TenantInfo:
+        return self._get(TenantInfo, f"/v1/tenants/{_part(name)}")
 
-    def _post(self, kind: type[T], path: str, body: object = None) -> T:
-        return self._read(kind, "POST", path, body)
+    def create_tenant(self, wanted: NewTenant) -> CreatedTenant:
+        """The answer has its token and its secret, this once."""
+        return self._post(CreatedTenant, "/v1/tenants", wanted.model_dump(mode="json"))
 
-    def _read(self, kind: type[T], method: str, path: str, body: object = None) -> T:
-        return TypeAdapter(kind).validate_python(self.call(method, path, body))
+    def change_tenant(self, name: str, change: TenantChange) -> TenantInfo:
+        return self._read(TenantInfo, "PATCH", f"/v1/tenants/{_part(name)}", change.model_dump(exclude_unset=True))
 
-    def _pages(self, kind: type[T], path: str, **params: Any) -> Iterator[T]:
-        items = TypeAdapter(list[kind])  # type: ignore[valid-type]
-        cursor = ""
-        while True:
-            page = self.call("GET", path, **params, limit=PAGE, cursor=cursor)
-            yield from items.validate_python(page["items"])
-            cursor = page["cursor"]
-            if not cursor:
-                return
+    def remove_tenant(self, name: str) -> Removed:
+        return self._read(Removed, "DELETE", f"/v1/tenants/{_part(name)}")
 
-    def _stream(self, kind: type[T], path: str) -> Iterator[T]:
-        adapter = TypeAdapter(kind)
-        try:
-            with self._http.stream("GET", path) as answer:
-                if not answer.is_success:
-                    answer.read()
-                _check(answer)
-                for line in answer.iter_lines():
-                    if line.startswith("data:"):
-                        yield adapter.validate_json(line.removeprefix("data:"))
-        except httpx.TransportError as error:
-            raise self._unavailable(error) from error
+    def rotate_secret(self, name: str, secret: str = "") -> RotatedSecret:
+        """``secret``: in hexadecimal, what another node made; empty: a new one."""
+        return self._post(RotatedSecret, f"/v1/tenants/{_part(name)}/rotate-secret", {"secret": secret})
 
-    def _unavailable(self, error: httpx.TransportError) -> NodeUnavailable:
-        return NodeUnavailable(f"no admin API answers at {self._http.base_url}: {error or type(error).__name__}")
+    def rotate_token(self, name: str) -> RotatedToken:
+        return self._post(RotatedToken, f"/v1/tenants/{_part(name)}/rotate-token")
+
+    def purge_tenant(self, name: str) -> TenantPurge:
+        return self._post(TenantPurge, f"/v1/tenants/{_part(name)}/purge")
+
+    def purge_proof(self, tombstone: str) -> PurgeProof:
+        """Which nodes and regions have carried a purge out, and what is left."""
+        return self._get(PurgeProof, f"/v1/purges/{_part(tombstone)}")
+
+    # --- replication
+
+    def replication(self) -> ReplicationStatus:
+        return self._get(ReplicationStatus, "/v1/replication")
+
+    def topology(self) -> TopologyInfo:
+        return self._get(TopologyInfo, "/v1/replication/topology")
+
+    def pause_replication(self, sources: list[str]) -> Paused:
+        """Of all sources, if none is named."""
+        return self._post(Paused, "/v1/replication/pause", {"sources": sources})
+
+    def resume_replication(self, sources: list[str]) -> Paused:
+        return self._post(Paused, "/v1/replication/resume", {"sources": sources})
+
+    def holdings(self, chain: bytes) -> list[RegionHolding]:
+        """What the regions have of a chain of joined keys."""
+        return self._post(list[RegionHolding], "/v1/replication/holdings", {"keys": chain.hex()})
 
 
-def _check(answer: httpx.Response) -> None:
-    if answer.is_success:
-        return
-    try:
-        problem = answer.json()
-        detail, remedy = str(problem["detail"]), str(problem.get("remedy", ""))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        detail, remedy = answer.text[:200] or answer.reason_phrase, ""
-    raise AdminRefused(answer.status_code, detail, remedy)
+def _part(name: str) -> str:
+    """One part of a path, whatever is in it."""
+    return quote(name, safe="")
 
 
 def _body(prompt: Prompt) -> dict[str, Any]:

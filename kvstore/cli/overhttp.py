@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstore.admin.client import AdminClient
+
+T = TypeVar("T")
 
 TOKEN = "KVSTORE_API_TOKEN"
 
@@ -40,3 +42,16 @@ class Api:
 
         with AdminClient(self.api or settings.url, os.environ.get(TOKEN, "")) as client:
             yield client
+
+
+def given(kind: type[T], /, **fields: Any) -> T:
+    """A request of the API from what somebody typed. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"])) or kind.__name__
+        value = "" if name == "secret" else str(first["input"])[:100]
+        raise ConfigError(name, value, first["msg"], "See --help.") from None

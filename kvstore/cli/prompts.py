@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore.cli.blocks import NamespaceOption, key_of, namespace_of
+from kvstore.cli.overhttp import given
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,15 +65,15 @@ class Named:
 
         self._check()
         if self.request is not None:
-            return Prompt(request=self.request)
+            return given(Prompt, request=self.request)
         if self.key is not None:
             return Prompt(key=key_of(self.key).hex())
         if not self.namespace:
             raise ConfigError("--namespace", "", "needed beside tokens or text", "Give a model's name or a digest.")
         about = {"namespace": self.namespace, "cache_salt": self.cache_salt, "lora": self.lora}
         if self.tokens is None and self.tokenizer is None:
-            return Prompt(text=self.text if self.file is None else read(self.file), **about)
-        return Prompt(tokens=self._ids(), **about)
+            return given(Prompt, text=self.text if self.file is None else read(self.file), **about)
+        return given(Prompt, tokens=self._ids(), **about)
 
     def arguments(self, client: Client) -> dict[str, Any]:
         """For the node's verbs that take a chain. Raises ConfigError unless exactly one way was used."""

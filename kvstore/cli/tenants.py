@@ -12,10 +12,12 @@ from kvstore.cli import options, output
 from kvstore.cli.groups import grouped
 from kvstore.cli.jobs import follow_job, show_job
 from kvstore.cli.output import note, number, print_table
-from kvstore.cli.overhttp import Api
+from kvstore.cli.overhttp import Api, given
 
 if TYPE_CHECKING:
     from kvstore.admin.client import AdminClient
+    from kvstore.admin.models.replication import PurgeProof
+    from kvstore.admin.models.tenants import CreatedTenant, TenantInfo, TenantPurge
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the tenant.")]
 Users = Annotated[
@@ -45,7 +47,7 @@ app = typer.Typer(
 def list_tenants(api: Api, json: options.Json = False) -> None:
     """Show the tenants and what they hold."""
     with api.connect() as client:
-        found = list(_all(client))
+        found = list(client.tenants())
     columns = ("tenant", "users", "shares", ">clients", ">host", ">of", ">disk", ">of")
     output.show(json, found, lambda: print_table(columns, map(_row, found)))
 
@@ -55,7 +57,7 @@ def list_tenants(api: Api, json: options.Json = False) -> None:
 def show(name: Name, api: Api, json: options.Json = False) -> None:
     """Show one tenant."""
     with api.connect() as client:
-        found = client.call("GET", f"/v1/tenants/{name}")
+        found = client.tenant(name)
     output.show(json, found, lambda: _print(found))
 
 
@@ -77,9 +79,12 @@ def create(
     The token goes into the file that KVSTORE_NODE__TOKEN_FILE names to its engines; the secret, with --secret-file, to its other
     nodes, if they are to share blocks.
     """
-    body = {"name": name, "uids": uid or [], "shares": shares, "quota": _quota(host, disk), "secret": _text(secret)}
+    from kvstore.admin.models.tenants import NewTenant
+
+    quota, text = _quota(host, disk), _text(secret)
+    wanted = given(NewTenant, name=name, uids=uid or [], shares=shares, quota=quota, secret=text)
     with api.connect() as client:
-        made = client.call("POST", "/v1/tenants", body)
+        made = client.create_tenant(wanted)
     output.show(json, made, lambda: _print_made(made))
 
 
@@ -89,12 +94,13 @@ def change(
     name: Name, uid: Users = None, host: HostQuota = "", disk: DiskQuota = "", *, api: Api, json: options.Json = False
 ) -> None:
     """Change users or quotas: --uid in place of all users, --host or --disk of that tier; "none" ends a quota."""
+    from kvstore.admin.models.tenants import TenantChange
+
     with api.connect() as client:
-        body: dict[str, Any] = {} if uid is None else {"uids": uid}
+        change: dict[str, Any] = {} if uid is None else {"uids": uid}
         if host or disk:
-            quota = client.call("GET", f"/v1/tenants/{name}")["quota"]
-            body["quota"] = quota | _quota(host, disk)
-        found = client.call("PATCH", f"/v1/tenants/{name}", body)
+            change["quota"] = client.tenant(name).quota.model_dump() | _quota(host, disk)
+        found = client.change_tenant(name, given(TenantChange, **change))
     output.show(json, found, lambda: _print(found))
 
 
@@ -119,10 +125,13 @@ def rotate(
     if not yes:
         loss = "Every block of it becomes a miss" if what == "secret" else "Engines with the token before are cut off"
         typer.confirm(f"Rotate the {what} of {name}? {loss}.", abort=True, err=True)
-    body = {"secret": _text(secret)} if what == "secret" else None
     with api.connect() as client:
-        made = client.call("POST", f"/v1/tenants/{name}/rotate-{what}", body)
-    output.show(json, made, lambda: print(made[what]))
+        if what == "secret":
+            other = client.rotate_secret(name, _text(secret))
+            output.show(json, other, lambda: print(other.secret))
+        else:
+            made = client.rotate_token(name)
+            output.show(json, made, lambda: print(made.token))
 
 
 @app.command()
@@ -132,7 +141,7 @@ def remove(name: Name, yes: Yes = False, *, api: Api, json: options.Json = False
     if not yes:
         typer.confirm(f"Remove {name}? Its engines are cut off.", abort=True, err=True)
     with api.connect() as client:
-        gone = client.call("DELETE", f"/v1/tenants/{name}")
+        gone = client.remove_tenant(name)
     output.show(json, gone, lambda: note(f"{name} is no tenant of this node any more."))
 
 
@@ -156,17 +165,17 @@ def purge(
     if not yes:
         typer.confirm(f"Delete every block of {name}, everywhere?", abort=True, err=True)
     with api.connect() as client:
-        gone = client.call("POST", f"/v1/tenants/{name}/purge")
-        if gone["job"] is None:
+        gone = client.purge_tenant(name)
+        if gone.job is None:
             output.show(json, gone, lambda: print(_gone(gone)))
-            raise typer.Exit(int(any(gone["left"].values())))
-        job = follow_job(client, client.job(gone["job"]))
+            raise typer.Exit(int(any(gone.left.values())))
+        job = follow_job(client, client.job(gone.job))
         if job.state != "done" or job.result is None:
             show_job(job, json)
             return
         found = _awaited(client, job.result["tombstone"], wait)
-    output.show(json, {**gone, "proof": found}, lambda: _print_proof(found, _gone(gone)))
-    raise typer.Exit(int(not found["done"]))
+    output.show(json, {**gone.model_dump(mode="json"), "proof": found}, lambda: _print_proof(found, _gone(gone)))
+    raise typer.Exit(int(not found.done))
 
 
 @app.command()
@@ -178,78 +187,67 @@ def proof(
 ) -> None:
     """Show which nodes and regions have carried a purge out, and what is left. The exit status is 1 until all have."""
     with api.connect() as client:
-        found = client.call("GET", f"/v1/purges/{tombstone}")
+        found = client.purge_proof(tombstone)
     output.show(json, found, lambda: _print_proof(found))
-    raise typer.Exit(int(not found["done"]))
+    raise typer.Exit(int(not found.done))
 
 
-def _awaited(client: AdminClient, tombstone: str, seconds: float) -> Any:
+def _awaited(client: AdminClient, tombstone: str, seconds: float) -> PurgeProof:
     """The proof once it is complete, or what there is of it when the time is up."""
     deadline = time.monotonic() + seconds
     while True:
-        found = client.call("GET", f"/v1/purges/{tombstone}")
-        if found["done"] or time.monotonic() >= deadline:
+        found = client.purge_proof(tombstone)
+        if found.done or time.monotonic() >= deadline:
             return found
         time.sleep(POLL_SECONDS)
 
 
-def _all(client: AdminClient) -> Any:
-    cursor = ""
-    while True:
-        page = client.call("GET", "/v1/tenants", limit=1000, cursor=cursor)
-        yield from page["items"]
-        if not (cursor := page["cursor"]):
-            return
-
-
-def _row(tenant: dict[str, Any]) -> tuple[str, ...]:
-    tiers = {tier["medium"]: tier for tier in tenant["tiers"]}
+def _row(tenant: TenantInfo) -> tuple[str, ...]:
+    tiers = {tier.medium.value: tier for tier in tenant.tiers}
     room = [
-        _size(tiers[medium][field]) if medium in tiers else "-"
+        _size(getattr(tiers[medium], field)) if medium in tiers else "-"
         for medium in ("host", "disk")
         for field in ("used_bytes", "capacity_bytes")
     ]
-    served = number(tenant["clients"]) if tenant["served"] else "not served"
-    users = ", ".join(map(str, tenant["uids"])) or "-"
-    return tenant["name"], users, tenant["shares"] or "-", served, *room
+    served = number(tenant.clients) if tenant.served else "not served"
+    users = ", ".join(map(str, tenant.uids)) or "-"
+    return tenant.name, users, tenant.shares or "-", served, *room
 
 
-def _print(tenant: dict[str, Any]) -> None:
-    state = f"{number(tenant['clients'])} clients" if tenant["served"] else "not served"
-    print(f"{tenant['name']}: {state}" + (f", shares the blocks of {tenant['shares']}" if tenant["shares"] else ""))
-    print(f"users: {', '.join(map(str, tenant['uids'])) or 'none; by token only'}")
+def _print(tenant: TenantInfo) -> None:
+    state = f"{number(tenant.clients)} clients" if tenant.served else "not served"
+    print(f"{tenant.name}: {state}" + (f", shares the blocks of {tenant.shares}" if tenant.shares else ""))
+    print(f"users: {', '.join(map(str, tenant.uids)) or 'none; by token only'}")
     rows = [
-        (tier["medium"], number(tier["blocks"]), _size(tier["used_bytes"]), _size(tier["capacity_bytes"]),
-         number(tier["evicted"]), number(tier["refused"]))
-        for tier in tenant["tiers"]
+        (tier.medium.value, number(tier.blocks), _size(tier.used_bytes), _size(tier.capacity_bytes),
+         number(tier.evicted), number(tier.refused))
+        for tier in tenant.tiers
     ]  # fmt: skip
     print_table(("tier", ">blocks", ">used", ">of", ">evicted", ">refused"), rows)
 
 
-def _print_made(made: dict[str, str]) -> None:
-    print(f"token {made['token']}")
-    if made["secret"]:
-        print(f"secret {made['secret']}")
+def _print_made(made: CreatedTenant) -> None:
+    print(f"token {made.token}")
+    if made.secret:
+        print(f"secret {made.secret}")
     note("They are not shown again.")
 
 
-def _gone(gone: dict[str, Any]) -> str:
-    words = ", ".join(f"{tier}: {number(count)} deleted" for tier, count in gone["deleted"].items())
-    return f"{words or 'nothing was here'}; {number(sum(gone['left'].values()))} left"
+def _gone(gone: TenantPurge) -> str:
+    words = ", ".join(f"{tier.value}: {number(count)} deleted" for tier, count in gone.deleted.items())
+    return f"{words or 'nothing was here'}; {number(sum(gone.left.values()))} left"
 
 
-def _print_proof(found: dict[str, Any], here: str = "") -> None:
-    print(f"purge {found['tombstone']}: {'done everywhere' if found['done'] else 'not yet done everywhere'}")
+def _print_proof(found: PurgeProof, here: str = "") -> None:
+    print(f"purge {found.tombstone}: {'done everywhere' if found.done else 'not yet done everywhere'}")
     if here:
         print(f"this node: {here}")
     rows = []
-    for region, state in found["regions"].items():
-        left = "-" if state["left"] is None else number(state["left"])
-        confirmed = [
-            f"{one['node']} {datetime.fromtimestamp(one['time'], UTC):%Y-%m-%d %H:%M:%S}Z" for one in state["receipts"]
-        ]
-        remark = state["problem"] or (f"waiting for {', '.join(state['waiting'])}" if state["waiting"] else "")
-        rows.append((region, "yes" if state["known"] else "no", left, ", ".join(confirmed) or "-", remark or "-"))
+    for region, state in found.regions.items():
+        left = "-" if state.left is None else number(state.left)
+        confirmed = [f"{one.node} {datetime.fromtimestamp(one.time, UTC):%Y-%m-%d %H:%M:%S}Z" for one in state.receipts]
+        remark = state.problem or (f"waiting for {', '.join(state.waiting)}" if state.waiting else "")
+        rows.append((region, "yes" if state.known else "no", left, ", ".join(confirmed) or "-", remark or "-"))
     print_table(("region", "tombstone", ">blocks left", "confirmed by", "remark"), rows)
 
 

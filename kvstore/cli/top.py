@@ -202,7 +202,7 @@ def _sources(replication: dict[str, Any]) -> Table:
         lag = row["lag_seconds"]
         late = lag is None or lag > LATE_SECONDS
         behind = Text("never level" if lag is None else _duration(lag), "yellow" if late else "green")
-        state = state_of(row)
+        state = state_of(row["paused"], row["problem"])
         table.add_row(name, behind, number(row["blocks"]), Text(state, "" if state == "copies" else "bold yellow"))
     return table
 
