@@ -6,6 +6,7 @@ Keys are the same on all nodes of a tenant, so a peer is sent keys, never tokens
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -35,8 +36,14 @@ async def nobody() -> Sequence[str]:
 class Peers:
     """In one event loop."""
 
-    def __init__(self, urls: Sequence[str] = (), token_file: Path | None = None, find: Find = nobody) -> None:
-        """``urls``, as ``http://10.0.0.2:7070``, and those that ``find`` finds.
+    def __init__(
+        self,
+        urls: Sequence[str] = (),
+        token_file: Path | None = None,
+        find: Find = nobody,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """``urls``, as ``http://10.0.0.2:7070``, and those that ``find`` finds. ``tls``: whom to believe and what to show.
 
         Raises ConfigError when the token cannot be read.
         """
@@ -46,6 +53,7 @@ class Peers:
         self._looking: asyncio.Task[None] | None = None
         self._looked_at = 0.0
         self._headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file else {}
+        self._tls = tls
         self._http: httpx.AsyncClient | None = None
         self._resting: dict[str, tuple[float, str]] = {}
         """Until when, and why."""
@@ -56,7 +64,7 @@ class Peers:
         if not urls:
             return []
         if self._http is None:
-            self._http = httpx.AsyncClient(headers=self._headers, timeout=None)
+            self._http = httpx.AsyncClient(headers=self._headers, timeout=None, verify=self._tls or True)
         body = {"chains": [chain.hex() for chain in chains]}
         answers = await asyncio.gather(*(self._ask(self._http, url, body, timeout) for url in urls))
         return list(zip(urls, answers, strict=True))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import Any
 
 import structlog
 import uvicorn
@@ -22,6 +20,7 @@ from kvstore.admin.jobs import Jobs
 from kvstore.admin.node import NodeView
 from kvstore.admin.peers import Peers, nobody
 from kvstore.admin.site import Site
+from kvstore.admin.tls import listening, towards_peers
 from kvstore.admin.tokenizers import Tokenizers
 from kvstore.admin.tokens import BearerTokens, Check, TokenBook, in_book
 from kvstore.assembly import node_name
@@ -75,7 +74,7 @@ async def serve_site(site: Site, started: asyncio.Event | None = None) -> None:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
-            **_tls(api),
+            **listening(api),
         )
     )
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -105,7 +104,12 @@ def open_site(loaded: Loaded, node: bool = True, registry: CollectorRegistry | N
         Jobs(config.node.directory / ("jobs" if node else "region-jobs")),
         name=name,
         url=config.api.url,
-        peers=Peers(named, config.api.peer_token, partial(catalog.apis, name) if catalog is not None else nobody),
+        peers=Peers(
+            named,
+            config.api.peer_token,
+            partial(catalog.apis, name) if catalog is not None else nobody,
+            towards_peers(config.api),
+        ),
         catalog=catalog,
         registry=registry,
         authenticate=_authenticator(config.api),
@@ -121,25 +125,6 @@ def _authenticator(api: ApiSection) -> Authenticate:
 
         checks.append(OidcTokens(api))
     return BearerTokens(*checks) if checks else everybody
-
-
-def _tls(api: ApiSection) -> dict[str, Any]:
-    """uvicorn's settings. Raises ConfigError naming the file that cannot be used."""
-    if api.tls_certificate is None or api.tls_key is None:
-        return {}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(api.tls_certificate, api.tls_key)
-    except OSError as error:  # ssl.SSLError too
-        raise ConfigError("api.tls_certificate", str(api.tls_certificate), str(error), "Name PEM files.") from error
-    options: dict[str, Any] = {"ssl_certfile": api.tls_certificate, "ssl_keyfile": api.tls_key}
-    if api.client_ca is not None:
-        try:
-            context.load_verify_locations(api.client_ca)
-        except OSError as error:
-            raise ConfigError("api.client_ca", str(api.client_ca), str(error), "Name a PEM file.") from error
-        options |= {"ssl_ca_certs": api.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return options
 
 
 class _Server(uvicorn.Server):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TOKEN = "KVSTORE_API_TOKEN"
+AUTHORITY, CERTIFICATE = "KVSTORE_API_CA", "KVSTORE_API_CERTIFICATE"
 
 Url = Annotated[str, typer.Option("--api", metavar="URL", help="The admin API; else api.listen.", envvar="KVSTORE_API")]
 
@@ -33,14 +34,20 @@ class Api:
 
     @contextmanager
     def connect(self) -> Iterator[AdminClient]:
-        """A client of it, with the token in KVSTORE_API_TOKEN. Raises ConfigError, and NodeUnavailable on first use."""
+        """A client of it, with the token in KVSTORE_API_TOKEN and the files that KVSTORE_API_CA and KVSTORE_API_CERTIFICATE name.
+
+        Raises ConfigError, and NodeUnavailable on first use.
+        """
         settings = options.load(self.config, self.overrides).config.api
         if not self.api and not settings.listen:
             remedy = "Set it to 127.0.0.1:7070, or give --api."
             raise ConfigError("api.listen", "", "no admin API is configured", remedy)
         from kvstore.admin.client import AdminClient
+        from kvstore.admin.tls import towards_api
 
-        with AdminClient(self.api or settings.url, os.environ.get(TOKEN, "")) as client:
+        url, token = self.api or settings.url, os.environ.get(TOKEN, "")
+        tls = towards_api(os.environ.get(AUTHORITY, ""), os.environ.get(CERTIFICATE, ""))
+        with AdminClient(url, token, tls=tls) as client:
             yield client
 
 
