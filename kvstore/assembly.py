@@ -9,6 +9,7 @@ import socket
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import structlog
 from kvstore.config import Config
 from kvstore.demand import Demand
 from kvstore.encryption import KeyFile, KeyRing, TenantKeys
-from kvstore.errors import TierError
+from kvstore.errors import ConfigError, TierError
 from kvstore.history import History
 from kvstore.identity import BlockKey, Namespace
 from kvstore.kms import kms_at
@@ -36,11 +37,13 @@ from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from kvstore.burials import Undertaker
     from kvstore.catalog import Catalog
     from kvstore.catalog.hotness import Reporter
     from kvstore.catalog.sharing import Sharing
-    from kvstore.tenants.shared import Shared
+    from kvstore.tenants.shared import OfTenant, Shared
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.object import ObjectSettings, ObjectTier, Peers
 
@@ -62,6 +65,7 @@ async def open_store(
     host = HostTier(arena, config.host.extent, eviction)
     host.on_evict = history.evicted
     lower: list[Tier] = []
+    afar: list[Tier] = []
     probe: Probe | None = None
     bucket: ObjectTier | None = None
     undertaker = open_undertaker(config, namespaces)
@@ -92,19 +96,47 @@ async def open_store(
                     shared.heed_pins = heed_pins
             _share_namespaces(namespaces, bucket)
             demand.publish = _reporter(config, demand, bucket, sharing)
+            if (remote := await open_remote(config, metrics.registry)) is not None:
+                if shared is not None:
+                    shared.remote = remote
+                others = remote(config.identity.tenant)
+                afar.append(Metered(Breaker(undertaker.over(others)), measured))
         if (keys := encryption_keys(config)) is not None:
             own_or_each = (
                 Encrypting if shared is None else shared.encrypting(namespaces, partial(encryption_keys, config))
             )
             lower = [own_or_each(tier, keys) for tier in lower]
-        store = Store(host, lower, metrics, config.queue_bytes, probe=probe, admission=admission, history=history)
+            afar = [own_or_each(tier, keys) for tier in afar]
+        store = Store(
+            host,
+            lower,
+            metrics,
+            config.queue_bytes,
+            probe=probe,
+            admission=admission,
+            history=history,
+            afar=afar if config.remote.mode == "enforce" else (),
+            observed=afar if config.remote.mode == "observe" else (),
+        )
         if bucket is not None and undertaker is not None:
             undertaker.watch(store, bucket.objects)
         return store
     except BaseException:
-        for tier in reversed([host, *lower]):
+        for tier in reversed([host, *lower, *afar]):
             await tier.close()
         raise
+
+
+async def open_remote(config: Config, registry: CollectorRegistry) -> OfTenant | None:
+    """What gives a tenant the tier of all that other regions have, if it is to be read. Raises ConfigError."""
+    if config.remote.mode == "off":
+        return None
+    entries = entry_points(group="kvstore.remote")
+    if not entries:
+        problem = "the package that reads other regions is not installed"
+        raise ConfigError("remote.mode", config.remote.mode, problem, "Install it, or set remote.mode = off.")
+    opened: OfTenant = await next(iter(entries)).load()(config, registry)
+    return opened
 
 
 def ranking_for(config: Config, demand: Demand) -> EvictionPolicy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import msgpack
@@ -34,6 +35,10 @@ MOST_LOADING = 1024
 
 _VERSION = 1
 _MAX_PACKED = 1 << 20
+
+REMEASURED_SECONDS = 300.0
+REMEASURED_BLOCKS = 4
+"""Of what only another region has, so many are fetched so often though the engine computes them: the way may have improved."""
 
 PROMISED_SECONDS = 30.0
 """A planned load counts as work ahead of others for so long at most: its request may never be admitted."""
@@ -137,13 +142,18 @@ class Planning:
     ) -> Decision:
         """What the engine is to load of ``runs``, which begin at ``keys[start]``; in ``observe`` what it would be told.
 
-        ``waiting``: requests of the engine ``asker`` that wait to be computed, without those that load.
+        ``waiting``: requests of the engine ``asker`` that wait to be computed, without those that load. Until its prefill was
+        measured, nothing is loaded from another region in ``enforce``: that way may be long.
         """
         assert namespace.block_bytes is not None
         size = namespace.fields.block_tokens
         now = time.monotonic()
         queue = self._queue(asker)
         request = Request(
+        engine = self._engines.get(namespace.digest)
+        prefill = engine.prefill.seconds if engine is not None and engine.prefill.known else None
+        if prefill is None and self.mode is Mode.ENFORCE:
+            runs = list(takewhile(lambda run: run[0] is not Medium.REMOTE, runs))
             runs=tuple(Run(medium, blocks, blocks * namespace.block_bytes) for medium, blocks in runs),
             start=start * size,
             tokens=len(keys) * size,
@@ -153,8 +163,6 @@ class Planning:
         if self.mode is Mode.OFF:
             decision = load_everything(request, self.wait, Reason.OFF)
         else:
-            engine = self._engines.get(namespace.digest)
-            prefill = engine.prefill.seconds if engine is not None and engine.prefill.known else None
             decision = plan(request, self._speeds(engine, keys, now, queue, waiting), prefill, self.wait)
         if decision.found:
             self._count(decision)
@@ -266,9 +274,22 @@ class Planning:
                 patience = min(told.patience.seconds(told.blocks), PROMISED_SECONDS)
                 promoter.promises.make(keys[position:stop], medium, block_bytes, time.monotonic() + patience)
             position += count
-        if told.background:
-            later = keys[told.blocks : told.blocks + told.background]
-            promoter.fetch_ahead([key for key in later if key not in arena])
+        promoter.fetch_ahead([key for key in self._for_later(told, keys, runs) if key not in arena])
         if told.blocks < told.found and told.load_all is not None and told.recompute_all is not None:
             estimates = (told.load_all, told.recompute_all)
             self._store.history.record(What.RECOMPUTED, keys[told.blocks : told.found], estimates=estimates)
+
+    def _for_later(
+        self, told: Decision, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]
+    ) -> Sequence[BlockKey]:
+        """What to fetch for the next request: not what only another region has, since the engine saves that when it has
+        computed it."""
+        if not told.background:
+            return []
+        media = [medium for medium, count in runs for _ in range(count)]
+        later = range(told.blocks, told.blocks + told.background)
+        near = [keys[place] for place in later if media[place] is not Medium.REMOTE]
+        if len(near) < len(later) and time.monotonic() - self._remeasured >= REMEASURED_SECONDS:
+            self._remeasured = time.monotonic()
+            near += [keys[place] for place in later if media[place] is Medium.REMOTE][:REMEASURED_BLOCKS]
+        return near

@@ -50,6 +50,12 @@ class Usage:
             ("tier",),
             registry=registry,
         )
+        self._observed = Counter(
+            "kvstore_observed_tokens",
+            "Tokens that a tier would have added to what was found for requests, were it not only observed",
+            ("tier",),
+            registry=registry,
+        )
         self._offered = Counter(
             "kvstore_offered_tokens", "Tokens that engines were told to load for requests", registry=registry
         )
@@ -86,6 +92,11 @@ class Usage:
             self._found.labels(medium.value).inc(blocks * block_tokens)
         self._offered.inc(offered * block_tokens)
         self._spared.inc(spared)
+
+    def count_observed(self, runs: Sequence[tuple[Medium, int]], block_tokens: int) -> None:
+        """Of a new request: what tiers would have added that are only observed."""
+        for medium, blocks in runs:
+            self._observed.labels(medium.value).inc(blocks * block_tokens)
 
     @contextmanager
     def lookup(self, parent: str, request: str, asked: int) -> Iterator[Lookup]:

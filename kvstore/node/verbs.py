@@ -140,6 +140,7 @@ class Verbs:
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
+                self._usage.count_observed(self._store.beyond(keys), known.fields.block_tokens)
         keys, timeout = split_keys(args.get("keys")), seconds_of(args, "timeout")
         with self._usage.load(_traceparent(args), keys) as load:
             load.delivery = delivery = await self._store.acquire(caller.session, keys, timeout)
@@ -232,6 +233,7 @@ class Verbs:
     def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
         if known is not None and known.block_bytes is not None:
             tokens, nbytes = known.fields.block_tokens, known.block_bytes
+        self._usage.count_observed(self._store.beyond(keys[start:]), size)
             asyncio.get_running_loop().call_soon(self._demand.observe, caller, keys, tokens, nbytes)
 
     # --- operators

@@ -291,12 +291,26 @@ class Tenants:
             lower.append(Metered(Breaker(self._unburied(own[Medium.OBJECT])), measured))
             node = f"{node_name(config.node.directory)[:63]}-{name}"
             demand.publish = partial(_tell_counts, demand, shared.bucket, node)
+        afar: list[Tier] = []
+        if shared.remote is not None:
+            afar.append(Metered(Breaker(self._unburied(shared.remote(name))), measured))
         for part in own.values():
             part.on_evict = history.evicted
         if keys is not None:
             lower = [Encrypting(tier, keys) for tier in lower]
+            afar = [Encrypting(tier, keys) for tier in afar]
         admission = AdmissionPolicy(demand.traffic, demand.pins, Mode(config.policy.admission))
-        store = Store(host, lower, metrics, arena.nbytes // 4, probe=shared.probe, admission=admission, history=history)
+        store = Store(
+            host,
+            lower,
+            metrics,
+            arena.nbytes // 4,
+            probe=shared.probe,
+            admission=admission,
+            history=history,
+            afar=afar if config.remote.mode == "enforce" else (),
+            observed=afar if config.remote.mode == "observe" else (),
+        )
         planning = Planning.of(config.policy, store, demand)
         verbs = Verbs(store, namespaces, demand, planning, name, tenant.secret_bytes(), arena.epoch)
         unheed = shared.heed_pins(demand, name, lambda keys: [tier.touch(keys) for tier in store.tiers])

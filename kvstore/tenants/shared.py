@@ -27,6 +27,10 @@ HeedPins = Callable[["Demand", str, Callable[[Sequence[BlockKey]], object]], Cal
 """Of a tenant's demand, its name, and what is told of blocks that others want kept; returns what ends it."""
 
 
+OfTenant = Callable[[str], Tier]
+"""Gives a tenant its part of a tier."""
+
+
 class Shared:
     """Filled by ``kvstore.assembly.open_store``. Owned by the node's event loop."""
 
@@ -36,6 +40,8 @@ class Shared:
         self.bucket: ObjectTier | None = None
         self.undertaker: Undertaker | None = None
         self.probe: Probe | None = None
+        self.remote: OfTenant | None = None
+        """What other regions have."""
         self.heed_pins: HeedPins = lambda demand, tenant, pinned: lambda: None
         """Shares a tenant's pins with its other nodes of the region, where there is a catalog."""
         self.ledgers: dict[Medium, Ledger] = {}
