@@ -38,7 +38,7 @@ class Writeback:
         self._pending: dict[BlockKey, asyncio.Future[bool]] = {}
         self._writing: set[BlockKey] = set()
         self._forgotten: set[BlockKey] = set()
-        self._queue: asyncio.Queue[tuple[Header, int]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Header, int, str]] = asyncio.Queue()
         self._workers = [asyncio.create_task(self._work()) for _ in range(workers)]
 
     @property
@@ -62,7 +62,7 @@ class Writeback:
             return None
         self.queued_bytes += size
         future = self._pending[key] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((header, offset))
+        self._queue.put_nowait((header, offset, tracing.traceparent()))
         return future
 
     async def forget(self, keys: Iterable[BlockKey]) -> None:
@@ -83,12 +83,12 @@ class Writeback:
 
     async def _work(self) -> None:
         while True:
-            header, offset = await self._queue.get()
+            header, offset, trace = await self._queue.get()
             stored = False
             try:
                 if header.key not in self._forgotten:
                     self._writing.add(header.key)
-                    stored = await self._write(header, offset)
+                    stored = await self._write(header, offset, trace)
             finally:
                 self._writing.discard(header.key)
                 self._forgotten.discard(header.key)
@@ -96,10 +96,11 @@ class Writeback:
                 self._host.unpin(header.key, offset)
                 self._pending.pop(header.key).set_result(stored)
 
-    async def _write(self, header: Header, offset: int) -> bool:
+    async def _write(self, header: Header, offset: int, trace: str) -> bool:
+        """``trace`` is that of who offered the block."""
         medium = self.tier.medium.value
         try:
-            with tracing.span(f"{medium} put", block=header.key, bytes=header.envelope_bytes):
+            with tracing.span(f"{medium} put", trace, block=header.key, bytes=header.envelope_bytes):
                 result = await self.tier.put(header, self._host.slot(offset)[: header.envelope_bytes])
         except TierError as error:
             log.warning("block not written", tier=medium, block=header.key.hex(), error=str(error))

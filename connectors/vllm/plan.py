@@ -46,6 +46,8 @@ class Save:
     block: NewBlock
     pages: tuple[int, ...]
     """As in ``BlockCopy``."""
+    traceparent: str = ""
+    """The request's trace, when there is one."""
 
 
 @dataclass

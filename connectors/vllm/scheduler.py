@@ -221,7 +221,7 @@ class Planner:
             if ABSENT in pages:  # found in vLLM's own cache, which keeps no more than the last window of it
                 self._recorder.count("blocks_not_saved", label="out_of_window")
             else:
-                saves.append(Save(state.chain.block(index), pages))
+                saves.append(Save(state.chain.block(index), pages, traceparent(state.request)))
         self._remember(save.block.key for save in saves)
         return saves
 

@@ -346,14 +346,16 @@ class Mover:
             self._copying.append((frozenset(page for copy in copies for page in copy.pages), transfer))
         with self._lock:
             self._unpublished += len(keys)
-        self._publishes.submit(self._publish, keys, transfer)
+        trace = next((save.traceparent for save, _ in wanted if save.traceparent), "")
+        self._publishes.submit(self._publish, keys, transfer, trace)
 
-    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer) -> None:
-        """Runs in the publishing thread."""
+    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer, trace: str) -> None:
+        """Runs in the publishing thread. ``trace`` is that of the first request of the step that has one."""
         published: Sequence[BlockKey] = ()
         try:
-            transfer.wait()
-            published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
+            with tracing.span("connector save", trace, blocks=len(keys)):
+                transfer.wait()
+                published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
             self._recorder.count("bytes_saved", len(keys) * self._geometry.pages_per_block * sum(self._page_bytes))
         except KVStoreError:
             self._recorder.count("blocks_not_saved", len(keys), "unpublished")

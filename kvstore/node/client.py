@@ -162,6 +162,7 @@ class Client:
             part=part,
             durable=durable.value,
             timeout=timeout,
+            **_trace(),
         )
         return tuple(split_keys(reached))
 

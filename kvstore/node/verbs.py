@@ -15,6 +15,7 @@ from heapq import nsmallest
 from typing import Any
 
 import kvstore
+from kvstore import tracing
 from kvstore.demand import Demand
 from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
@@ -175,15 +176,16 @@ class Verbs:
         return [answer.value if isinstance(answer, Miss) else answer for answer in answers]
 
     async def commit(self, caller: Caller, args: Arguments) -> Any:
-        return join_keys(
-            await self._store.commit(
+        keys = split_keys(args.get("keys"))
+        with tracing.span("node commit", _traceparent(args), blocks=len(keys)):
+            reached = await self._store.commit(
                 caller.session,
-                split_keys(args.get("keys")),
+                keys,
                 part=integer_of(args, "part", 0, MAX_PARTS),
                 durable=medium_of(args, "durable"),
                 timeout=seconds_of(args, "timeout"),
             )
-        )
+        return join_keys(reached)
 
     def abort(self, caller: Caller, args: Arguments) -> None:
         self._store.abort(caller.session, split_keys(args.get("keys")))

@@ -17,6 +17,7 @@ from enum import Enum
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from kvstore import tracing
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
@@ -125,7 +126,7 @@ class Metered(Wrapped):
             measurement.outcome = _OUTCOMES.get(type(error), "error")
             raise
         finally:
-            self._metrics.seconds.labels(tier, operation).observe(self._clock() - started)
+            self._metrics.seconds.labels(tier, operation).observe(self._clock() - started, tracing.exemplar())
             self._metrics.operations.labels(tier, operation, measurement.outcome).inc()
             if measurement.nbytes:
                 self._metrics.nbytes.labels(tier, operation).inc(measurement.nbytes)

@@ -76,12 +76,12 @@ class Engine:
         self.mover = Mover(self.link, OpaquePager({"layer": cache}, BLOCKS, 1), GEOMETRY, 0, self.recorder, 10.0)
         wait_for(lambda: self.link.keyring is not None)
 
-    def save(self) -> None:
+    def save(self, request: Request) -> None:
         """As if the request's prompt had been computed."""
-        request = Request("first")
         self.planner.add(request)
-        scheduled = SimpleNamespace(req_id="first", num_computed_tokens=0, block_ids=[list(range(BLOCKS))])
-        self.mover.begin_saves(self._step(new=[scheduled], tokens={"first": len(TOKENS)}).saves)
+        name = request.request_id
+        scheduled = SimpleNamespace(req_id=name, num_computed_tokens=0, block_ids=[list(range(BLOCKS))])
+        self.mover.begin_saves(self._step(new=[scheduled], tokens={name: len(TOKENS)}).saves)
         self.mover.finish_saves()
         self.planner.finish(request)
 
@@ -125,14 +125,14 @@ def test_one_trace_from_the_engine_to_the_bucket_without_the_prompt(
     with node:
         engine = Engine(node.socket)
         try:
-            engine.save()
+            headers = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
+            engine.save(Request("saved", trace_headers=headers))
             wait_for(lambda: node.blocks()["host"] == BLOCKS)
             node.drain()
             with node.client() as client:
                 held = client.call("list", medium="object", limit=100)["blocks"]
                 client.call("evict", medium="host", keys=b"".join(block["key"] for block in held))
             assert node.blocks() == {"host": 0, "object": BLOCKS}
-            headers = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
             assert engine.load(Request("traced", trace_headers=headers)) == len(TOKENS)
             assert engine.load(Request("untraced")) == len(TOKENS)
             wait_for(lambda: listens(port))
@@ -150,9 +150,12 @@ def test_one_trace_from_the_engine_to_the_bucket_without_the_prompt(
     lookup = (("kvstore-vllm", "connector lookup"), ("kvstore-node", "node lookup"))
     load = (("kvstore-vllm", "connector load"), ("kvstore-node", "node acquire"))
     read = (("kvstore-node", "object get"), ("kvstore-node", "object GET"))
-    assert {lookup, load, load + read} <= paths
+    save = (("kvstore-vllm", "connector save"), ("kvstore-node", "node commit"))
+    written = (("kvstore-node", "object put"), ("kvstore-node", "object PUT"))
+    assert {lookup, load, load + read, save, save + written} <= paths
     assert sum(span.name == "object GET" for span in spans.values()) == BLOCKS
-    assert f'trace_id="{TRACE}"' in exemplars
+    with_exemplars = {line.partition("{")[0] for line in exemplars.splitlines() if f'trace_id="{TRACE}"' in line}
+    assert with_exemplars == {f"kvstore_{name}_seconds_bucket" for name in ("lookup", "load", "tier")}
 
     log = (tmp_path / "node.log").read_text()
     assert '"request": "traced"' in log
