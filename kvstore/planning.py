@@ -73,6 +73,7 @@ class Planning:
         self._store = store
         self._engines: dict[bytes, _Engine] = {}
         self._queues: dict[object, _Queue] = {}
+        self._remeasured = -REMEASURED_SECONDS
         self._loads = {medium: Flow() for medium in store.promoter.meters}
         self._planned = Counter(
             "kvstore_planned_requests",
@@ -149,11 +150,11 @@ class Planning:
         size = namespace.fields.block_tokens
         now = time.monotonic()
         queue = self._queue(asker)
-        request = Request(
         engine = self._engines.get(namespace.digest)
         prefill = engine.prefill.seconds if engine is not None and engine.prefill.known else None
         if prefill is None and self.mode is Mode.ENFORCE:
             runs = list(takewhile(lambda run: run[0] is not Medium.REMOTE, runs))
+        request = Request(
             runs=tuple(Run(medium, blocks, blocks * namespace.block_bytes) for medium, blocks in runs),
             start=start * size,
             tokens=len(keys) * size,
