@@ -11,15 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from sglang_process import Answer, Engine
 
-from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
-from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.testing.model import make_model
 from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+from kvstore.testing.reference import ReferenceModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -237,69 +234,10 @@ def test_a_node_that_dies_and_returns(engines: Engines, node: NodeProcess, refer
     check(ask(engines.first), reference)
 
 
-class Transformers:
-    """A third reader and writer of blocks: KV as the reference implementation of the model computes it."""
-
-    def __init__(self, model: Path, node: NodeProcess) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, DynamicCache
-
-        self._torch, self._cache = torch, DynamicCache
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        (fields,) = [n["fields"] for n in node.status()["namespaces"] if n["fields"]["layout"].startswith("canonical")]
-        self.namespace = Namespace.from_dict(fields)
-        self._nbytes = 2 * KV_HEADS * PAGE * LAYERS * HEAD_DIM * 4
-
-    def save(self, client: Client, tokens: Sequence[int]) -> int:
-        """Compute the KV of a prompt and store its full blocks; how many."""
-        with self._torch.no_grad():
-            cache = self._model(self._torch.tensor([tokens]), use_cache=True).past_key_values
-        keys = self._keys(client, tokens)
-        blocks = [
-            NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys[:-1]], strict=True))
-        ]
-        reserved = client.reserve(self.namespace, blocks)
-        for index, offset in enumerate(reserved.offsets):
-            assert offset is not None, reserved.misses
-            block = self._block(reserved.arena.slot(offset, self._nbytes))
-            for layer, part in enumerate(cache.layers):
-                for half, tensor in enumerate((part.keys, part.values)):
-                    block[half, :, :, layer] = tensor[0, :, index * PAGE : (index + 1) * PAGE].numpy()
-        return len(client.commit(keys))
-
-    def resume(self, client: Client, tokens: Sequence[int], count: int) -> list[int]:
-        """Load the KV of a prompt's full blocks and continue it greedily from there."""
-        keys = self._keys(client, tokens)
-        acquired = client.acquire(keys, 5)
-        assert len(acquired.offsets) == len(keys)
-        loaded = np.concatenate([self._block(acquired.arena.slot(at, self._nbytes)) for at in acquired.offsets], axis=2)
-        client.release(keys)
-        cache = self._cache()
-        for layer in range(LAYERS):
-            cache.update(*(self._torch.tensor(loaded[half, None, :, :, layer]) for half in (0, 1)), layer)
-        known = len(keys) * PAGE
-        out = self._model.generate(
-            self._torch.tensor([tokens]),
-            past_key_values=cache,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        assert known < len(tokens)
-        found: list[int] = out[0, len(tokens) :].tolist()
-        return found
-
-    def _keys(self, client: Client, tokens: Sequence[int]) -> list[BlockKey]:
-        return client.open_namespace(self.namespace, self._nbytes).block_keys(chain_digests(list(tokens), PAGE))
-
-    def _block(self, payload: memoryview) -> np.ndarray[Any, Any]:
-        return np.frombuffer(payload, np.float32).reshape(2, KV_HEADS, PAGE, LAYERS, HEAD_DIM)
-
-
 def test_sglang_and_transformers_read_each_others_blocks(
     engines: Engines, node: NodeProcess, model: Path, reference: list[Answer]
 ) -> None:
-    other = Transformers(model, node)
+    other = ReferenceModel(model, node.status())
     with node.client() as client:
         wait_for(lambda: stored(ask(engines.first)) == FULL)
         for tokens, wanted in zip(PROMPTS, reference, strict=True):

@@ -20,6 +20,7 @@ import torch
 from connectors.vllm.process import Answer, EngineProcess
 from kvstore.testing.model import make_model
 from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+from kvstore.testing.reference import ReferenceModel
 
 pytestmark = [
     pytest.mark.engine,
@@ -151,6 +152,21 @@ def test_blocks_come_from_disk_when_the_node_was_restarted(
     answers = one_by_one(engine)
     assert tokens(answers) == reference
     check_loaded(answers)
+
+
+def test_transformers_reads_what_vllm_saved(site: Site, reference: list[list[int]]) -> None:
+    """Another implementation of the model goes on from vLLM's blocks, and finds the same tokens."""
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(site.model).encode
+    other = ReferenceModel(site.model, site.node.status(), "cuda")
+    prompts = [encode(prompt) for prompt in PROMPTS]
+    with site.node.client() as client:
+        assert [other.resume(client, prompt, OUTPUT) for prompt in prompts] == reference
+        assert alter_host_blocks(client)  # the control: what is read is what counts
+        same = [other.resume(client, p, OUTPUT) == expected for p, expected in zip(prompts, reference, strict=True)]
+        assert alter_host_blocks(client)  # back
+    assert sum(same) < len(PROMPTS) // 2
 
 
 GRAPHS = {
