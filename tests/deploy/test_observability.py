@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from live_metrics import node_metrics, region_metrics
+from live_metrics import node_metrics, region_metrics, tenant_metrics
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
@@ -39,7 +40,7 @@ def panels() -> Iterator[dict[str, Any]]:
 
 
 def test_the_page_names_what_a_node_and_a_region_show() -> None:
-    live = node_metrics() | region_metrics()
+    live = node_metrics() | tenant_metrics() | region_metrics()
     documented = {name for name in DOCUMENTED if name.startswith("kvstore_")}
     assert live.keys() - documented == set(), "on no page"
     assert documented - live.keys() == set(), "gone"
@@ -61,7 +62,8 @@ def test_names_and_labels_keep_the_rules() -> None:
     for name, (kind, labels) in DOCUMENTED.items():
         assert name.endswith("_total") == (kind == "counter"), name
         assert labels <= {
-            "tier", "medium", "operation", "outcome", "reason", "plan", "state", "version", "source", "region", "link", "duty",
+            "tier", "tenant", "medium", "operation", "outcome", "reason", "plan", "state", "version", "source", "region", "link",
+            "duty",
         }, name  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     for panel in shown:
         assert panel["targets"], panel["title"]
         for target in panel["targets"]:
-            assert unknown(target["expr"]) == set(), panel["title"]
+            assert unknown(target["expr"], target["legendFormat"]) == set(), panel["title"]
             assert target["expr"].count("(") == target["expr"].count(")"), panel["title"]
     assert len({panel["id"] for panel in shown}) == len(shown)
 
@@ -115,10 +117,42 @@ def test_queries_of_the_dashboard_and_the_page_are_valid(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def unknown(expression: str) -> set[str]:
-    """Metrics of the expression that the page does not have."""
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
+def test_every_panel_finds_something_among_the_metrics_of_the_page(tmp_path: Path) -> None:
+    """By Prometheus itself, over series with the names and labels of the page: what does not match finds nothing."""
+    assert PROMTOOL is not None
+    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
+    queries = [query.replace("$__rate_interval", "5m").replace("$__range", "1h") for query in queries]
+    asked: dict[str, set[str]] = {"instance": {"a:7070", "b:7070"}, "tenant": {"", "acme"}, "le": {"0.01", "+Inf"}}
+    for label, operator, value in re.findall(r'(\w+)(=|!=)"([^"]+)"', " ".join(queries)):
+        asked.setdefault(label, {"x"}).add(value if operator == "=" else f"not {value}")
+    series = [{"series": 'up{job="kvstore-node", instance="a:7070"}', "values": "1x90"}]
+    for name, (kind, labels) in DOCUMENTED.items():
+        for part in ("_bucket", "_sum", "_count") if kind == "histogram" else ("",):
+            own = sorted(labels | {"instance", "tenant"} | ({"le"} if part == "_bucket" else set()))
+            for values in product(*(sorted(asked.get(label, {"x"})) for label in own)):
+                text = ", ".join(f'{label}="{value}"' for label, value in zip(own, values, strict=True) if value)
+                series.append({"series": f"{name}{part}{{{text}}}", "values": "1x90" if kind == "gauge" else "0+9x90"})
+    found = [
+        {"expr": f"count({query}) > bool 0", "eval_time": "80m", "exp_samples": [{"labels": "{}", "value": 1}]}
+        for query in (query.replace("$instance", ".*") for query in queries)
+    ]
+    test = {"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": found}]}
+    file = tmp_path / "dashboard.yaml"
+    file.write_text(json.dumps(test))
+    done = subprocess.run([PROMTOOL, "test", "rules", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def unknown(expression: str, legend: str = "") -> set[str]:
+    """Metrics of the expression, and labels of it and its legend, that the page does not have."""
     names = set(re.findall(r"\b(?:vllm:)?kvstore_\w+", expression))
-    histograms = {name for name, (kind, _) in DOCUMENTED.items() if kind == "histogram"}
-    known = DOCUMENTED.keys() | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in names}
+    families |= names & DOCUMENTED.keys()
+    labels = {"job", "instance", "tenant", "le"}
+    labels = labels.union(*(DOCUMENTED[name][1] for name in families if name in DOCUMENTED))
+    used = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', expression) + re.findall(r"{{(\w+)}}", legend)
+    used += re.findall(r"\w+", " ".join(re.findall(r"\b(?:by|on|ignoring|group_left)\s*\(([^)]*)\)", expression)))
     assert names or "up{" in expression, f"asks for nothing of ours: {expression}"
-    return names - known
+    gone = {name for name in names if not {name, re.sub("_(bucket|sum|count)$", "", name)} & DOCUMENTED.keys()}
+    return gone | (set(used) - labels)
