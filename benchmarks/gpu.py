@@ -6,23 +6,22 @@ are gathered from and scattered to random 16-token pages of vLLM's NHD layout; t
 
 from __future__ import annotations
 
-import importlib
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpupeers import PAGE_TOKENS, offloads
 from benchmarks.study import Study
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
 
-PAGE_TOKENS = 16
 HEADER_BYTES = 4096
-ARENA_BYTES = 8 << 30
+ARENA_BYTES = 18 << 30
+"""Room for a round of blocks of which only a rank's share is moved."""
 ROUND_BYTES = 2 << 30
 ROUNDS = 7
 DECODE_BATCHES = 10
@@ -116,45 +115,12 @@ class Rig:
             if not torch.equal(cache[ours], cache[theirs]):
                 raise RuntimeError(f"{self.geometry.name}: pages came back different")
 
-    def torch_save(self, staging: Any) -> None:
-        """The same bytes with torch alone: one index per layer and half, then one copy to pinned memory."""
-        import torch
-
-        block = self.geometry.block
-        for copy in self.batches[0]:
-            ids = torch.tensor(copy.pages, device="cuda")
-            rows = [plane[ids].flatten(0, 1) for half in self.pages.planes for plane in half]
-            moved = (
-                torch.stack(rows).view(block.kv, block.layers, block.tokens, -1, block.head_dim).permute(0, 3, 2, 1, 4)
-            )
-            staging[: self.geometry.share].copy_(moved.contiguous().view(torch.uint8).view(-1), non_blocking=True)
-        torch.cuda.synchronize()
-
-    def vllm_copies(self, host: Any) -> tuple[Any, Any, Any]:
-        """The same pages as vLLM's offloading copies them, one piece a page and layer: source, target, bytes of each."""
-        import torch
-
-        pages = [page for copy in self.batches[0] for page in copy.pages]
-        nbytes = self.caches[0][0].nbytes
-        sources = [cache.data_ptr() + page * nbytes for page in pages for cache in self.caches]
-        targets = range(host.data_ptr(), host.data_ptr() + len(sources) * nbytes, nbytes)
-        return torch.tensor(sources), torch.tensor(targets), torch.full((len(sources),), nbytes)
-
     def close(self) -> None:
         import torch
 
         self.pager.close()
         del self.caches, self.pages
         torch.cuda.empty_cache()
-
-
-def vllm_swap() -> Any:
-    """vLLM's own batch of copies between GPU and host; None where its kernels are not installed."""
-    import torch
-
-    with suppress(ImportError):
-        importlib.import_module("vllm._custom_ops")
-    return getattr(torch.ops._C_cache_ops, "swap_blocks_batch", None)
 
 
 class Memcpy:
@@ -182,14 +148,6 @@ class Memcpy:
 
     def both(self, nbytes: int) -> None:
         self._run([(self.host[0], self.device[0]), (self.device[1], self.host[1])], nbytes // 2)
-
-    def on_stream(self, work: Callable[[], object]) -> None:
-        """Enqueue on a stream of our own, and wait."""
-        import torch
-
-        with torch.cuda.stream(self.streams[0]):
-            work()
-        torch.cuda.synchronize()
 
     def _run(self, copies: Sequence[tuple[Any, Any]], nbytes: int) -> None:
         import torch
@@ -266,11 +224,8 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
         "reload": lambda: rig.load().wait(),
         "memcpy_both": lambda: memcpy.both(nbytes),
         "both": rig.both,
-        "torch_offload": lambda: rig.torch_save(memcpy.host[0]),
+        **offloads(rig, memcpy.host[0]),
     }
-    if (swap := vllm_swap()) is not None:
-        copies = rig.vllm_copies(memcpy.host[0])
-        runs["vllm_offload"] = lambda: memcpy.on_stream(lambda: swap(*copies, False))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, work in runs.items():
