@@ -1,24 +1,22 @@
-"""What SGLang's host pool would gain if the node read from disk straight into it, in alternating rounds.
+"""What SGLang's host pool gains when the backend reads the node's disk straight into it, in alternating rounds.
 
-``arena`` is what the backend does: the node reads a window of blocks into its arena while the backend copies the one before from
-there to SGLang's pages. ``direct`` is the most that a node could do which maps the pool (SGLang's shared-memory allocator): the
-same tier verifies the same blocks straight into memory that is the pool's, without socket, lease or copy. ``host`` is a load of
-blocks that are in the arena already, where a copy cannot be saved: it is how they get to the pool.
-
-Node and backend share a process here, and so an interpreter, which slows ``arena`` down and not ``direct``: what is shown to be
-gained is an upper bound.
+Loads of blocks that are on the node's disk only; node and backend are two processes, as they are for an engine. ``arena``: the
+node reads into its memory, the backend copies from there to SGLang's pages, the next blocks being read meanwhile; with
+``page_first`` the copy converts. ``straight``: the backend reads into the pages by itself, which SGLang's shared-memory allocator
+turns on. ``raw`` is the ceiling: the same bytes read into the pool by as many threads, without asking for them and without
+verifying them. ``host`` is a load of blocks that are in the node's memory, whose copy nothing spares.
 """
 
 from __future__ import annotations
 
-import asyncio
-import resource
+import mmap
+import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +31,12 @@ from connectors.sglang.options import Options
 from connectors.sglang.pages import CanonicalPages
 from connectors.sglang.transfers import PoolTransfers
 from kvstore.envelope import HEADER_BYTES
-from kvstore.identity import BlockKey, Namespace, chain_digests
+from kvstore.identity import Namespace, chain_digests
 from kvstore.layout import BlockLayout
 from kvstore.node.client import Client
-from kvstore.testing.blocks import aligned_buffer
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.node.protocol import join_keys
+from kvstore.node.straight import THREADS, Read, StraightReads
+from kvstore.testing.node import NodeProcess, wait_for
 
 LAYOUT = BlockLayout(tokens=64, layers=32, kv_heads=8, head_dim=128, itemsize=2)
 """8 MiB: an 8B model with GQA in bf16, 64 tokens."""
@@ -45,10 +44,7 @@ ORDERS = {
     "page_head": ("kv", "page", "head", "token", "layer"),
     "page_first": ("kv", "page", "token", "layer", "head"),
 }
-AT_ONCE = 16
-"""Blocks read at a time: as many as the backend has on their way, two chunks."""
-SWITCH_INTERVAL_SECONDS = 0.0002
-"""What a node sets; see its server."""
+NODE, BACKEND = "node", "backend"
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,9 @@ class Sample:
     """One load of all blocks."""
 
     seconds: float
-    cpu_seconds: float
+    node_cpu: float
+    """Seconds."""
+    backend_cpu: float
 
 
 def arguments(parser: Any) -> None:
@@ -66,142 +64,183 @@ def arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> Mapping[str, float]:
-    previous = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hostpool-study-", dir=args.directory) as folder:
-            return _compare(Path(folder), args.blocks, args.rounds)
-    finally:
-        sys.setswitchinterval(previous)
+    with tempfile.TemporaryDirectory(prefix="hostpool-study-", dir=args.directory) as folder:
+        return _compare(Path(folder), args.blocks, args.rounds)
 
 
 def _compare(folder: Path, blocks: int, rounds: int) -> Mapping[str, float]:
+    """A round reads a prompt of its own, each contestant another one: nothing below the node has it at hand."""
     nbytes = blocks * LAYOUT.nbytes
-    sizes = [f"host.bytes={2 * nbytes}", f"host.extent_bytes={nbytes // 4}", f"disk.bytes={2 * nbytes + (256 << 20)}"]
+    prompts = 3 * (rounds + 1)
+    disk = prompts * blocks * (LAYOUT.nbytes + HEADER_BYTES)
+    sizes = [
+        f"host.bytes={4 * nbytes}",
+        f"host.extent_bytes={nbytes // 4}",
+        f"disk.bytes={disk + disk // 8 + (1 << 30)}",
+    ]
     samples: dict[str, list[Sample]] = defaultdict(list)
-    with RunningNode(folder, *sizes, "disk.segment_bytes=256MiB", "node.log_level=warning") as node:
-        with _pool(node, "page_head", blocks) as page_head, _pool(node, "page_first", blocks) as page_first:
-            page_head.save()
-            while (
-                len(node.node.store.tiers[1].keys()) < blocks
-            ):  # what a full queue kept from the disk gets there when used
-                _in_node(node, node.node.store.drain(60.0))
-                page_head.load()
-            slot = LAYOUT.nbytes + HEADER_BYTES
-            mapping = aligned_buffer(blocks * slot)
-            into = [mapping[at : at + slot] for at in range(0, len(mapping), slot)]
-            contestants: dict[str, Callable[[], None]] = {
-                "arena": lambda: page_head.load_from_disk(node),
-                "arena_page_first": lambda: page_first.load_from_disk(node),
-                "direct": lambda: _direct(node, page_head.keys, into),
-                "host": page_head.load,
-                "host_page_first": page_first.load,
-            }
+    with NodeProcess(folder, *sizes, "disk.segment_bytes=256MiB", "node.log_level=warning") as node:
+        pid = node.status()["pid"]
+        with (
+            _pool(node, "page_head", blocks) as arena,
+            _pool(node, "page_first", blocks) as converting,
+            _pool(node, "page_head", blocks, straight=True) as straight,
+        ):
+            for prompt in range(prompts):
+                _store(node, arena, prompt)
             for number in range(rounds + 1):
-                for name in contestants if number % 2 else [*contestants][::-1]:
-                    if name in ("arena", "arena_page_first"):
-                        _forget(node, page_head.keys)
-                    else:
-                        page_head.load()
-                    sample = _measured(contestants[name])
+                first, second, third = (3 * number + at for at in range(3))
+                contestants: dict[str, Callable[[], None]] = {
+                    "arena": lambda prompt=first: arena.load(prompt),
+                    "arena_page_first": lambda prompt=second: converting.load(prompt),
+                    "straight": lambda prompt=third: straight.load(prompt),
+                    "raw": lambda: straight.read_again(),
+                    "host": lambda prompt=first: arena.load(prompt),
+                }
+                order = [*contestants] if number % 2 else ["straight", "raw", "arena_page_first", "arena", "host"]
+                for name in order:
+                    sample = _measured(pid, contestants[name])
                     if number:  # the first round maps memory
                         samples[name].append(sample)
-    gb = nbytes / 1e9
+                _forget(node, arena, (first, second, third))
+    return _figures(samples, nbytes / 1e9)
+
+
+def _figures(samples: Mapping[str, Sequence[Sample]], gb: float) -> Mapping[str, float]:
     figures = {}
     for name, of in samples.items():
         figures[f"{name}_gb_per_s"] = statistics.median(gb / sample.seconds for sample in of)
-        figures[f"{name}_cpu_s_per_gb"] = statistics.median(sample.cpu_seconds / gb for sample in of)
-    for name in ("arena", "arena_page_first"):
-        ratios = sorted(a.seconds / d.seconds for a, d in zip(samples[name], samples["direct"], strict=True))
-        figures[f"{name}_time_by_direct"] = statistics.median(ratios)
-        figures[f"{name}_time_by_direct_low"], figures[f"{name}_time_by_direct_high"] = ratios[0], ratios[-1]
+        figures[f"{name}_{NODE}_cpu_s_per_gb"] = statistics.median(sample.node_cpu / gb for sample in of)
+        figures[f"{name}_{BACKEND}_cpu_s_per_gb"] = statistics.median(sample.backend_cpu / gb for sample in of)
+    for name in ("arena", "arena_page_first", "raw"):
+        for what, of in (("time", _seconds), ("cpu", _cpu)):
+            ratios = sorted(of(a) / of(b) for a, b in zip(samples[name], samples["straight"], strict=True))
+            figures[f"{name}_{what}_by_straight"] = statistics.median(ratios)
+            figures[f"{name}_{what}_by_straight_low"], figures[f"{name}_{what}_by_straight_high"] = (
+                ratios[0],
+                ratios[-1],
+            )
     return dict(sorted(figures.items()))
 
 
-def _measured(load: Callable[[], None]) -> Sample:
-    before, started = _cpu_seconds(), time.perf_counter()
+def _seconds(sample: Sample) -> float:
+    return sample.seconds
+
+
+def _cpu(sample: Sample) -> float:
+    return sample.node_cpu + sample.backend_cpu
+
+
+def _measured(node: int, load: Callable[[], None]) -> Sample:
+    node_before, own_before, started = _cpu_of(node), time.process_time(), time.perf_counter()
     load()
-    return Sample(time.perf_counter() - started, _cpu_seconds() - before)
+    seconds = time.perf_counter() - started
+    return Sample(seconds, _cpu_of(node) - node_before, time.process_time() - own_before)
 
 
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+def _cpu_of(pid: int) -> float:
+    """Seconds of CPU of another process: its clock, numbered as clock_getcpuclockid(3) does."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 class _Pool:
-    """A host pool of one rank as SGLang lays it out, and our backend's transfers over it."""
+    """A host pool of one rank as SGLang's shared-memory allocator lays it out, and our backend's transfers over it."""
 
-    def __init__(self, node: RunningNode, layout: str, blocks: int) -> None:
+    def __init__(self, node: NodeProcess, layout: str, blocks: int, straight: bool) -> None:
         axes = {"kv": 2, "page": blocks, "head": LAYOUT.kv_heads, "token": LAYOUT.tokens, "layer": LAYOUT.layers}
         shape = [axes[axis] for axis in ORDERS[layout]]
-        buffer = torch.empty(*shape, LAYOUT.head_dim, dtype=torch.bfloat16).share_memory_()
+        memory = mmap.mmap(-1, blocks * LAYOUT.nbytes)
+        buffer = torch.frombuffer(memory, dtype=torch.bfloat16).view(*shape, LAYOUT.head_dim)
         buffer.view(torch.uint8).random_(0, 256)
         pool = SimpleNamespace(
             layout=layout, kv_buffer=buffer, size=blocks * LAYOUT.tokens, page_size=LAYOUT.tokens, head_num=LAYOUT.kv_heads,
             layer_num=LAYOUT.layers,
         )  # fmt: skip
-        self._client = Client(node.socket)
+        self.client = Client(node.socket)
         namespace = Namespace(
             model="study", weights="1", dtype="bfloat16", layers=LAYOUT.layers, kv_heads=LAYOUT.kv_heads,
             head_dim=LAYOUT.head_dim, attention="gqa", rope="", block_tokens=LAYOUT.tokens, layout=LAYOUT.name,
         )  # fmt: skip
-        link = Link(self._client, namespace, LAYOUT.nbytes)
+        self._link = Link(self.client, namespace, LAYOUT.nbytes)
         pages = CanonicalPages(pool, LAYOUT, (0, LAYOUT.kv_heads))
         binding: Any = SimpleNamespace(namespace=namespace, pages=pages, part=0, parts=1)
         recorder: Any = SimpleNamespace(count=_ignore, loaded=_ignore, saved=_ignore)
-        self._transfers = PoolTransfers("kv", binding, self._client, link, Options(load_timeout_s=600.0), recorder)
-        wait_for(lambda: link.keyring is not None)
-        assert link.keyring is not None
-        digests = chain_digests(list(range(blocks * LAYOUT.tokens)), LAYOUT.tokens)
-        self._hashes = [digest.hex() for digest in digests]
+        options = Options(load_timeout_s=600.0, save_timeout_s=600.0)
+        self._reads = _Remembering(self.client) if straight else None
+        self._transfers = PoolTransfers("kv", binding, self.client, self._link, options, recorder, straight=self._reads)
+        wait_for(lambda: self._link.keyring is not None)
+        self.blocks = blocks
         self._slots = torch.arange(blocks * LAYOUT.tokens)
-        self.keys: Sequence[BlockKey] = link.keyring.block_keys(digests)
+        self._again = ThreadPoolExecutor(THREADS)
 
-    def save(self) -> None:
-        assert all(self._transfers.save(self._hashes, self._slots, []))
+    def save(self, prompt: int) -> None:
+        assert all(self._transfers.save(self._hashes(prompt), self._slots, []))
 
-    def load(self) -> None:
-        assert all(self._transfers.load(self._hashes, self._slots))
+    def load(self, prompt: int) -> None:
+        assert all(self._transfers.load(self._hashes(prompt), self._slots))
 
-    def load_from_disk(self, node: RunningNode) -> None:
-        assert not node.node.store.host.keys()
-        self.load()
+    def read_again(self) -> None:
+        """What was read straight last, as it comes."""
+        assert self._reads is not None
+        assert len(self._reads.last) == self.blocks, "not all was read straight"
+        files = {
+            path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {read.slot.path for read in self._reads.last}
+        }
+        head = mmap.mmap(-1, HEADER_BYTES)
+
+        def one(read: Read) -> int:
+            return os.preadv(files[read.slot.path], [head, *read.pieces], read.slot.offset)
+
+        assert sum(self._again.map(one, self._reads.last)) == self.blocks * (LAYOUT.nbytes + HEADER_BYTES)
+        for fd in files.values():
+            os.close(fd)
+
+    def keys(self, prompt: int) -> bytes:
+        assert self._link.keyring is not None
+        return join_keys(self._link.keyring.block_keys(map(bytes.fromhex, self._hashes(prompt))))
 
     def close(self) -> None:
         self._transfers.close()
+        self._again.shutdown()
+
+    def _hashes(self, prompt: int) -> list[str]:
+        tokens = [prompt, *range(1, self.blocks * LAYOUT.tokens)]
+        return [digest.hex() for digest in chain_digests(tokens, LAYOUT.tokens)]
+
+
+class _Remembering(StraightReads):
+    last: Sequence[Read] = ()
+
+    def read(self, reads: Sequence[Read], deadline: float) -> int:
+        self.last = reads or self.last
+        return super().read(reads, deadline)
 
 
 @contextmanager
-def _pool(node: RunningNode, layout: str, blocks: int) -> Iterator[_Pool]:
-    pool = _Pool(node, layout, blocks)
+def _pool(node: NodeProcess, layout: str, blocks: int, straight: bool = False) -> Iterator[_Pool]:
+    pool = _Pool(node, layout, blocks, straight)
     try:
         yield pool
     finally:
         pool.close()
 
 
-def _forget(node: RunningNode, keys: Sequence[BlockKey]) -> None:
-    """Empty the host tier, whose leases the node takes back in its own time."""
-    store = node.node.store
-    wait_for(lambda: not store.host.keys() or not _in_node(node, store.drop(store.host, keys)))
+def _store(node: NodeProcess, pool: _Pool, prompt: int) -> None:
+    """Have a prompt on the disk and nowhere else."""
+    wanted = node.blocks()["disk"] + pool.blocks
+    pool.save(prompt)
+    node.drain()
+    while node.blocks()["disk"] < wanted:
+        pool.load(prompt)  # what a full queue kept from the disk gets there when used
+        node.drain()
+    _forget(node, pool, [prompt])
 
 
-def _direct(node: RunningNode, keys: Sequence[BlockKey], into: Sequence[memoryview]) -> None:
-    async def read() -> None:
-        window = asyncio.Semaphore(AT_ONCE)
-
-        async def one(key: BlockKey, buffer: memoryview) -> None:
-            async with window:
-                await node.node.store.tiers[1].get(key, buffer)
-
-        await asyncio.gather(*map(one, keys, into))
-
-    _in_node(node, read())
-
-
-def _in_node(node: RunningNode, work: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(work, node._loop).result()
+def _forget(node: NodeProcess, pool: _Pool, prompts: Sequence[int]) -> None:
+    """Empty the host tier of the prompts in it, whose leases the node takes back in its own time."""
+    while node.blocks()["host"]:
+        for prompt in prompts:
+            pool.client.call("evict", medium="host", keys=pool.keys(prompt))
 
 
 def _ignore(*_: object) -> None:
@@ -210,7 +249,7 @@ def _ignore(*_: object) -> None:
 
 STUDY = Study(
     name="hostpool",
-    summary="SGLang's host pool: loads from disk through the node's arena, and straight into the pool",
+    summary="SGLang's host pool: loads from disk through the node's memory, and straight into the pool",
     run=run,
     arguments=arguments,
 )

@@ -24,7 +24,7 @@ from kvstore.history import What
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.namespaces import NamespaceBook
 from kvstore.store import Store
-from kvstore.tiers.base import Medium, PutResult, Tier
+from kvstore.tiers.base import BlockStat, Medium, PutResult, Slot, Tier
 from kvstore.tiers.object.names import TOMBSTONES, receipt_name
 from kvstore.tiers.object.objects import Objects
 from kvstore.tiers.wrappers import Wrapped
@@ -62,6 +62,12 @@ class Buried(Wrapped):
             await self.inner.delete([key])
             raise BlockNotFound(f"{key.hex()} was deleted for good")
         return header
+
+    def locate(self, key: BlockKey) -> Slot | None:
+        """Not of what may be buried: an index does not know when a block was computed."""
+        if (stat := self.inner.stat(key)) is None or self._graves.dead(_Resting.of(stat, created=0.0)):
+            return None
+        return self.inner.locate(key)
 
 
 class Undertaker:
@@ -156,8 +162,7 @@ class Undertaker:
                 for key in keys[start : start + JUDGED_AT_ONCE]:
                     stat = tier.stat(key)
                     if stat is not None and any(s.covers(stat.namespace, labels.get(stat.namespace)) for s in stones):
-                        created = _created(store, tier, key)
-                        found.append(_Resting(key, stat.parent or NO_PARENT, stat.namespace, created, stat.index))
+                        found.append(_Resting.of(stat, _created(store, tier, key)))
                 await asyncio.sleep(0)
             found.sort(key=lambda block: block.depth)
             dead |= buried(found, labels, stones)
@@ -186,6 +191,10 @@ class _Resting(NamedTuple):
     namespace: bytes
     created: float
     depth: int
+
+    @classmethod
+    def of(cls, stat: BlockStat, created: float) -> _Resting:
+        return cls(stat.key, stat.parent or NO_PARENT, stat.namespace, created, stat.index)
 
 
 class _Attended(Wrapped):

@@ -19,10 +19,10 @@ FORBIDDEN = {
 
 CLIENT_SIDE = {
     "kvstore", "kvstore.config", "kvstore.envelope", "kvstore.errors", "kvstore.identity", "kvstore.layout",
-    "kvstore.node.api", "kvstore.node.arena", "kvstore.node.client", "kvstore.node.launch", "kvstore.policy",
-    "kvstore.tiers.base", "kvstore.tracing",
+    "kvstore.node.api", "kvstore.node.arena", "kvstore.node.client", "kvstore.node.launch", "kvstore.node.straight",
+    "kvstore.policy", "kvstore.tiers.base", "kvstore.tracing",
 }  # fmt: skip
-"""What connectors may use of kvstore: nothing of it does storage work in the engine's process."""
+"""What connectors may use of kvstore: nothing of it does storage work in the engine's process, but to read what is asked for."""
 
 HEAVY = {"torch", "cupy", "vllm", "transformers", "boto3", "obstore"}
 

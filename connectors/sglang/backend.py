@@ -22,6 +22,7 @@ from kvstore.config import default_socket
 from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
 from kvstore.node.launch import launch
+from kvstore.node.straight import StraightReads
 
 logger = logging.getLogger("kvstore")
 
@@ -138,6 +139,13 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         """Whether this is the first rank of all."""
         return self._asks and getattr(self._config, "dp_rank", 0) == 0
 
+    def _reads_straight(self, pool: Any) -> bool:
+        """Whether blocks that only the disk has are read into the pool past the node's memory: SGLang's allocator "shm" says so.
+
+        Of several ranks each would read a block that all of them want.
+        """
+        return getattr(pool, "fd", None) is not None and self._config.tp_size == 1
+
     def _load(self, name: str, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         """A pool that was never registered, or is detached, has nothing."""
         pool = self._pools.get(name)
@@ -157,7 +165,10 @@ class KVStoreStorage(HiCacheStorage):  # type: ignore[misc]
         start = partial(launch, self._socket) if self._leads and self._options.autostart else None
         client = Client(self._socket, "SGLang", max(CONNECT_TIMEOUT, self._options.lookup_timeout_s))
         link = Link(client, binding.namespace, binding.pages.block_bytes, start)
-        self._pools[name] = PoolTransfers(name, binding, client, link, self._options, self.recorder, self._asks)
+        straight = StraightReads(client) if self._reads_straight(pool) else None
+        self._pools[name] = PoolTransfers(
+            name, binding, client, link, self._options, self.recorder, self._asks, straight
+        )
         if name == KV and self._asks and self._config.pp_size == 1:  # stages take steps of each other's batches
             OBSERVER.watch(link)
         logger.info("KV store: pool %s, blocks of %d bytes, %s", name, binding.pages.block_bytes, binding.namespace)

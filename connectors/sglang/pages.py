@@ -54,6 +54,10 @@ class Pages(ABC):
     def load(self, place: Place, payload: memoryview) -> None:
         """Copy this rank's part of a block's payload into a page."""
 
+    @abstractmethod
+    def pieces(self, place: Place) -> Sequence[memoryview]:
+        """The page's memory, where it is a block's payload piece by piece; empty where pages are converted."""
+
 
 class CanonicalPages(Pages):
     """Pages of a plain MHA or MLA pool, one to a canonical block of ``layout``."""
@@ -69,6 +73,7 @@ class CanonicalPages(Pages):
         need = (layout.kv, heads[1] - heads[0], *self._shape[2:])
         if have != need:
             raise IdentityError(f"pages of (kv, heads, tokens, layers, row bytes) {have} are not the wanted {need}")
+        self._is_block = heads == (0, layout.kv_heads) and self._view[0, 0].flags.c_contiguous
 
     def places(self, host_indices: torch.Tensor, count: int) -> Sequence[Place]:
         size = self._page_tokens
@@ -87,6 +92,9 @@ class CanonicalPages(Pages):
 
     def load(self, place: Place, payload: memoryview) -> None:
         np.copyto(self._view[:, place], self._share(payload))
+
+    def pieces(self, place: Place) -> Sequence[memoryview]:
+        return [memoryview(half).cast("B") for half in self._view[:, place]] if self._is_block else []
 
     @property
     def _slots(self) -> int:
@@ -126,6 +134,9 @@ class OpaquePages(Pages):
         for address, size in place:
             ctypes.memmove(address, at, size)
             at += size
+
+    def pieces(self, place: Place) -> Sequence[memoryview]:
+        return [memoryview((ctypes.c_uint8 * size).from_address(address)).cast("B") for address, size in place]
 
     def _pieces(self, host_indices: torch.Tensor, count: int) -> list[list[tuple[int, int]]]:
         addresses, sizes = self._pool.get_page_buffer_meta(host_indices)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from kvstore.errors import DeadlineExceeded, IdentityError, KVStoreError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring
 from kvstore.node.api import About, Acquired, Miss, NewBlock
 from kvstore.node.client import Client
+from kvstore.node.straight import StraightReads
 from kvstore.tiers.base import Medium
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class PoolTransfers:
         options: Options,
         recorder: Recorder,
         leads: bool = True,
+        straight: StraightReads | None = None,
     ) -> None:
-        """``link`` keeps ``client`` connected; both are closed with this.
+        """``link`` keeps ``client`` connected; both are closed with this, and so is ``straight``, which reads what it can.
 
         SGLang asks on every rank and takes the least of the answers: what the rank that ``leads`` asks counts as the request,
         and the node plans for it alone.
@@ -67,6 +69,7 @@ class PoolTransfers:
         self._options = options
         self._recorder = recorder
         self._leads = leads
+        self._straight = straight
         self._acquires = ThreadPoolExecutor(AHEAD, f"kvstore-{name}")
         link.on_node(self._prepare)
 
@@ -152,12 +155,37 @@ class PoolTransfers:
     def close(self) -> None:
         """Let the node go. What is under way ends by its own deadline."""
         self._acquires.shutdown(wait=True)
+        if self._straight is not None:
+            self._straight.close()
         self._link.close()
 
     def _load(
         self, keys: list[BlockKey], places: Sequence[Place], deadline: float
     ) -> tuple[int, Miss | None, set[Medium]]:
-        """How many blocks came, why no more did, and from which tiers. Copies a chunk while the node brings the next ones."""
+        """How many blocks came, why no more did, and from which tiers."""
+        if self._straight is None:
+            return self._copy(keys, places, deadline)
+        located = self._straight.locate(keys, list(map(self._binding.pages.pieces, places)), deadline)
+        good, media = 0, set[Medium]()
+        for reads in (list(run) for _, run in groupby(located, key=bool)):
+            end = good + len(reads)
+            if came := self._straight.read([read for read in reads if read is not None], deadline):
+                good += came
+                media.add(Medium.DISK)
+            if good < end and time.monotonic() >= deadline:
+                return good, Miss.DEADLINE, media
+            if good < end:
+                came, miss, tiers = self._copy(keys[good:end], places[good:end], deadline)
+                good += came
+                media |= tiers
+                if miss is not None:
+                    return good, miss, media
+        return good, None, media
+
+    def _copy(
+        self, keys: list[BlockKey], places: Sequence[Place], deadline: float
+    ) -> tuple[int, Miss | None, set[Medium]]:
+        """The same through the arena. Copies a chunk while the node brings the next ones."""
         chunks = iter([keys[at : at + self._chunk] for at in range(0, len(keys), self._chunk)])
         ahead = deque((chunk, self._begin_acquire(chunk, deadline)) for chunk in islice(chunks, AHEAD))
         good = 0

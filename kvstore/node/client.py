@@ -35,7 +35,7 @@ from kvstore.node.peers import check_node
 from kvstore.node.protocol import FrameDecoder, encode, join_keys, split_keys
 from kvstore.policy.planner import Patience, Reason
 from kvstore.tenants.credentials import engine_token
-from kvstore.tiers.base import Medium
+from kvstore.tiers.base import Medium, Slot
 
 GRACE_SECONDS = 0.25
 """Added to a deadline that the node keeps itself, before the client stops waiting for the answer."""
@@ -135,6 +135,15 @@ class Client:
 
     def release(self, keys: Sequence[BlockKey]) -> None:
         self._notify("release", keys)
+
+    def locate(self, keys: Sequence[BlockKey], timeout: float) -> list[Slot | None]:
+        """Where to read blocks that are on the node's disk; None for those to acquire. For ``kvstore.node.straight``."""
+        found = self.call("locate", timeout, keys=join_keys(keys))
+        return [slot and Slot(found["files"][slot[0]], *slot[1:]) for slot in found["slots"]]
+
+    def was_read(self, keys: Sequence[BlockKey], seconds: float) -> None:
+        """Tell how long it took to read located blocks. Waits for no answer, never raises."""
+        self._tell("was_read", {"keys": join_keys(keys), "seconds": seconds})
 
     def reserve(
         self, namespace: Namespace, blocks: Sequence[NewBlock], part: int = 0, parts: int = 1, timeout: float = 1.0

@@ -31,6 +31,7 @@ from kvstore.node.pinverbs import pin_verbs
 from kvstore.node.promptverbs import prompt_verbs
 from kvstore.node.protocol import join_keys, split_keys
 from kvstore.node.reportverbs import report_verbs
+from kvstore.node.straightverbs import straight_verbs
 from kvstore.planning import Planning
 from kvstore.requests import MAX_ID_CHARS, Asked, RecentRequests
 from kvstore.store import Session, Store
@@ -105,6 +106,7 @@ class Verbs:
             **explain_verbs(store, namespaces, demand, chains),
             **pin_verbs(store, demand.pins, chains),
             **prompt_verbs(self._requests),
+            **straight_verbs(store),
         }
 
     # --- engines

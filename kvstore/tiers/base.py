@@ -72,6 +72,18 @@ class TierStats:
     refused: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a block's envelope lies in a file."""
+
+    path: str
+    """Absolute; readable past the page cache (O_DIRECT)."""
+    offset: int
+    """Of the header, a multiple of 4 KiB."""
+    length: int
+    """Bytes of the payload."""
+
+
 OnEvict = Callable[[Medium, Sequence[BlockKey], BlockKey | None], None]
 
 
@@ -115,6 +127,13 @@ class Tier(ABC):
         After any of them the content of ``into`` is undefined, unless BlockTooLarge. A cancelled call returns only when
         nothing writes to ``into`` any more.
         """
+
+    def locate(self, key: BlockKey) -> Slot | None:
+        """Where somebody else may read the block by himself; None if that must be left to ``get``.
+
+        A slot is given to other blocks in time: who reads it verifies it, key and checksum, as ``get`` does. No I/O.
+        """
+        return None
 
     @abstractmethod
     async def delete(self, keys: Iterable[BlockKey]) -> int:

@@ -21,13 +21,13 @@ from kvstore import tracing
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnavailable
 from kvstore.identity import BlockKey
-from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
+from kvstore.tiers.base import BlockStat, Medium, PutResult, Slot, Tier, TierStats
 
 log = structlog.get_logger(__name__)
 
 
 class Wrapped(Tier):
-    """Passes everything on to ``inner``; the base of the wrappers below."""
+    """Passes everything on to ``inner`` but ``locate``, which goes past the wrapper; the base of the wrappers below."""
 
     def __init__(self, inner: Tier) -> None:
         self.inner = inner
@@ -110,6 +110,9 @@ class Metered(Wrapped):
             header = await self.inner.get(key, into)
             measurement.nbytes = header.envelope_bytes
             return header
+
+    def locate(self, key: BlockKey) -> Slot | None:
+        return self.inner.locate(key)
 
     async def delete(self, keys: Iterable[BlockKey]) -> int:
         with self._measured("delete"):

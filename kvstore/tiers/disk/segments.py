@@ -100,6 +100,11 @@ class Segments:
         number, within = divmod(offset, self.segment_bytes)
         return self._files.pread(self._fds[number], into, SEGMENT_HEADER_BYTES + within)
 
+    def file(self, offset: int) -> tuple[Path, int] | None:
+        """File of a slot and place in it; None where files are not read past the page cache."""
+        number, within = divmod(offset, self.segment_bytes)
+        return (self._path(number), SEGMENT_HEADER_BYTES + within) if self._direct else None
+
     def erase(self, offsets: Iterable[int]) -> None:
         """Make the slots' headers invalid, so that no scan takes them for blocks."""
         for offset in offsets:

@@ -21,7 +21,7 @@ from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, TierUnava
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex, slot_sizes
 from kvstore.policy.eviction import LRU, EvictionPolicy
-from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
+from kvstore.tiers.base import BlockStat, Medium, PutResult, Slot, Tier, TierStats
 from kvstore.tiers.disk.files import Files
 from kvstore.tiers.disk.journal import EXTEND_BYTES
 from kvstore.tiers.disk.opening import Opened, open_directory
@@ -189,6 +189,13 @@ class DiskTier(Tier):
             raise TierUnavailable(f"reading {key.hex()}: {error}") from error
         finally:
             self._unpin(row, offset)
+
+    def locate(self, key: BlockKey) -> Slot | None:
+        row = self._index.row(key)
+        if row is None or (found := self._segments.file(int(self._index.location[row]))) is None:
+            return None
+        path, offset = found
+        return Slot(str(path.absolute()), offset, int(self._index.length[row]))
 
     def _read(self, key: BlockKey, offset: int, into: memoryview) -> Header:
         return verify(into[: self._segments.read(offset, into)], key)

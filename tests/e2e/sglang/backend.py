@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, Poo
 from sglang.srt.mem_cache.utils import get_hash_str
 
 import connectors.sglang.geometry as geometry
+from connectors.sglang import KVStoreStorage
 from connectors.sglang.geometry import bind
 from connectors.sglang.hooks import OBSERVER
 from connectors.sglang.options import Options
@@ -75,15 +77,6 @@ def test_latents_come_back_in_every_layout(backends: Backends, saved_as: str) ->
         assert torch.equal(content(sink, 1, 4, 3), content(source, 2, 0, 5))
 
 
-def test_the_pool_may_lie_in_shared_memory(backends: Backends) -> None:
-    source = fill(mha_pool("page_first", allocator_type="shm"), 1)
-    backend = backends(source, allocator="shm")
-    assert getattr(source, "fd", 0) is not None  # 0.5.11 has no such pools, and makes a plain one
-    assert all(backend.batch_set_v1(hashes(2), slots(0, 1)))
-    assert all(backend.batch_get_v1(hashes(2), slots(4, 5)))
-    assert torch.equal(content(source, 4, 5), content(source, 0, 1))
-
-
 def test_page_hashes_are_our_chain() -> None:
     """An engine that has the tokens finds the blocks that SGLang saved under hashes."""
     tokens = [(i * 7919) % 131072 for i in range(10 * PAGE)]
@@ -95,6 +88,130 @@ def test_page_hashes_are_our_chain() -> None:
         for page in range(10):
             theirs.append(get_hash_str(tokens[page * PAGE : (page + 1) * PAGE], theirs[-1] if theirs else None))
     assert theirs == ours
+
+
+# Without a copy
+
+
+def shared(make: Callable[..., Any], layout: str, **options: Any) -> Any:
+    """A pool in shared memory, with random content."""
+    pool = fill(make(layout, allocator_type="shm", **options), 1)
+    if getattr(pool, "fd", None) is None:
+        pytest.skip("this SGLang has no such pools, and makes plain ones")
+    return pool
+
+
+def leave_on_disk(node: RunningNode, backend: KVStoreStorage, pages: list[str]) -> None:
+    """Blocks are on the node's disk and nowhere else."""
+    keys = [key for page in pages for key in backend._pools["kv"]._keyring().block_keys([bytes.fromhex(page)])]
+    with Client(node.socket) as client:
+        assert client.call("drain", 60, timeout=50)["drained"]
+        wait(
+            lambda: client.call("evict", medium="host", keys=b"".join(keys)) and held(node, backend, pages) == ["disk"]
+        )
+
+
+def held(node: RunningNode, backend: KVStoreStorage, pages: list[str]) -> list[str]:
+    """The tiers that hold these pages."""
+    with Client(node.socket) as client:
+        keys = backend._pools["kv"]._keyring().block_keys(map(bytes.fromhex, pages))
+        return sorted({medium for key in keys for medium in client.call("inspect", key=key)["media"]})
+
+
+STRAIGHT = [(mha_pool, "page_head"), (mla_pool, "page_first")]
+COPIED = [
+    (mha_pool, "layer_first"),
+    (mha_pool, "page_first"),
+    (mha_pool, "page_first_direct"),
+    (mla_pool, "layer_first"),
+]
+
+
+@pytest.mark.parametrize(("make", "layout"), STRAIGHT)
+def test_pages_that_are_blocks_are_read_from_disk_without_a_copy(
+    backends: Backends, node: RunningNode, make: Callable[..., Any], layout: str
+) -> None:
+    """The node's memory sees them when they are wanted again."""
+    pool, keys = shared(make, layout), hashes(4)
+    backend = backends(pool, allocator="shm")
+    assert all(backend.batch_set_v1(keys, slots(0, 1, 2, 3)))
+    leave_on_disk(node, backend, keys)
+    untouched = content(pool, 8, 9)
+    assert all(backend.batch_get_v1(keys, slots(7, 4, 6, 5)))
+    assert torch.equal(content(pool, 7, 4, 6, 5), content(pool, 0, 1, 2, 3))
+    assert torch.equal(content(pool, 8, 9), untouched)
+    assert held(node, backend, keys) == ["disk"]
+    assert all(backend.batch_get_v1(keys, slots(8, 9, 10, 11)))
+    assert torch.equal(content(pool, 8, 9, 10, 11), content(pool, 0, 1, 2, 3))
+    assert held(node, backend, keys) == ["disk", "host"]
+    assert backend.recorder.counts["bytes_loaded:kv"] == 8 * content(pool, 0).numel()
+
+
+def test_pages_in_sglangs_own_order_are_read_from_disk_without_a_copy(
+    backends: Backends, node: RunningNode, tmp_path: Path
+) -> None:
+    serve(tmp_path / "hybrid", num_hidden_layers=7)
+    pool, keys = shared(mha_pool, "page_first"), hashes(3)
+    backend = backends(pool, allocator="shm")
+    assert all(backend.batch_set_v1(keys, slots(0, 1, 2)))
+    leave_on_disk(node, backend, keys)
+    assert all(backend.batch_get_v1(keys, slots(3, 4, 5)))
+    assert torch.equal(content(pool, 3, 4, 5), content(pool, 0, 1, 2))
+    assert held(node, backend, keys) == ["disk"]
+
+
+@pytest.mark.parametrize(("make", "layout"), COPIED)
+def test_pages_that_are_converted_go_by_way_of_the_node(
+    backends: Backends, node: RunningNode, make: Callable[..., Any], layout: str
+) -> None:
+    pool, keys = shared(make, layout), hashes(3)
+    backend = backends(pool, allocator="shm")
+    assert all(backend.batch_set_v1(keys, slots(0, 1, 2)))
+    leave_on_disk(node, backend, keys)
+    assert all(backend.batch_get_v1(keys, slots(3, 4, 5)))
+    assert torch.equal(content(pool, 3, 4, 5), content(pool, 0, 1, 2))
+    assert held(node, backend, keys) == ["disk", "host"]
+
+
+def test_ranks_that_want_the_same_blocks_share_one_reading(backends: Backends, node: RunningNode) -> None:
+    pool, keys = shared(mla_pool, "page_first"), hashes(2)
+    ranks = [backends(pool, rank=(rank, 2), allocator="shm") for rank in (0, 1)]
+    assert all(ranks[0].batch_set_v1(keys, slots(0, 1)))
+    leave_on_disk(node, ranks[0], keys)
+    assert all(ranks[1].batch_get_v1(keys, slots(2, 3)))
+    assert held(node, ranks[1], keys) == ["disk", "host"]
+    assert torch.equal(content(pool, 2, 3), content(pool, 0, 1))
+
+
+def test_blocks_in_memory_and_on_disk_come_in_one_load(backends: Backends, node: RunningNode) -> None:
+    pool, keys = shared(mha_pool, "page_head"), hashes(6)
+    backend = backends(pool, allocator="shm")
+    assert all(backend.batch_set_v1(keys[:5], slots(0, 1, 2, 3, 4)))
+    leave_on_disk(node, backend, keys[:1])
+    leave_on_disk(node, backend, keys[3:5])
+    loaded = backend.batch_get_v1(keys, slots(6, 7, 8, 9, 10, 11))
+    assert loaded == [True] * 5 + [False]
+    assert torch.equal(content(pool, 6, 7, 8, 9, 10), content(pool, 0, 1, 2, 3, 4))
+    assert backend.recorder.counts["pages_missed:not_stored"] == 1
+
+
+def test_a_page_that_does_not_verify_is_not_reported_as_loaded(
+    backends: Backends, node: RunningNode, tmp_path: Path
+) -> None:
+    pool, keys = fill(shared(mha_pool, "page_head"), 2), hashes(4)
+    backend = backends(pool, allocator="shm")
+    assert all(backend.batch_set_v1(keys, slots(0, 1, 2, 3)))
+    leave_on_disk(node, backend, keys)
+    block = content(pool, 2).numpy().tobytes()
+    for path in node.config.disk_directory.glob("segment-*"):
+        if (at := path.read_bytes().find(block)) >= 0:
+            with path.open("r+b") as file:
+                file.seek(at + 4100)
+                file.write(bytes([block[4100] ^ 1]))
+    assert backend.batch_get_v1(keys, slots(4, 5, 6, 7)) == [True, True, False, False]
+    assert torch.equal(content(pool, 4, 5), content(pool, 0, 1))
+    assert backend.recorder.counts["pages_missed:corrupt"] == 2
+    assert backend.batch_exists(keys) == 2, "the node knows of it"
 
 
 # What is stored
@@ -472,11 +589,15 @@ def test_without_a_node_everything_misses_until_one_comes(backends: Backends, tm
     assert backend.batch_exists(hashes(2)) == 0
 
 
-def test_a_node_that_hangs_costs_no_more_than_the_deadlines(backends: Backends, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "allocator"), [("page_first", "default"), ("page_head", "shm")])
+def test_a_node_that_hangs_costs_no_more_than_the_deadlines(
+    backends: Backends, tmp_path: Path, layout: str, allocator: str
+) -> None:
     small = ["host.bytes=16MiB", "host.extent_bytes=1MiB", "disk.bytes=16MiB", "disk.segment_bytes=4MiB"]
     with NodeProcess(tmp_path, *small) as node:
         limits = {"lookup_timeout_s": 0.05, "load_timeout_s": 0.1, "save_timeout_s": 0.1}
-        backend = backends(fill(mha_pool("page_first"), 1), socket=str(node.socket), **limits)
+        pool = fill(mha_pool(layout, allocator_type=allocator), 1)
+        backend = backends(pool, socket=str(node.socket), allocator=allocator, **limits)
         wait(lambda: all(backend.batch_set_v1(hashes(2), slots(0, 1))))
         process = node.status()["pid"]
         before = dict(backend.recorder.counts)
