@@ -2,7 +2,7 @@
 
 What it offers is in the manifests of other regions that this region's replicator has verified and kept in its own bucket, less
 what rules, pauses and tombstones forbid (``replication.remoteindex``). Looked at again every minute; a region that does not
-answer then is not offered. What turns out damaged or gone is offered no more until the other region has stored it anew; there,
+answer is not offered until it does. What turns out damaged or gone is offered no more until the other region has stored it anew; there,
 nothing is ever changed.
 """
 
@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 60.0
 """As often as regions publish."""
+RETRY_SECONDS = 5.0
+"""While a region does not answer."""
 
 
 class Regions:
@@ -154,23 +156,22 @@ class Regions:
             except BlockTooLarge as error:
                 raise BlockCorrupt(f"larger than the {block.nbytes} bytes that were published: {error}") from error
 
-    async def refresh(self) -> None:
-        """Look what is offered now. Raises TierUnavailable when the region's own bucket does not answer."""
+    async def refresh(self) -> bool:
+        """Look what is offered now; whether every region answers. Raises TierUnavailable when the own bucket does not."""
         near = self._contents.bucket
         tombstones = await self._contents.tombstones()
         paused = await read_pauses(near)
-        found = {}
-        for source in self._far.keys() - paused.keys():
-            manifest = await near.head(manifest_name(source))
-            if manifest is not None and await self._answers(source):
-                found[source] = manifest.etag
+        kept = {source: await near.head(manifest_name(source)) for source in self._far if source not in paused}
+        published = {source: manifest.etag for source, manifest in kept.items() if manifest is not None}
+        found = {source: etag for source, etag in published.items() if await self._answers(source)}
         seen = found, [stone.identity for stone in tombstones], sorted(self._tenants)
         if seen == self._seen:
-            return
+            return found == published
         tables = [table for source, etag in found.items() if (table := await self._read_table(source, etag))]
         offer = await asyncio.to_thread(compile_offer, tables, self._topology, self._region, seen[2], tombstones)
         self._take(offer)
         self._seen = seen
+        return found == published
 
     def _take(self, offer: Offer) -> None:
         """Put a new offer in the old one's place, less what is forgotten."""
@@ -209,13 +210,14 @@ class Regions:
 
     async def _refresh_regularly(self) -> None:
         while True:
+            self._woken.clear()
+            whole = False
             try:
-                await self.refresh()
+                whole = await self.refresh()
             except KVStoreError as error:
                 log.warning("not seen what other regions offer", error=str(error))
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), REFRESH_SECONDS)
-            self._woken.clear()
+                await asyncio.wait_for(self._woken.wait(), REFRESH_SECONDS if whole else RETRY_SECONDS)
 
 
 class RemoteTier(Tier):
