@@ -168,7 +168,7 @@ def test_numbers_are_live(own_page: Any, own_site: Site) -> None:
     own_site.ask([9, *TOKENS], "cmpl-miss")
     expect(tile(own_page, "hits")).to_contain_text("67%")  # 10 of 15 blocks' tokens
     chart = panel(own_page, "chart").get_by_role("img")
-    expect(chart).to_have_attribute("aria-label", "Of 80 tokens asked for, found in host 0%, disk 0%, object 0%.")
+    expect(chart).to_have_attribute("aria-label", "Of 80 tokens asked for, found in host 0%, disk 0%, object 0%, remote 0%.")
 
 
 def test_the_page_runs_nothing_but_its_own_files(page: Any, site: Site) -> None:

@@ -28,7 +28,7 @@ function labelsOf(sample) {
   return inside ? Object.fromEntries(inside.split(",").map((label) => label.split("="))) : {};
 }
 
-export const TIERS = ["host", "disk", "object"];
+export const TIERS = ["host", "disk", "object", "remote"];
 
 /** What is drawn over time, taken from a node's status. */
 function read(node) {

@@ -4,6 +4,7 @@ import { post } from "../api.js";
 import { ago, clock, count, seconds, short } from "../format.js";
 import { Chain } from "../panels/chain.js";
 import { Tree } from "../panels/tree.js";
+import { TIERS } from "../samples.js";
 import { ConfirmByName, Dialog, Empty, Problem, Table, Tiers, useAction } from "../ui.js";
 import { describe, everywhere } from "./purge.js";
 import { html, useEffect, useId, useState } from "../vendor/preact.js";
@@ -78,7 +79,7 @@ function Blocks({ app, found, prompt }) {
   const firstMissed = found.blocks.findIndex((block) => block.why !== "held");
   const [at, select] = useState(Math.max(firstMissed, 0));
   const block = found.blocks[Math.min(at, found.blocks.length - 1)];
-  const tiers = app.node?.tiers.map((tier) => tier.medium) ?? ["host", "disk", "object"];
+  const tiers = app.node?.tiers.map((tier) => tier.medium) ?? TIERS;
   const regions = useRegions(app, found.blocks);
   return html`
     <${Chain} blocks=${found.blocks} tiers=${tiers} regions=${regions} at=${at} onSelect=${select} />
