@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.catalog.presence import FOLDER, present
 from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError, KVStoreError
 from kvstore.tiers.object import ObjectSettings
-from kvstore.tiers.object.names import BLOCKS, RECEIPTS, tombstone_name
+from kvstore.tiers.object.names import BLOCKS, HOTNESS, RECEIPTS, tombstone_name
 from kvstore.tiers.object.objects import Found
 from kvstore.tombstones import Tombstone
 from replication.hotset import label_of, read_namespaces
@@ -24,6 +25,8 @@ from replication.site import Site
 MAX_BYTES = 8 << 10
 MOST_RECEIPTS = 10_000
 READS_AT_ONCE = 64
+REPORTED_SECONDS = 180.0
+"""Who left a report in the bucket so lately is taken to live: nodes leave one each minute (``kvstore.catalog.hotness``)."""
 PATIENCE_SECONDS = 5.0
 """How long a region's bucket is waited for: another region may be away."""
 
@@ -49,7 +52,7 @@ class RegionProof:
     """Blocks from before the purge that are still there; None when that could not be seen."""
     receipts: tuple[Receipt, ...] = ()
     waiting: tuple[str, ...] = ()
-    """Nodes that live, by the catalog, and have left no receipt yet. Of the region that asks only."""
+    """Nodes that live and have left no receipt yet: by the catalog in the region that asks, elsewhere by what nodes report."""
     problem: str = ""
 
     @property
@@ -76,8 +79,7 @@ async def prove(site: Site, identity: str) -> Proof | None:
         stone = await _read_stone(bucket, identity)
         if stone is None:
             return None
-        here = await _look(bucket, stone)
-    here = RegionProof(here.known, here.left, here.receipts, await _waiting(site, here.receipts))
+        here = await _look(bucket, stone, await _nodes(site))
     others = [] if site.topology is None else [name for name in site.topology.regions if name != site.region]
     found = await asyncio.gather(*(_elsewhere(_links(site, name), stone) for name in others))
     return Proof(stone, {site.region: here, **dict(zip(others, found, strict=True))})
@@ -96,8 +98,8 @@ async def _elsewhere(links: Sequence[ObjectSettings], stone: Tombstone) -> Regio
         return RegionProof(problem=str(error))
 
 
-async def _look(bucket: Links, stone: Tombstone) -> RegionProof:
-    """Raises TierUnavailable."""
+async def _look(bucket: Links, stone: Tombstone, nodes: Set[str] | None = None) -> RegionProof:
+    """``nodes``: those that live, where that is known better than from the bucket. Raises TierUnavailable."""
     known = await bucket.head(tombstone_name(stone.identity)) is not None
     namespaces = await read_namespaces(bucket)
     buried = [digest for digest, space in namespaces.items() if stone.covers(digest, label_of(space))]
@@ -110,20 +112,27 @@ async def _look(bucket: Links, stone: Tombstone) -> RegionProof:
     for start in range(0, len(listed), READS_AT_ONCE):
         batch = await asyncio.gather(*(_read_receipt(bucket, one) for one in listed[start : start + READS_AT_ONCE]))
         receipts += [receipt for receipt in batch if receipt is not None]
-    return RegionProof(known, left, tuple(sorted(receipts, key=lambda receipt: receipt.time)))
+    if nodes is None:
+        since = time.time() - REPORTED_SECONDS
+        nodes = {_node_of(one.name) for one in await bucket.listing(HOTNESS) if one.modified > since}
+    waiting = nodes - {receipt.node for receipt in receipts}
+    return RegionProof(known, left, tuple(sorted(receipts, key=lambda receipt: receipt.time)), tuple(sorted(waiting)))
 
 
-async def _waiting(site: Site, receipts: Sequence[Receipt]) -> tuple[str, ...]:
-    """Without a catalog nobody knows which nodes there are."""
-    confirmed = {receipt.node for receipt in receipts}
+async def _nodes(site: Site) -> Set[str] | None:
+    """Those that live, by the catalog; None without one that answers."""
     try:
         async with site.open_catalog() as catalog:
             if catalog is None:
-                return ()
-            nodes = present((await catalog.documents.read_all(FOLDER)).values())
+                return None
+            return {node.name for node in present((await catalog.documents.read_all(FOLDER)).values())}
     except CatalogUnavailable:
-        return ()
-    return tuple(sorted({node.name for node in nodes} - confirmed))
+        return None
+
+
+def _node_of(report: str) -> str:
+    """The node that left a report of this name in the bucket."""
+    return report.rpartition("/")[2].removesuffix(".msgpack")
 
 
 async def _read_stone(bucket: Links, identity: str) -> Tombstone | None:

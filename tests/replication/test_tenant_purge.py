@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from kvstore.assembly import object_settings
 from kvstore.cli import app
+from kvstore.config import load
 from kvstore.encryption import new_key
 from kvstore.identity import BlockKey
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode, wait_for
 from kvstore.testing.tenants import TenantSite, keys_of, loaded, prompt_of, save, tenant_site
-from kvstore.tiers.object.names import tombstone_name
+from kvstore.tiers.object.names import hotness_name, receipt_name, tombstone_name
 from kvstore.tiers.object.objects import Objects
 from kvstore.tombstones import Tombstone
 from replication import receipts
@@ -124,6 +125,28 @@ def test_without_a_receipt_or_with_blocks_left_there_is_no_proof() -> None:
         assert (region.known, region.left, region.receipts, region.done) == (True, 4, (), False)
         assert not found.done
         assert asyncio.run(prove(site, "0" * 32)) is None
+
+
+def test_a_node_that_reports_and_has_not_confirmed_is_waited_for(tmp_path: Path) -> None:
+    """There is no catalog: the bucket tells which nodes live."""
+    (tmp_path / "bucket").mkdir()
+    url = f"file://{tmp_path}/bucket"
+    site = Site(load(None, [f"object.url={url}"], environ={}).config)
+    stone = Tombstone(time=1.0, tenant="acme")
+
+    async def put(name: str, body: bytes) -> None:
+        objects = await asyncio.to_thread(Objects.connect, object_settings(site.config))
+        await objects.put(name, body, create=True)
+        await objects.close()
+
+    asyncio.run(put(tombstone_name(stone.identity), stone.to_json().encode()))
+    assert proved(site, stone).done
+    asyncio.run(put(hotness_name("gpu-7"), b""))
+    assert proved(site, stone).regions["local"].waiting == ("gpu-7",)
+    assert not proved(site, stone).done
+    receipt = {"node": "gpu-7", "time": 2.0, "blocks": 1}
+    asyncio.run(put(receipt_name(stone.identity, "gpu-7"), json.dumps(receipt).encode()))
+    assert proved(site, stone).done
 
 
 def test_a_region_that_does_not_answer_is_named_and_not_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ class RegionReceipts(Model):
     known: bool = Field(description="Whether the tombstone is there.")
     left: int | None = Field(description="Blocks from before the purge that are still there; null: not to be seen.")
     receipts: list[NodeReceipt]
-    waiting: list[str] = Field(description="Nodes of this region, by its catalog, that have not confirmed it yet.")
+    waiting: list[str] = Field(description="Nodes of the region that have not confirmed it yet.")
     problem: str = Field(description="Why the region could not be looked at.")
 
 
