@@ -4,21 +4,26 @@ Loads of blocks that are on the node's disk only; node and backend are two proce
 node reads into its memory, the backend copies from there to SGLang's pages, the next blocks being read meanwhile; with
 ``page_first`` the copy converts. ``straight``: the backend reads into the pages by itself, which SGLang's shared-memory allocator
 turns on. ``raw`` is the ceiling: the same bytes read into the pool by as many threads, without asking for them and without
-verifying them. ``host`` is a load of blocks that are in the node's memory, whose copy nothing spares.
+verifying them. ``host`` is a load of blocks that are in the node's memory, whose copy nothing spares. ``busy_`` is the same
+beside a process for each core that computes and nothing else.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +49,8 @@ ORDERS = {
     "page_head": ("kv", "page", "head", "token", "layer"),
     "page_first": ("kv", "page", "token", "layer", "head"),
 }
-NODE, BACKEND = "node", "backend"
+FROM_DISK = ("arena", "arena_page_first", "straight", "busy_arena", "busy_straight")
+RATIOS = (("arena", "straight"), ("arena_page_first", "straight"), ("busy_arena", "busy_straight"), ("straight", "raw"))
 
 
 @dataclass(frozen=True)
@@ -69,40 +75,40 @@ def run(args: Any) -> Mapping[str, float]:
 
 
 def _compare(folder: Path, blocks: int, rounds: int) -> Mapping[str, float]:
-    """A round reads a prompt of its own, each contestant another one: nothing below the node has it at hand."""
+    """In each round every contestant reads a prompt of its own: nothing below the node has it at hand."""
     nbytes = blocks * LAYOUT.nbytes
-    prompts = 3 * (rounds + 1)
+    prompts = len(FROM_DISK) * (rounds + 1)
     disk = prompts * blocks * (LAYOUT.nbytes + HEADER_BYTES)
     sizes = [
-        f"host.bytes={4 * nbytes}",
+        f"host.bytes={2 * nbytes}",
         f"host.extent_bytes={nbytes // 4}",
         f"disk.bytes={disk + disk // 8 + (1 << 30)}",
     ]
     samples: dict[str, list[Sample]] = defaultdict(list)
-    with NodeProcess(folder, *sizes, "disk.segment_bytes=256MiB", "node.log_level=warning") as node:
+    with NodeProcess(folder, *sizes, "disk.segment_bytes=256MiB", "node.log_level=warning") as node, _burners() as busy:
         pid = node.status()["pid"]
         with (
-            _pool(node, "page_head", blocks) as arena,
+            _pool(node, "page_head", blocks) as copying,
             _pool(node, "page_first", blocks) as converting,
             _pool(node, "page_head", blocks, straight=True) as straight,
         ):
+            pools = dict(zip(FROM_DISK, (copying, converting, straight, copying, straight), strict=True))
             for prompt in range(prompts):
-                _store(node, arena, prompt)
+                _store(node, copying, prompt)
             for number in range(rounds + 1):
-                first, second, third = (3 * number + at for at in range(3))
-                contestants: dict[str, Callable[[], None]] = {
-                    "arena": lambda prompt=first: arena.load(prompt),
-                    "arena_page_first": lambda prompt=second: converting.load(prompt),
-                    "straight": lambda prompt=third: straight.load(prompt),
-                    "raw": lambda: straight.read_again(),
-                    "host": lambda prompt=first: arena.load(prompt),
-                }
-                order = [*contestants] if number % 2 else ["straight", "raw", "arena_page_first", "arena", "host"]
-                for name in order:
-                    sample = _measured(pid, contestants[name])
-                    if number:  # the first round maps memory
-                        samples[name].append(sample)
-                _forget(node, arena, (first, second, third))
+                turn = [*FROM_DISK[number % len(FROM_DISK) :], *FROM_DISK[: number % len(FROM_DISK)]]
+                for name in turn:
+                    prompt = len(FROM_DISK) * number + FROM_DISK.index(name)
+                    load = partial(pools[name].load, prompt)
+                    with busy() if name.startswith("busy_") else nullcontext():
+                        measured = {name: _measured(pid, load)}
+                    if name == "straight":
+                        measured["raw"] = _measured(pid, straight.read_again)
+                    elif name == "arena":
+                        measured["host"] = _measured(pid, load)
+                    _forget(node, copying, prompt)
+                    for each, sample in measured.items() if number else ():  # the first round maps memory
+                        samples[each].append(sample)
     return _figures(samples, nbytes / 1e9)
 
 
@@ -110,17 +116,41 @@ def _figures(samples: Mapping[str, Sequence[Sample]], gb: float) -> Mapping[str,
     figures = {}
     for name, of in samples.items():
         figures[f"{name}_gb_per_s"] = statistics.median(gb / sample.seconds for sample in of)
-        figures[f"{name}_{NODE}_cpu_s_per_gb"] = statistics.median(sample.node_cpu / gb for sample in of)
-        figures[f"{name}_{BACKEND}_cpu_s_per_gb"] = statistics.median(sample.backend_cpu / gb for sample in of)
-    for name in ("arena", "arena_page_first", "raw"):
-        for what, of in (("time", _seconds), ("cpu", _cpu)):
-            ratios = sorted(of(a) / of(b) for a, b in zip(samples[name], samples["straight"], strict=True))
-            figures[f"{name}_{what}_by_straight"] = statistics.median(ratios)
-            figures[f"{name}_{what}_by_straight_low"], figures[f"{name}_{what}_by_straight_high"] = (
-                ratios[0],
-                ratios[-1],
-            )
+        figures[f"{name}_node_cpu_s_per_gb"] = statistics.median(sample.node_cpu / gb for sample in of)
+        figures[f"{name}_backend_cpu_s_per_gb"] = statistics.median(sample.backend_cpu / gb for sample in of)
+    for one, other in RATIOS:
+        for what, value in (("time", _seconds), ("cpu", _cpu)):
+            ratios = sorted(value(a) / value(b) for a, b in zip(samples[one], samples[other], strict=True))
+            name = f"{one}_{what}_by_{other}"
+            figures |= {name: statistics.median(ratios), f"{name}_low": ratios[0], f"{name}_high": ratios[-1]}
     return dict(sorted(figures.items()))
+
+
+@contextmanager
+def _burners() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Gives what keeps every core busy with something else, for as long as its context lasts."""
+    burn = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+
+    def send(number: int) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    @contextmanager
+    def busy() -> Iterator[None]:
+        send(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            send(signal.SIGSTOP)
+
+    send(signal.SIGSTOP)
+    try:
+        yield busy
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _seconds(sample: Sample) -> float:
@@ -233,14 +263,13 @@ def _store(node: NodeProcess, pool: _Pool, prompt: int) -> None:
     while node.blocks()["disk"] < wanted:
         pool.load(prompt)  # what a full queue kept from the disk gets there when used
         node.drain()
-    _forget(node, pool, [prompt])
+    _forget(node, pool, prompt)
 
 
-def _forget(node: NodeProcess, pool: _Pool, prompts: Sequence[int]) -> None:
-    """Empty the host tier of the prompts in it, whose leases the node takes back in its own time."""
+def _forget(node: NodeProcess, pool: _Pool, prompt: int) -> None:
+    """Empty the host tier of the prompt in it, whose leases the node takes back in its own time."""
     while node.blocks()["host"]:
-        for prompt in prompts:
-            pool.client.call("evict", medium="host", keys=pool.keys(prompt))
+        pool.client.call("evict", medium="host", keys=pool.keys(prompt))
 
 
 def _ignore(*_: object) -> None:
