@@ -20,6 +20,7 @@ from kvstore.admin.guard import Guard
 from kvstore.admin.idempotency import Idempotency
 from kvstore.admin.routes import NODE_ROUTERS, ROUTERS, dashboard, events, health
 from kvstore.admin.site import Site
+from kvstore.audit import FILE
 
 EXTENSIONS = "kvstore.admin"
 
@@ -75,7 +76,7 @@ def create_app(site: Site, hosts: AbstractSet[str] | None = None) -> FastAPI:
     for router in (*ROUTERS, *(NODE_ROUTERS if site.node is not None else ()), *extensions(site)):
         app.include_router(router, responses=problems.documented(400, 401, 403, 413, 422))
     app.add_middleware(Idempotency)
-    app.add_middleware(Audit, path=site.config.node.directory / "audit.jsonl")
+    app.add_middleware(Audit, path=site.config.node.directory / FILE)
     app.add_middleware(Guard, hosts=hosts)
     return app
 

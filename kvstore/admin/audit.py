@@ -1,21 +1,16 @@
 """Who changed what: one JSON line for each write, whether it was allowed or not.
 
-Routes say with ``auth.writes`` that they are writes. Bodies are not logged, since they may hold prompts. The file only grows;
-``logrotate`` with ``copytruncate`` may shorten it.
+Routes say with ``auth.writes`` that they are writes. Bodies are not logged, since they may hold prompts.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 
-import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = structlog.get_logger(__name__)
+from kvstore.audit import AuditLog
 
 
 class Audit:
@@ -23,7 +18,7 @@ class Audit:
 
     def __init__(self, app: ASGIApp, path: Path) -> None:
         self._app = app
-        self._path = path
+        self._log = AuditLog(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         written = False
@@ -47,7 +42,6 @@ class Audit:
     def _write(self, scope: Scope, status: int) -> None:
         principal = scope["state"].get("principal")
         entry = {
-            "time": time.time(),
             "who": principal.name if principal else None,
             "role": principal.role if principal else None,
             "from": scope["client"][0] if scope.get("client") else None,
@@ -56,11 +50,4 @@ class Audit:
             "status": status,
             "idempotency_key": Headers(scope=scope).get("idempotency-key"),
         }
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                os.write(descriptor, json.dumps(entry).encode() + b"\n")
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            log.error("audit entry not written", file=str(self._path), error=str(error), **entry)
+        self._log.write(entry, principal is not None)

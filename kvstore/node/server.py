@@ -20,6 +20,7 @@ import structlog
 import kvstore
 from kvstore import tracing
 from kvstore.assembly import open_store
+from kvstore.audit import FILE, AuditLog
 from kvstore.config import Config
 from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
@@ -28,8 +29,9 @@ from kvstore.kvevents import KVEvents
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
+from kvstore.node.auditing import audited, changes
 from kvstore.node.launch import lock_path
-from kvstore.node.peers import ROOT, check_peer, listen, make_folder
+from kvstore.node.peers import ROOT, check_peer, listen, make_folder, peer
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.planning import Planning
@@ -81,6 +83,7 @@ class Node:
             tenants.changed = self._cut_off
             self._verbs.table |= tenant_verbs(tenants, self._verbs)
         self._allow_uids = frozenset(config.node.allow_uids)
+        self._audit = AuditLog(config.node.directory / FILE)
         self._connections: set[_Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
 
@@ -147,8 +150,9 @@ class Node:
                 check_peer(client, self._allow_uids)
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 caller, place, shown = await self._handshake(client)
+            uid = peer(client)[1]
             loop = asyncio.get_running_loop()
-            await loop.connect_accepted_socket(lambda: _Connection(self, caller, place, shown), client)
+            await loop.connect_accepted_socket(lambda: _Connection(self, caller, place, shown, uid), client)
         except (OSError, TimeoutError, ProtocolError) as error:
             log.warning("client refused", error=str(error) or "no greeting in time")
             client.close()
@@ -207,11 +211,12 @@ class Node:
 class _Connection(asyncio.Protocol):
     """One client. Requests that need no I/O are answered in the call that received them."""
 
-    def __init__(self, node: Node, caller: Caller, place: Place, shown: Shown | None) -> None:
+    def __init__(self, node: Node, caller: Caller, place: Place, shown: Shown | None, uid: int) -> None:
         self.place = place
         self.shown = shown
         self._node = node
         self._caller = caller
+        self._uid = uid
         self._decoder = FrameDecoder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._transport: asyncio.Transport | None = None
@@ -256,6 +261,8 @@ class _Connection(asyncio.Protocol):
         if handler is None:
             self._answer(request, ProtocolError(f"unknown verb {verb!r}"))
             return
+        if changes(verb, arguments):
+            handler = audited(verb, handler, self._uid, self._node._audit)
         try:
             result = handler(self._caller, arguments)
         except KVStoreError as error:
