@@ -29,6 +29,13 @@ MOST_AHEAD = 4096
 """Blocks that may wait to be fetched for later requests; the latest are wanted soonest."""
 
 
+BURST = 128
+"""Blocks fetched together from another region: a window of its meter. A round trip of 80 ms then takes some 10 us a token."""
+
+BURST_SHARE = 8
+"""A burst takes at most this part of the arena, so that what arrives is still there when it is wanted."""
+
+
 class Promoter:
     """Singleflight fetches into the host tier. Owned by the store's event loop."""
 
@@ -37,22 +44,21 @@ class Promoter:
         self._history = history
         self._lower = tuple(lower)
         self._flights: dict[BlockKey, asyncio.Task[Medium | Miss]] = {}
-        self.meters = {tier.medium: SpeedMeter(tier.medium, WINDOW) for tier in lower}
+        self.meters = {tier.medium: SpeedMeter(tier.medium, _window(tier.medium)) for tier in lower}
         self.promises = Promises()
         self._in_flight = dict.fromkeys(self.meters, 0)
         self._wanted: deque[BlockKey] = deque(maxlen=MOST_AHEAD)
         self._fetchers: set[asyncio.Task[None]] = set()
+        self._bursts: set[asyncio.Task[None]] = set()
+        self._early: dict[BlockKey, None] = {}
+        """Blocks that a burst has brought, or will, and nobody has acquired yet."""
 
     async def fetch(self, key: BlockKey) -> Medium | Miss:
         """Have the block published in the host tier; the tier it came from, or why it could not be had.
 
         Cancelling the caller does not cancel the fetch: it serves whoever asks next.
         """
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = asyncio.create_task(self._promote(key))
-            flight.add_done_callback(lambda _: self._flights.pop(key))
-        return await asyncio.shield(flight)
+        return await asyncio.shield(self._flight(key))
 
     def fetch_ahead(self, keys: Iterable[BlockKey]) -> None:
         """Fetch blocks for later requests, a few at a time, behind what engines wait for."""
@@ -61,6 +67,37 @@ class Promoter:
             task = asyncio.create_task(self._fetch_wanted())
             self._fetchers.add(task)
             task.add_done_callback(self._fetchers.discard)
+
+    def fetch_burst(self, keys: Sequence[BlockKey]) -> None:
+        """Where some of ``keys`` are in another region only, fetch them with what is promised behind them; call before
+        ``measure``.
+
+        The way there is long, and is gone once for all of them; not before it is known how fast it is.
+        """
+        meter = self.meters.get(Medium.REMOTE)
+        if meter is None or not meter.known or not any(map(self._to_fetch_from_afar, keys)):
+            return
+        burst, room = [], (self._host.stats().capacity_bytes or 0) // BURST_SHARE
+        for key in [*keys, *self.promises.behind(keys[-1], BURST - len(keys))]:
+            if self._to_fetch_from_afar(key) and (stat := self._lower[-1].stat(key)) is not None:
+                room -= envelope_bytes(stat.length)
+                if room < 0:
+                    break
+                burst.append(key)
+        self._early.update(dict.fromkeys(burst))
+        while len(self._early) > MOST_AHEAD:
+            del self._early[next(iter(self._early))]
+        measurement = self.measure(burst)
+        task = asyncio.create_task(self._time(measurement, burst, [self._flight(key) for key in burst]))
+        self._bursts.add(task)
+        task.add_done_callback(self._bursts.discard)
+
+    def origin(self, key: BlockKey) -> Medium:
+        """Where a block came from that is in the arena and is acquired now."""
+        if key not in self._early:
+            return Medium.HOST
+        del self._early[key]
+        return Medium.REMOTE
 
     def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
         """Seconds until the runs, which begin at the first key, are in the arena: from what fetches took lately."""
@@ -103,10 +140,37 @@ class Promoter:
         await asyncio.gather(*(self._flights[key] for key in self._flights.keys() & set(keys)), return_exceptions=True)
 
     async def close(self) -> None:
-        work = [*self._fetchers, *self._flights.values()]
+        work = [*self._bursts, *self._fetchers, *self._flights.values()]
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+
+    def _flight(self, key: BlockKey) -> asyncio.Task[Medium | Miss]:
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = asyncio.create_task(self._promote(key))
+            flight.add_done_callback(lambda _: self._flights.pop(key))
+        return flight
+
+    def _to_fetch_from_afar(self, key: BlockKey) -> bool:
+        if key in self._host.keys() or key in self._flights:
+            return False
+        holder = next((tier.medium for tier in self._lower if key in tier.keys()), None)
+        return holder is Medium.REMOTE
+
+    async def _time(
+        self, measurement: Measurement, keys: Sequence[BlockKey], flights: Sequence[asyncio.Task[Medium | Miss]]
+    ) -> None:
+        """How long a burst takes."""
+        came = []
+        for key, flight in zip(keys, flights, strict=True):
+            await asyncio.wait([flight])
+            if _came(flight):
+                measurement.arrived(key)
+                came.append(key)
+            else:
+                self._early.pop(key, None)
+        measurement.end(came)
 
     async def _fetch_wanted(self) -> None:
         while self._wanted:
@@ -204,6 +268,11 @@ class Measurement:
             self._meters[medium].observe(self._ahead[medium] + came, seconds)
         elif late:
             self._meters[medium].at_least(self._ahead[medium] + one, seconds)
+
+
+def _window(medium: Medium) -> int:
+    """Blocks that are asked for together."""
+    return BURST if medium is Medium.REMOTE else WINDOW
 
 
 def _came(flight: asyncio.Task[Medium | Miss]) -> bool:

@@ -178,6 +178,7 @@ class Store:
         Fetches that are under way at the deadline go on: they serve whoever asks next.
         """
         window = asyncio.Semaphore(FETCHES_PER_ACQUIRE)
+        self._promoter.fetch_burst(keys)
         measurement = self._promoter.measure(keys)
         tasks = [asyncio.create_task(self._pin(key, window)) for key in keys]
         media: list[Medium] = []
@@ -362,13 +363,14 @@ class Store:
 
     async def _pin(self, key: BlockKey, window: asyncio.Semaphore) -> tuple[Medium, int] | Miss:
         if (offset := self.host.pin(key)) is not None:
-            return Medium.HOST, offset
+            return self._promoter.origin(key), offset
         async with window:
             while True:
                 outcome = await self._promoter.fetch(key)
                 if isinstance(outcome, Miss):
                     return outcome
                 if (offset := self.host.pin(key)) is not None:  # else evicted before we woke: fetch again
+                    self._promoter.origin(key)
                     return outcome, offset
 
     def _unpin_unused(self, key: BlockKey, task: asyncio.Task[tuple[Medium, int] | Miss]) -> None:
