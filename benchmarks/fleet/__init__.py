@@ -8,7 +8,8 @@ Nothing here runs a thousand nodes. Three things are put together:
   what its publisher reads. It bends where a server's core is 70% busy.
 * A fleet: regions that each ask for prompts of their own and for prompts that all ask for, played minute by minute: what
   nodes learn and report, manifests and plans are the product's; the link is a number of bytes per minute. What has to be
-  sent, how much of it comes through, and how long after it was first stored anywhere.
+  sent, how much of it comes through, how long after it was first stored anywhere, and how much of it is asked for: what
+  reads on demand would move if nothing were sent ahead.
 
 A node is what makes the traffic of the conversation trace: 3.4 requests a second. A quarter of their blocks are asked for
 again and so get to the bucket: 100 a second, of 64 tokens.
@@ -186,12 +187,13 @@ def show(console: Console, stored: float, costs: Mapping[str, float], played: Ma
         table.add_row(f"{nodes:,}", *(f"{value:,.2f}" if value < 10 else f"{value:,.0f}" for value in load.values()))
     console.print(table)
     table = Table("regions", title="a fleet in which all pull from all", title_justify="left")
-    headings = ("offered MB/s", "copied MB/s", "hot seconds copied %", "lag s, median", "lag s, worst tenth")
-    for heading in (*headings, "manifests MB/s (full)", "cores to read and plan (full)"):
+    headings = ("offered MB/s", "copied MB/s", "asked for MB/s", "hot seconds copied %", "lag s, median")
+    for heading in (*headings, "lag s, worst tenth", "manifests MB/s (full)", "cores to read and plan (full)"):
         table.add_column(heading, justify="right")
     for regions, one in played.items():
         nbytes, cores = pulling(regions, MOST_BLOCKS, costs)
-        values = (one.offered_megabytes, one.copied_megabytes, 100 * one.share, WAITS + one.lag, WAITS + one.late)
+        sizes = (one.offered_megabytes, one.copied_megabytes, one.asked_megabytes)
+        values = (*sizes, 100 * one.share, WAITS + one.lag, WAITS + one.late)
         table.add_row(str(regions), *(f"{value:,.0f}" for value in values), f"{nbytes / 1e6:,.1f}", f"{cores:.2f}")
     console.print(table)
 
@@ -223,6 +225,7 @@ def run(args: Any) -> Mapping[str, float]:
             f"manifest_megabytes_per_s_{count}_regions": nbytes / 1e6,
             f"pull_cores_{count}_regions": cores,
             f"wan_megabytes_per_s_{count}_regions": one.copied_megabytes,
+            f"asked_megabytes_per_s_{count}_regions": one.asked_megabytes,
             f"hot_seconds_copied_percent_{count}_regions": 100 * one.share,
             f"lag_s_{count}_regions": WAITS + one.lag,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -42,6 +43,9 @@ class Played:
     """Per second: listed by others and lacking here, blocks listed anew each minute counted once."""
     copied_megabytes: float
     """Per second."""
+    asked_megabytes: float
+    """Per second: asked for here for the first time when others had listed it. All that reads on demand would bring if
+    nothing were sent ahead."""
     share: float
     """Of the expected prefill seconds of what was offered."""
     lag: float
@@ -113,16 +117,22 @@ class Fleet:
         held: list[set[BlockKey]] = [set() for _ in watched]
         offered: list[dict[BlockKey, float]] = [{} for _ in watched]
         copied: list[dict[BlockKey, float]] = [{} for _ in watched]
+        listed: list[set[BlockKey]] = [set() for _ in watched]
+        asked = 0
         lags: list[float] = []
         for minute in range(minutes):
+            known = [len(region.blocks) for region in watched]
             for region in self.regions:
                 region.minute(minute)
+            for region, before, others in zip(watched, known, listed, strict=True):
+                asked += sum(key in others for key in islice(region.blocks, before, None))
             now = (minute + 1) * 60.0
             manifests = [region.published(now) for region in self.regions]
             for place, region in enumerate(watched):
                 held[place] |= region.blocks.keys()
                 lists = [HotSet(m.blocks, m.labels) for m in manifests if m.region != f"r{region.number}"]
                 hot = merge_hot_sets(lists, Everything())
+                listed[place] = {block.key for block in hot.blocks}
                 created = first_stored(lists)
                 for block in hot.blocks:
                     if block.key not in held[place]:
@@ -139,6 +149,7 @@ class Fleet:
         return Played(
             offered_megabytes=sum(map(len, offered)) * BLOCK_BYTES / 1e6 / seconds,
             copied_megabytes=sum(map(len, copied)) * BLOCK_BYTES / 1e6 / seconds,
+            asked_megabytes=asked * BLOCK_BYTES / 1e6 / seconds,
             share=sum(sum(one.values()) for one in copied) / max(sum(sum(one.values()) for one in offered), 1e-9),
             lag=float(np.median(lags)),
             late=float(np.quantile(lags, 0.9)),

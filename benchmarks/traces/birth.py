@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from benchmarks.planner import Model
+from benchmarks.traces.remote import MLA, NOTHING, Link, Read, Reader, Remote
 from benchmarks.traces.replay import Answers, Keyed
 from benchmarks.traces.trace import ROOT, Request
 from kvstore.demand import REPORT_SECONDS, prefill_seconds
@@ -15,11 +19,9 @@ from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex
 from kvstore.policy.reuse import Traffic
 from kvstore.tiers.object.hotness import HotnessSnapshot, merged
-from replication.hotset import hot_block, raise_ancestors
+from replication.hotset import MOST_BLOCKS, hot_block, raise_ancestors
 from replication.planner import by_value
 
-BYTES_PER_TOKEN = 128 << 10
-"""An 8B model with grouped queries, in bf16."""
 REHEARSED_BEFORE = 86_400.0
 """Seconds between a rehearsal and the trace."""
 
@@ -31,7 +33,9 @@ class Served:
     hits: int
     references: int
     seconds: float
-    """Of prefill that were not spent."""
+    """Of prefill that were not spent, less those that requests waited for blocks to be read."""
+    fetched: int = 0
+    """Blocks read on demand."""
 
     @property
     def percent(self) -> float:
@@ -54,39 +58,63 @@ class Birth:
         self.counts = Counter(block for request in self.before for block in request.blocks)
         self.seen = sorted(self.counts)
         """Parents first: a block's number is higher than its parent's."""
-        spent = [prefill_seconds(depth * trace.block_tokens) for depth in range(int(trace.depth.max()) + 2)]
-        self._spent = np.array(spent)
 
-    def serve(self, sent: Iterable[int], windows: Sequence[float]) -> list[Served]:
-        """Serve the first seconds of each window, given what was sent before the first request."""
-        held = set(sent)
+    def serve(
+        self, sent: Iterable[int], windows: Sequence[float], remote: Remote | None = None, model: Model = MLA
+    ) -> list[Served]:
+        """Serve the first seconds of each window, given what was sent before the first request, and what may be read."""
         ends = sorted(windows)
         results: dict[float, Served] = {}
-        hits = references = 0
-        seconds = 0.0
-        for request in self.after:
+        served = Served(0, 0, 0.0)
+        for request, found, read in self._play(sent, remote, model):
             while len(results) < len(ends) and request.time - self.time > ends[len(results)]:
-                results[ends[len(results)]] = Served(hits, references, seconds)
+                results[ends[len(results)]] = served
             if len(results) == len(ends):
                 break
-            found = self.hits(request.blocks, held)
-            hits += found
-            references += len(request.blocks)
-            seconds += float(self._spent[found])
-            held.update(request.blocks)
-        last = Served(hits, references, seconds)
-        return [results.get(window, last) for window in windows]
+            hits = found + read.blocks
+            served = Served(
+                served.hits + hits,
+                served.references + len(request.blocks),
+                served.seconds + self.saved(hits, len(request.blocks), model) - read.seconds,
+                served.fetched + read.fetched,
+            )
+        return [results.get(window, served) for window in windows]
 
-    def seconds_to_steady(self, sent: Iterable[int], share: float) -> float:
-        """From when on the cluster hits ``share`` of what one hits that has everything. Seconds."""
-        held, all_held = set(sent), set(self.seen)
-        rows = []
+    def _play(self, sent: Iterable[int], remote: Remote | None, model: Model) -> Iterator[tuple[Request, int, Read]]:
+        """Every request with its blocks that are here, and what it reads."""
+        held = set(sent)
+        reader = Reader(remote, model, self.source.trace.block_tokens) if remote else None
         for request in self.after:
-            rows.append((self.hits(request.blocks, held), self.hits(request.blocks, all_held)))
-            held.update(request.blocks)
-            all_held.update(request.blocks)
-        remaining = np.cumsum(np.array(rows)[::-1], axis=0)[::-1]
-        short = np.flatnonzero(remaining[:, 0] < share * remaining[:, 1])
+            if reader is not None:
+                for blocks in reader.arrived(request.time):
+                    held.update(blocks)
+            found = self.hits(request.blocks, held)
+            read = reader.read(request, found) if reader is not None else NOTHING
+            if not read.blocks:
+                held.update(request.blocks)
+            yield request, found, read
+
+    def saved(self, found: int, blocks: int, model: Model) -> float:
+        """Seconds of prefill that a request of so many blocks is spared by the first ``found``."""
+        tokens, have = blocks * self.source.trace.block_tokens, found * self.source.trace.block_tokens
+        return model.seconds(0, tokens) - model.seconds(have, tokens - have)
+
+    @cached_property
+    def learnt(self) -> list[int]:
+        """What the older region expects back, in the order in which it is sent; as of the birth."""
+        return self.by_learning()
+
+    def remote(self, link: Link, most: float = math.inf, ahead: float = 0.0) -> Remote:
+        """Reads of what the older region's manifest names; ``ahead`` as for ``by_learning``."""
+        listed = self.by_learning(ahead) if ahead else self.learnt
+        return Remote(link, frozenset(listed[:MOST_BLOCKS]), most)
+
+    def seconds_to_steady(self, sent: Iterable[int], share: float, remote: Remote | None = None) -> float:
+        """From when on the cluster hits ``share`` of what one hits that has everything. Seconds."""
+        mine = [found + read.blocks for _, found, read in self._play(sent, remote, MLA)]
+        best = [found for _, found, _ in self._play(self.seen, None, MLA)]
+        remaining = np.cumsum(np.array([mine, best])[:, ::-1], axis=1)[:, ::-1]
+        short = np.flatnonzero(remaining[0] < share * remaining[1])
         steady = int(short[-1]) + 1 if len(short) else 0
         return self.after[min(steady, len(self.after) - 1)].time - self.time
 
@@ -143,14 +171,17 @@ class Birth:
         asked = {
             block for request in self.after if request.time - self.time <= window for block in request.blocks
         } & self.counts.keys()
-        depth = self.source.trace.depth
-        return self.sent({block: float(self._spent[depth[block] + 1] - self._spent[depth[block]]) for block in asked})
+        ends = (self.source.trace.depth + 1) * self.source.trace.block_tokens
+        begins = self.source.trace.depth * self.source.trace.block_tokens
+        return self.sent(
+            {block: prefill_seconds(int(ends[block])) - prefill_seconds(int(begins[block])) for block in asked}
+        )
 
     def sent(self, scores: Mapping[int, float]) -> list[int]:
         """Blocks in the order in which the planner sends them; those without a score are not sent."""
-        keys, length = self.source.keys, self.source.trace.block_tokens * BYTES_PER_TOKEN
+        keys = self.source.keys
         ranked: dict[BlockKey, float] = {keys[block]: score for block, score in scores.items() if score > 0}
-        offered = [replace(hot_block(self.source.headers[block]), length=length) for block in sorted(scores)]
+        offered = [hot_block(self.source.headers[block]) for block in sorted(scores)]
         raise_ancestors(offered, ranked)
         number = {keys[block]: block for block in scores}
         order = by_value([replace(block, score=ranked[block.key]) for block in offered if block.key in ranked])

@@ -9,7 +9,7 @@ from benchmarks.traces.birth import Birth
 from benchmarks.traces.replay import keyed
 from benchmarks.traces.trace import build
 from benchmarks.traces.variants import agents
-from benchmarks.wan import gain
+from benchmarks.wan import Contest
 
 
 def birth() -> Birth:
@@ -43,8 +43,8 @@ def test_hindsight_is_not_beaten() -> None:
     born = Birth(keyed(agents(400)))
     order = born.by_learning()
     assert set(order) <= set(born.seen)
-    best = gain(born, born.by_hindsight(300.0), 300.0)
-    assert best >= gain(born, order, 300.0) >= 1.0
+    contest = Contest(born, 300.0)
+    assert contest.gain(born.by_hindsight(300.0)) >= contest.gain(order) >= 1.0
 
 
 def test_a_catalog_bears_as_many_nodes_as_keep_its_core_free() -> None:
@@ -59,4 +59,5 @@ def test_a_rehearsal_leaves_no_block_known() -> None:
     born = Birth(keyed(agents(200)))
     order = born.by_learning(rehearsed=True)
     assert set(order) == set(born.by_learning())
-    assert gain(born, order, 300.0) <= gain(born, born.by_hindsight(300.0), 300.0)
+    contest = Contest(born, 300.0)
+    assert contest.gain(order) <= contest.gain(born.by_hindsight(300.0))
