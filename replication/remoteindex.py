@@ -1,7 +1,7 @@
 """What may be read from other regions on demand: their manifests, less what rules and tombstones forbid.
 
 Pure, but for giving the interpreter away often: a full manifest is indexed in a thread beside the loop that engines wait for.
-A million blocks take some 250 MB, most of it for the dict of keys.
+A million blocks take some 200 MB, most of it for the dict of keys, and while a new offer replaces an old one both are there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -136,9 +137,13 @@ def _add(places: dict[BlockKey, int], rows: Rows, chosen: npt.NDArray[np.intp], 
 
 def _sizes(tables: Sequence[Table], places: Mapping[BlockKey, int]) -> list[int]:
     """Bytes of the blocks of each table."""
-    every = np.fromiter(places.values(), dtype=np.int64, count=len(places))
-    numbers, rows = every >> _ROW_BITS, every & ((1 << _ROW_BITS) - 1)
-    return [int(slot_sizes(table.rows["length"][rows[numbers == number]]).sum()) for number, table in enumerate(tables)]
+    sizes = [0] * len(tables)
+    every = iter(places.values())
+    while len(part := np.fromiter(islice(every, AT_ONCE), dtype=np.int64)):
+        numbers, rows = part >> _ROW_BITS, part & ((1 << _ROW_BITS) - 1)
+        for number, table in enumerate(tables):
+            sizes[number] += int(slot_sizes(table.rows["length"][rows[numbers == number]]).sum())
+    return sizes
 
 
 def _dead(table: Table, tombstones: Sequence[Tombstone]) -> npt.NDArray[np.bool_]:
@@ -168,7 +173,8 @@ def _below(rows: Rows, heads: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
     below = np.zeros(len(rows) + 1, dtype=np.uint8)  # the last one stands for no parent
     below[heads] = 1
     marks = below.data
-    for row, parent in enumerate(rows["parent"].tolist()):
-        if marks[parent]:
-            marks[row] = 1
+    for start in range(0, len(rows), AT_ONCE):
+        for row, parent in enumerate(rows["parent"][start : start + AT_ONCE].tolist(), start):
+            if marks[parent]:
+                marks[row] = 1
     return below[:-1].astype(bool)

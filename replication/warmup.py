@@ -154,7 +154,7 @@ class Warmer:
                 delivered, reason = self._acquire(missing)
                 for block, medium in zip(missing, delivered, strict=False):
                     self._count(block, medium, tokens)
-                    self.report.nbytes += block.nbytes * (medium is Medium.OBJECT)
+                    self.report.nbytes += block.nbytes * (medium not in (Medium.HOST, Medium.DISK))
                 missing = missing[len(delivered) :]
                 if missing and reason is not None and not (delivered and reason in PASSING):
                     failed.add(missing[0].key)
@@ -196,7 +196,7 @@ class Warmer:
     def _where(self, keys: Sequence[BlockKey]) -> dict[BlockKey, Medium | None]:
         """The fastest tier that holds each block. Does not count as a use."""
         where = {key: self._inspect(key) for key in keys}
-        if unheard := [key for key, medium in where.items() if medium is None]:
+        if unheard := [key for key, medium in where.items() if medium in (None, Medium.REMOTE)]:
             self._client.call("find", FIND_SECONDS, keys=join_keys(unheard))
         return where
 

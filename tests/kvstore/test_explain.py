@@ -12,7 +12,7 @@ from kvstore.identity import Namespace
 from kvstore.policy.admission import Reason
 from kvstore.tiers.base import Medium
 
-HOST, DISK, OBJECT = Medium
+HOST, DISK, OBJECT, REMOTE = Medium
 NAMESPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
     block_tokens=16, layout="opaque:test",

@@ -21,7 +21,7 @@ MIB = 1 << 20
 PAYLOAD = 200_000
 
 
-@pytest_asyncio.fixture(params=list(Medium), ids=lambda medium: medium.value)
+@pytest_asyncio.fixture(params=[Medium.HOST, Medium.DISK, Medium.OBJECT], ids=lambda medium: medium.value)
 async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tier]:
     """Room for some ten blocks."""
     match request.param:
