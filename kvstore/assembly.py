@@ -122,6 +122,7 @@ async def open_store(
             undertaker.watch(store, bucket.objects)
         return store
     except BaseException:
+        demand.publish = None  # to a bucket that is closed now
         for tier in reversed([host, *lower, *afar]):
             await tier.close()
         raise

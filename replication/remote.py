@@ -2,8 +2,8 @@
 
 What it offers is in the manifests of other regions that this region's replicator has verified and kept in its own bucket, less
 what rules, pauses and tombstones forbid (``replication.remoteindex``). Looked at again every minute; a region that does not
-answer is not offered until it does. What turns out damaged or gone is offered no more until the other region has stored it anew; there,
-nothing is ever changed.
+answer is not offered until it does. What turns out damaged or gone is offered no more until the other region has stored it
+anew; there, nothing is ever changed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,18 @@ import obstore
 import pytest
 from conftest import Pair
 from region_cases import LLAMA, PAYLOAD_BYTES, stored
-from test_remote_tier import offer
+from test_remote_tier import NOTHING_AHEAD, offer
 
+from kvstore.encryption import new_key
 from kvstore.identity import BlockKey
 from kvstore.node.api import About, Miss, NewBlock
 from kvstore.node.client import Client
 from kvstore.testing.blocks import SealedBlock
 from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.tenants import TenantSite, loaded, prompt_of, save, tenant_site
+from kvstore.testing.tenants import keys_of as tenant_keys
 from kvstore.tiers.base import Medium
+from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Objects
 
@@ -28,14 +33,17 @@ pytestmark = pytest.mark.s3
 PATIENCE = 10.0
 
 
+def bucket_of(place: ObjectSettings) -> list[str]:
+    return [
+        f"object.url={place.url}", f"object.endpoint={place.endpoint}", f"object.region={place.region}",
+        f"object.access_key_id={place.access_key_id}", f"object.secret_access_key={place.secret_access_key}",
+    ]  # fmt: skip
+
+
 @contextmanager
 def node_in_eu(pair: Pair, folder: Path, *settings: str) -> Iterator[Client]:
-    bucket = [
-        f"object.url={pair.eu.url}", f"object.endpoint={pair.eu.endpoint}", f"object.region={pair.eu.region}",
-        f"object.access_key_id={pair.eu.access_key_id}", f"object.secret_access_key={pair.eu.secret_access_key}",
-    ]  # fmt: skip
     region = ["region.name=eu", f"region.topology={pair.file}", "remote.mode=enforce"]
-    with RunningNode(folder, *bucket, *region, *settings) as node, Client(node.socket) as client:
+    with RunningNode(folder, *bucket_of(pair.eu), *region, *settings) as node, Client(node.socket) as client:
         client.open_namespace(LLAMA, PAYLOAD_BYTES)
         yield client
 
@@ -137,3 +145,24 @@ async def test_a_cut_link_costs_a_miss_at_the_deadline_and_then_nothing(
         pair.link.heal()
         pair.link.reset()
         wait_for(lambda: bool(runs(client, keys)) and not client.acquire(keys, PATIENCE).miss)
+
+
+async def test_each_tenant_reads_its_own_blocks_encrypted_as_they_are(pair: Pair) -> None:
+    keys = f"encryption.keys={new_key()}"
+    with tenant_site("acme", "bank", overrides=(*bucket_of(pair.na), keys)) as site:
+        with site.running(), site.engine("acme") as acme, site.engine("bank") as bank:
+            for client, fill in ((acme, 1), (bank, 2)):
+                assert len(save(client, prompt_of(3), fill, Medium.OBJECT)) == 3
+        topology = pair.write(flow=NOTHING_AHEAD, rules='[[residency]]\ntenants = ["bank"]\nallowed = ["US"]')
+        await pair.publish()
+        await pair.cycle(topology)
+        settings = (*bucket_of(pair.eu), "region.name=eu", f"region.topology={pair.file}", "remote.mode=enforce", keys)
+        there = TenantSite(site.folder / "eu", settings, site.tokens)
+        there.folder.mkdir()
+        shutil.copy(site.folder / "tenants.json", there.folder)
+        with there.running(), there.engine("acme") as acme, there.engine("bank") as bank:
+            theirs, own = tenant_keys(acme, prompt_of(3)), tenant_keys(bank, prompt_of(3))
+            wait_for(lambda: runs(acme, theirs) == {Medium.REMOTE: 3})
+            assert runs(bank, theirs) == runs(bank, own) == {}
+            assert loaded(bank, theirs) == []
+            assert loaded(acme, theirs) == [1, 1, 1]
