@@ -35,9 +35,8 @@ class ReferenceModel:
         with self._torch.no_grad():
             cache = self._model(self._tensor([tokens]), use_cache=True).past_key_values
         keys, size = self._keys(client, tokens), self.namespace.block_tokens
-        blocks = [
-            NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys[:-1]], strict=True))
-        ]
+        parents = [NO_PARENT, *keys]
+        blocks = [NewBlock(key, parents[i], i) for i, key in enumerate(keys)]
         reserved = client.reserve(self.namespace, blocks)
         for index, offset in enumerate(reserved.offsets):
             assert offset is not None, reserved.misses
@@ -52,11 +51,12 @@ class ReferenceModel:
         keys = self._keys(client, tokens[:-1])  # the last token is always computed
         acquired = client.acquire(keys, 5)
         assert len(acquired.offsets) == len(keys)
-        loaded = np.concatenate([self._block(acquired.arena.slot(at, self._nbytes)) for at in acquired.offsets], axis=2)
-        client.release(keys)
         cache = self._transformers.DynamicCache()
-        for layer in range(self.namespace.layers):
-            cache.update(*(self._tensor(loaded[half, None, :, :, layer]) for half in (0, 1)), layer)
+        for offset in acquired.offsets:
+            block = self._block(acquired.arena.slot(offset, self._nbytes))
+            for layer in range(self.namespace.layers):
+                cache.update(*(self._tensor(block[half, None, :, :, layer]) for half in (0, 1)), layer)
+        client.release(keys)
         out = self._model.generate(
             self._tensor([tokens]),
             past_key_values=cache,
