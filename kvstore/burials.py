@@ -23,6 +23,7 @@ from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, IdentityE
 from kvstore.history import What
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.namespaces import NamespaceBook
+from kvstore.parsing import parse_json
 from kvstore.store import Store
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Slot, Tier
 from kvstore.tiers.object.names import TOMBSTONES, receipt_name
@@ -230,7 +231,7 @@ async def read_tombstones(objects: Objects, known: Container[str]) -> dict[str, 
 
 def _read(file: Path) -> list[Tombstone]:
     try:
-        texts = json.loads(file.read_text())
+        texts = parse_json(file.read_text())
         return [Tombstone.from_json(text) for text in texts]
     except FileNotFoundError:
         return []

@@ -15,6 +15,7 @@ import structlog
 
 from kvstore.errors import IdentityError
 from kvstore.identity import Namespace
+from kvstore.parsing import parse_json
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +41,7 @@ class NamespaceBook:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in directory.glob("*.json"):
             try:
-                self.learn(Namespace.from_dict(json.loads(path.read_text())))
+                self.learn(Namespace.from_dict(parse_json(path.read_text())))
             except (OSError, ValueError, IdentityError) as error:
                 log.warning("namespace not read", file=path.name, error=str(error))
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from kvstore.errors import IdentityError
 from kvstore.identity import KEY_BYTES, NO_PARENT, BlockKey
+from kvstore.parsing import parse_json
 
 _MAX_NAME = 512
 
@@ -94,7 +95,7 @@ class Tombstone:
     def from_json(cls, text: str | bytes) -> Tombstone:
         """Raises IdentityError."""
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             return cls(
                 time=float(fields["time"]),
                 tenant=str(fields["tenant"]),

@@ -18,6 +18,8 @@ from typing import Any
 
 import structlog
 
+from kvstore.parsing import parse_json
+
 log = structlog.get_logger(__name__)
 
 MAX_BYTES = 64 << 10
@@ -76,7 +78,7 @@ def read_warmth(directory: Path) -> Warmth | None:
     path = warmth_path(directory)
     try:
         with path.open("rb") as file:
-            return _parse(json.loads(file.read(MAX_BYTES)))
+            return _parse(parse_json(file.read(MAX_BYTES)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:

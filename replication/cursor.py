@@ -10,6 +10,7 @@ from typing import Any
 
 from kvstore.catalog.cursors import SourceCursor
 from kvstore.errors import BlockTooLarge
+from kvstore.parsing import parse_json
 from replication.links import Links
 from replication.names import cursor_name
 
@@ -84,7 +85,7 @@ class Cursor:
         """A new one when there is none, or none that can be read. Raises TierUnavailable."""
         try:
             body = await bucket.read(cursor_name(source), _MAX_BYTES)
-            fields: dict[str, Any] = json.loads(body) if body else {}
+            fields: dict[str, Any] = parse_json(body) if body else {}
             spent = {flow: Spent(**known) for flow, known in fields.pop("spent", {}).items()}
             return cls(**{**fields, "source": source}, spent=spent)
         except (ValueError, TypeError, AttributeError, BlockTooLarge):

@@ -17,6 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from kvstore.errors import BlockTooLarge, KVStoreError, TierUnavailable
+from kvstore.parsing import parse_json
 from replication.lease import LEASE_SECONDS, LeaseTaken, hold
 from replication.links import Links
 from replication.names import duty_name
@@ -151,6 +152,6 @@ async def read_standing(bucket: Links, role: str) -> Standing | None:
     """How a duty fared last; None when it never did, or that cannot be read. Raises TierUnavailable."""
     try:
         body = await bucket.read(duty_name(role), _MAX_BYTES)
-        return None if body is None else Standing(**json.loads(body))
+        return None if body is None else Standing(**parse_json(body))
     except (ValueError, TypeError, BlockTooLarge):
         return None

@@ -9,7 +9,6 @@ or an earlier manifest listed, are not read again.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,6 +19,7 @@ from kvstore.catalog.base import Entry
 from kvstore.envelope import HEADER_BYTES, Header
 from kvstore.errors import BlockCorrupt, BlockTooLarge, IdentityError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
+from kvstore.parsing import parse_json
 from kvstore.tiers.object.hotness import merged
 from kvstore.tiers.object.names import (
     NAMESPACES,
@@ -68,7 +68,7 @@ async def read_namespaces(bucket: Links) -> dict[bytes, Namespace]:
     """Namespaces that were written down, by digest. Raises TierUnavailable."""
 
     def parse(found: Found, body: bytes) -> Namespace:
-        namespace = Namespace.from_dict(json.loads(body))
+        namespace = Namespace.from_dict(parse_json(body))
         if namespace.digest != parse_namespace_name(found.name):
             raise IdentityError("its digest is not its name")
         return namespace
@@ -214,7 +214,7 @@ async def share_namespaces(source: Links, destination: Links, digests: Iterable[
             continue
         body = await source.read(name, MAX_SMALL_BYTES)
         try:
-            if body is not None and Namespace.from_dict(json.loads(body)).digest == digest:
+            if body is not None and Namespace.from_dict(parse_json(body)).digest == digest:
                 await destination.put(name, body, create=True)
         except (ValueError, IdentityError) as error:
             log.warning("unreadable namespace in the source", name=name, error=str(error))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvstore.errors import KVStoreError, TierUnavailable
+from kvstore.parsing import parse_json
 from replication.links import Links
 from replication.names import LEASES, lease_name
 
@@ -54,7 +55,7 @@ async def current(bucket: Links, role: str) -> Grant | None:
     epoch = int(names[-1].rpartition("/")[2].removesuffix(".json"))
     body = await bucket.read(names[-1], _MAX_BYTES)
     try:
-        fields = json.loads(body or b"")
+        fields = parse_json(body or b"")
         return Grant(epoch, str(fields["holder"]), float(fields["expires"]))
     except (ValueError, TypeError, KeyError):
         return Grant(epoch, "", 0.0)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from kvstore.errors import BlockTooLarge
+from kvstore.parsing import parse_json
 from replication.links import Links
 from replication.names import PAUSES
 
@@ -30,7 +31,7 @@ async def read_pauses(bucket: Links) -> dict[str, Pause]:
     """By source. Raises TierUnavailable."""
     try:
         body = await bucket.read(PAUSES, _MAX_BYTES)
-        return {str(source): Pause(**fields) for source, fields in json.loads(body or b"{}").items()}
+        return {str(source): Pause(**fields) for source, fields in parse_json(body or b"{}").items()}
     except (ValueError, TypeError, AttributeError, BlockTooLarge):
         return {}  # a file that cannot be read must not stop replication for ever
 

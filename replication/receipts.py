@@ -7,13 +7,13 @@ said of it is not hearsay: the tombstone is there or it is not, and the blocks f
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.catalog.presence import FOLDER, present
 from kvstore.errors import BlockTooLarge, CatalogUnavailable, IdentityError, KVStoreError
+from kvstore.parsing import parse_json
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import BLOCKS, HOTNESS, RECEIPTS, tombstone_name
 from kvstore.tiers.object.objects import Found
@@ -146,7 +146,7 @@ async def _read_stone(bucket: Links, identity: str) -> Tombstone | None:
 async def _read_receipt(bucket: Links, found: Found) -> Receipt | None:
     """None for what is none."""
     try:
-        fields = json.loads(await bucket.read(found.name, MAX_BYTES) or b"null")
+        fields = parse_json(await bucket.read(found.name, MAX_BYTES) or b"null")
         return Receipt(str(fields["node"]), float(fields["time"]), int(fields["blocks"]))
     except (ValueError, TypeError, KeyError, BlockTooLarge):
         return None

@@ -25,6 +25,7 @@ from kvstore.admin.auth import Role
 from kvstore.admin.models.jobs import Job, JobProgress, JobState
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.parsing import parse_json
 
 log = structlog.get_logger(__name__)
 
@@ -264,7 +265,7 @@ class Jobs:
 def _read(path: Path) -> _Entry | None:
     try:
         with path.open("rb") as file:
-            document = json.loads(file.read(MAX_FILE_BYTES))
+            document = parse_json(file.read(MAX_FILE_BYTES))
         entry = _Entry(Job.model_validate(document["job"]), dict(document["checkpoint"]))
         if not _ID.fullmatch(entry.job.id) or path.stem != entry.job.id:
             raise ValueError("the file is named otherwise")

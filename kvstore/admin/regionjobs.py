@@ -8,7 +8,6 @@ jobs of this API.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -23,6 +22,7 @@ from kvstore.admin.models.jobs import Job, JobState
 from kvstore.admin.problems import Problem
 from kvstore.catalog.documents import BEGINNING, MAX_DOCUMENT_BYTES, Documents
 from kvstore.errors import CatalogUnavailable, KVStoreError
+from kvstore.parsing import parse_json
 
 log = structlog.get_logger(__name__)
 
@@ -170,7 +170,7 @@ class RegionJobs:
         found: dict[str, Job] = {}
         for document in (await documents.read_all(FOLDER)).values():
             try:
-                job = Job.model_validate(json.loads(document.body))
+                job = Job.model_validate(parse_json(document.body))
             except (ValueError, ValidationError) as error:
                 log.warning("unreadable job", name=document.name, error=str(error))
                 continue

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from kvstore.catalog.documents import Document, Documents
+from kvstore.parsing import parse_json
 
 FOLDER = "cursors"
 LASTS_SECONDS = 86_400.0
@@ -38,7 +39,7 @@ class SourceCursor:
     def unpack(cls, document: Document) -> Self | None:
         """None for what is none."""
         try:
-            fields = json.loads(document.body)
+            fields = parse_json(document.body)
             return cls(
                 source=str(fields["source"]),
                 sequence=int(fields["sequence"]),

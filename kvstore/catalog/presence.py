@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import kvstore
 from kvstore.catalog.documents import Document
+from kvstore.parsing import parse_json
 
 FOLDER = "nodes"
 _NOWHERE = {"0.0.0.0", "::"}
@@ -68,7 +69,7 @@ class Presence:
     def unpack(cls, document: Document) -> Self | None:
         """None for what no node of this or a later version wrote."""
         try:
-            fields = json.loads(document.body)
+            fields = parse_json(document.body)
             known = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
         except (ValueError, TypeError, KeyError):
             return None

@@ -7,33 +7,54 @@ So does an input that takes long (``-timeout``) or allocates beyond a bound.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import atheris
+import structlog
 
 with atheris.instrument_imports(include=["kvstore", "replication"]):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from kvstore.catalog.cursors import SourceCursor
+    from kvstore.catalog.documents import Document
+    from kvstore.catalog.presence import Presence
     from kvstore.config import load
     from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, Header, crc32c
-    from kvstore.errors import BlockCorrupt, ConfigError, ProtocolError
+    from kvstore.errors import BlockCorrupt, ConfigError, IdentityError, ProtocolError
+    from kvstore.identity import Namespace
     from kvstore.index import slot_sizes
     from kvstore.node.protocol import FrameDecoder, encode, split_keys
+    from kvstore.parsing import parse_json
+    from kvstore.policy.hotness import Hotness
+    from kvstore.policy.pins import Pins, Wish
+    from kvstore.policy.reuse import Traffic
+    from kvstore.tenants.book import TenantBook
     from kvstore.testing.blocks import random_chain
     from kvstore.tiers.disk import DiskTier
     from kvstore.tiers.disk.files import Files
     from kvstore.tiers.disk.opening import open_directory
     from kvstore.tiers.disk.records import RECORD_BYTES
+    from kvstore.tiers.object.hotness import HotnessSnapshot
+    from kvstore.tiers.object.objects import Found
     from kvstore.tombstones import Tombstone
+    from kvstore.warmth import read_warmth
+    from replication.cursor import Cursor
+    from replication.duties import read_standing
     from replication.manifest import Manifest, ManifestRefused, open_manifest, read_trusted
+    from replication.pause import read_pauses
+    from replication.receipts import _read_receipt
+    from replication.retiring import read_retired
+    from replication.topology import load_topology
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNATURE_BYTES = 64
@@ -77,13 +98,67 @@ def manifest(data: bytes) -> None:
         read_trusted(data)
 
 
+def documents(data: bytes) -> None:
+    """What lies in a bucket or a catalog beside blocks and manifests."""
+    with suppress(IdentityError):
+        Tombstone.from_json(data)
+    with suppress(ValueError, IdentityError):
+        Namespace.from_dict(parse_json(data))
+    with suppress(ProtocolError):
+        HotnessSnapshot.unpack(data)
+    with suppress(ValueError):
+        Wish.unpack(data)
+    document = Document("folder/name", data, 1, 2.0)
+    Presence.unpack(document)
+    SourceCursor.unpack(document)
+    bucket: Any = OneObject(data)
+    for reading in (
+        Cursor.load(bucket, "na"), read_pauses(bucket), read_standing(bucket, "evictor"), read_retired(bucket),
+        _read_receipt(bucket, Found("receipts/x/y.json", 1, None, 1.0)),
+    ):  # fmt: skip
+        ended(reading)
+
+
+class OneObject:
+    """A bucket in which every object is this one."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def read(self, name: str, most: int) -> bytes:
+        return self._data[:most]
+
+
+def ended(work: Coroutine[Any, Any, object]) -> None:
+    """Run what waits for nothing."""
+    with suppress(StopIteration):
+        work.send(None)
+
+
+def files(data: bytes) -> None:
+    """What a node keeps in its directory beside blocks."""
+    with suppress(ValueError):
+        Hotness.unpack(data)
+    with suppress(ValueError):
+        Traffic.unpack(data, 1.0)
+    with suppress(ValueError):
+        Pins.unpack(data, 1.0)
+    (disk() / "warmth.json").write_bytes(data)
+    read_warmth(disk())
+
+
 def configuration(data: bytes) -> None:
-    """A configuration file, and the same text as an override."""
+    """Files that an operator writes, and the same text as an override."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
+        path = Path(file.name)
         with suppress(ConfigError):
-            load(Path(file.name), [], environ={}).settings()
+            load(path, [], environ={}).settings()
+        with suppress(ConfigError):
+            load_topology(path)
+        with suppress(ConfigError):
+            TenantBook(path).tenants()
     with suppress(ConfigError):
         load(None, [data.decode("utf-8", "replace")], environ={}).settings()
 
@@ -137,7 +212,7 @@ def disk() -> Path:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (protocol, envelope, journal, manifest, configuration)
+    target.__name__: target for target in (protocol, envelope, journal, manifest, documents, files, configuration)
 }
 
 
@@ -157,12 +232,17 @@ def seed(target: str) -> bytes:
             stone = Tombstone(time=1.0, tenant="acme")
             offer = Manifest(region="na", sequence=1, published=1.0, labels={}, blocks=[], tombstones=[stone])
             return offer.sealed(KEY)
+        case "documents":
+            return Tombstone(time=1.0, tenant="acme").to_json().encode()
+        case "files":
+            return Pins().pack()
     return b'[host]\nbytes = "4GiB"\n[node]\nallow_uids = [1000]\n[api]\nlisten = "127.0.0.1:7070"\n'
 
 
 def main() -> None:
     name, *options = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "seed").write_bytes(seed(name))
         atheris.Setup([sys.argv[0], "-rss_limit_mb=0", *options, folder], TARGETS[name])

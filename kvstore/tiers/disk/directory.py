@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.parsing import parse_json
 from kvstore.tiers.disk.files import Files
 
 FORMAT = 1
@@ -44,7 +45,7 @@ def read_format(directory: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         version, segment_bytes = found["format"], found["segment_bytes"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError("disk.directory", str(directory), f"{path.name} is not readable", remedy) from None

@@ -9,6 +9,7 @@ import structlog
 
 from kvstore.errors import BlockTooLarge, IdentityError
 from kvstore.identity import Namespace
+from kvstore.parsing import parse_json
 from kvstore.tiers.object.hotness import HotnessSnapshot
 from kvstore.tiers.object.names import NAMESPACES, hotness_name, namespace_name, parse_namespace_name
 from kvstore.tiers.object.objects import Objects
@@ -45,7 +46,7 @@ async def read_namespace(objects: Objects, digest: bytes) -> Namespace | None:
         body = await objects.get(name, memoryview(bytearray(MAX_NAMESPACE_BYTES)), lambda _, text: bytes(text))
         if body is None:
             return None
-        namespace = Namespace.from_dict(json.loads(body))
+        namespace = Namespace.from_dict(parse_json(body))
     except (ValueError, IdentityError, BlockTooLarge) as error:
         log.warning("unreadable namespace", name=name, error=str(error))
         return None
