@@ -188,3 +188,50 @@ def test_a_node_without_the_keys_misses_and_one_with_them_hits(tmp_path: Path) -
     assert loaded() == (0, "unavailable")
     assert loaded(f"encryption.keys={new_key()}") == (0, "unavailable")
     assert loaded(f"encryption.keys={new_key()} {KEY}") == (5, "")
+
+
+def test_a_node_serves_on_while_its_keys_rotate(tmp_path: Path) -> None:
+    """Blocks of before and after are loaded from disk all the time; at the end under the new key alone what is old misses."""
+    namespace = Namespace(
+        model="m", weights="1", dtype="float32", layers=1, kv_heads=1, head_dim=1, attention="gqa", rope="",
+        block_tokens=16, layout="opaque:test",
+    )  # fmt: skip
+    file, (first, second) = tmp_path / "keys", (new_key(), new_key())
+    keys = [BlockKey(bytes([number]) * 16) for number in range(1, 7)]
+
+    def write(*lines: str) -> None:
+        scratch = tmp_path / "scratch"
+        scratch.write_text("\n".join(lines))
+        scratch.chmod(0o600)
+        scratch.replace(file)
+
+    def save(client: Client, wanted: list[BlockKey]) -> None:
+        reserved = client.reserve(namespace, [NewBlock(key, NO_PARENT, 0) for key in wanted])
+        for key, offset in zip(wanted, reserved.offsets, strict=True):
+            assert offset is not None
+            reserved.arena.slot(offset, 10_000)[:] = key[:1] * 10_000
+        assert client.commit(wanted, durable=Medium.DISK) == tuple(wanted)
+        client.call("evict", medium="host", keys=b"".join(wanted))
+
+    def load(client: Client, wanted: list[BlockKey]) -> list[BlockKey]:
+        acquired = client.acquire(wanted, 10)
+        found = wanted[: len(acquired.offsets)]
+        for key, offset in zip(found, acquired.offsets, strict=True):
+            assert bytes(acquired.arena.slot(offset, 10_000)) == key[:1] * 10_000
+        client.release(found)
+        client.call("evict", medium="host", keys=b"".join(found))
+        return found
+
+    write(first)
+    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, Client(node.socket) as client:
+        client.open_namespace(namespace, 10_000)
+        save(client, keys[:3])
+        write(second, first)
+        assert load(client, keys[:3]) == keys[:3]
+        save(client, keys[3:])
+        assert load(client, keys) == keys
+    write(second)
+    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, Client(node.socket) as client:
+        client.open_namespace(namespace, 10_000)
+        assert load(client, keys[3:]) == keys[3:]
+        assert load(client, keys[:3]) == []
