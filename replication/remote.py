@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 REFRESH_SECONDS = 60.0
 """As often as regions publish."""
 RETRY_SECONDS = 5.0
-"""While a region does not answer."""
+"""While a region does not answer, or no manifest of it has come."""
 
 
 class Regions:
@@ -157,7 +157,7 @@ class Regions:
                 raise BlockCorrupt(f"larger than the {block.nbytes} bytes that were published: {error}") from error
 
     async def refresh(self) -> bool:
-        """Look what is offered now; whether every region answers. Raises TierUnavailable when the own bucket does not."""
+        """Look what is offered now; whether that is all of the regions. Raises TierUnavailable when the own bucket does not."""
         near = self._contents.bucket
         tombstones = await self._contents.tombstones()
         paused = await read_pauses(near)
@@ -166,12 +166,12 @@ class Regions:
         found = {source: etag for source, etag in published.items() if await self._answers(source)}
         seen = found, [stone.identity for stone in tombstones], sorted(self._tenants)
         if seen == self._seen:
-            return found == published
+            return len(found) == len(kept)
         tables = [table for source, etag in found.items() if (table := await self._read_table(source, etag))]
         offer = await asyncio.to_thread(compile_offer, tables, self._topology, self._region, seen[2], tombstones)
         self._take(offer)
         self._seen = seen
-        return found == published
+        return len(found) == len(kept)
 
     def _take(self, offer: Offer) -> None:
         """Put a new offer in the old one's place, less what is forgotten."""

@@ -49,7 +49,10 @@ PROMPTS = [SYSTEM + prose(seed, 150) for seed in (1, 2)] + [prose(3, 600)]
 
 
 class World:
-    """na computes; eu and ap are born empty. Engines start together, and join when they are first asked."""
+    """na computes; eu and ap are born empty. eu is sent what is hot, ap reads it on demand.
+
+    Engines start together, and join when they are first asked.
+    """
 
     def __init__(self, stack: ExitStack, folder: Path, servers: Sequence[tuple[S3Server, RedisServer]]) -> None:
         self.model = make_model(folder / "model", PROMPTS)
@@ -59,10 +62,13 @@ class World:
         self._stack = stack
         for name, (s3, catalog) in zip(("na", "eu", "ap"), servers, strict=True):
             self.catalogs[name] = catalog
-            stack.enter_context(self.regions.add(name, s3, *NODE, f"catalog.url={catalog.url}").node)
+            on_demand = [f"region.topology={folder / name / 'regions.toml'}", "region.name=ap", "remote.mode=enforce"]
+            more = on_demand if name == "ap" else []
+            self.regions.add(name, s3, *NODE, f"catalog.url={catalog.url}", *more)
         self.regions.flow("na", "eu", Shape(0.02, 12e6, loss=0.005))
-        self.regions.flow("na", "ap", Shape(0.08, 6e6, loss=0.01))
+        self.regions.flow("na", "ap", Shape(0.08, 6e6, loss=0.01), "max_bytes = 0")
         for name in ("na", "eu", "ap"):
+            stack.enter_context(self[name].node)
             self.start_engine(name)
 
     def __getitem__(self, name: str) -> LocalRegion:
@@ -107,19 +113,30 @@ def whole(tokens: dict[str, int]) -> int:
     return sum(tokens.values())
 
 
-@pytest.mark.parametrize("name", ["eu", "ap"])
-def test_a_region_that_is_born_skips_prefill_from_its_first_request(
-    world: World, reference: list[list[int]], name: str
-) -> None:
-    region, blocks = world[name], world["na"].node.blocks()["object"]
+def test_a_region_that_is_born_skips_prefill_from_its_first_request(world: World, reference: list[list[int]]) -> None:
+    region, blocks = world["eu"], world["na"].node.blocks()["object"]
     assert set(region.node.blocks().values()) == {0}
     with region.service():
         wait_for(lambda: region.node.blocks()["object"] == blocks)  # the node hears of each block by the catalog
     assert region.warm()["status"] == 0
-    tokens, loaded = world.ask(name)
+    tokens, loaded = world.ask("eu")
     assert tokens == reference
     assert all(set(one) == {"host"} and whole(one) >= 9 * BLOCK_TOKENS for one in loaded), loaded
     assert region.node.blocks() == {"host": blocks, "disk": blocks, "object": blocks}, "nothing was computed anew"
+
+
+def test_what_nobody_sent_ahead_is_read_where_it_was_computed(world: World, reference: list[list[int]]) -> None:
+    region, blocks = world["ap"], world["na"].node.blocks()["object"]
+    assert region.replicate()["flows"][0]["planned"]["blocks"] == 0
+    wait_for(lambda: region.node.blocks()["remote"] == blocks)
+    assert sum(region.node.blocks().values()) == blocks, "all of it is elsewhere"
+    tokens, loaded = world.ask("ap")
+    assert tokens == reference
+    assert all(whole(one) >= 9 * BLOCK_TOKENS for one in loaded), loaded
+    assert set(loaded[0]) == set(loaded[2]) == {"remote"}
+    assert loaded[1]["host"] > loaded[1]["remote"] > 0, "of the prompt that both begin with nothing is read twice"
+    region.node.drain()
+    assert region.node.blocks()["object"] == blocks, "the next reader finds it in the region's own bucket"
 
 
 def test_altered_kv_alters_the_answers(world: World, reference: list[list[int]]) -> None:
