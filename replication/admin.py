@@ -126,9 +126,9 @@ class Region:
     def _known(self, wanted: Sources) -> list[str]:
         for source in wanted.sources:
             if source not in self._sources:
-                raise Problem(
-                    404, "no-such-source", f"nothing flows from {source!r} to {self.name}", sources=self._sources
-                )
+                remedy = f"There are: {', '.join(self._sources) or 'none'}."
+                detail = f"nothing flows from {source!r} to {self.name}"
+                raise Problem(404, "no-such-source", detail, remedy, sources=self._sources)
         return wanted.sources or self._sources
 
     async def _status(self) -> ReplicationStatus:

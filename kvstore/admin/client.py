@@ -152,6 +152,9 @@ class AdminClient(Calls):
     def evict(self, tier: TierName, keys: list[str]) -> Evicted:
         return self._post(Evicted, "/v1/blocks/evict", {"tier": tier.value, "keys": keys})
 
+    def evict_prompt(self, tier: TierName, prompt: Prompt) -> Evicted:
+        return self._post(Evicted, "/v1/blocks/evict", {"tier": tier.value, "prompt": _body(prompt)})
+
     def delete(self, keys: list[str]) -> Deleted:
         return self._post(Deleted, "/v1/blocks/delete", {"keys": keys})
 

@@ -132,9 +132,9 @@ class Jobs:
     def kind(self, name: str) -> JobKind:
         """Raises Problem (404)."""
         if name not in self._kinds:
-            raise Problem(
-                404, "no-such-job-kind", f"there are no jobs of kind {name!r} here", kinds=sorted(self._kinds)
-            )
+            kinds = sorted(self._kinds)
+            remedy = f"There are: {', '.join(kinds)}."
+            raise Problem(404, "no-such-job-kind", f"there are no jobs of kind {name!r} here", remedy, kinds=kinds)
         return self._kinds[name]
 
     @property
@@ -281,4 +281,6 @@ def _checked(kind: JobKind, options: dict[str, Any]) -> BaseModel:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in ("options", *first["loc"]))
-        raise Problem(422, "invalid-request", f"{name}: {first['msg']}") from None
+        known = ", ".join(kind.options.model_fields) or "none"
+        remedy = f"Options of {kind.name}: {known}; see /v1/job-kinds."
+        raise Problem(422, "invalid-request", f"{name}: {first['msg']}", remedy) from None

@@ -15,6 +15,8 @@
     api.py       api
     overhttp.py  the admin API, for those that talk to it:
     top.py       top
+    insight.py   lookup, tree, models
+    evict.py     evict
     jobs.py      jobs
     policy.py    policy
     replication.py  replication
@@ -39,8 +41,10 @@ from kvstore.cli import (
     breakers,
     catalog,
     checks,
+    evict,
     explain,
     hot,
+    insight,
     jobs,
     node,
     pins,
@@ -72,7 +76,8 @@ class _Commands(TyperGroup):
         except NodeUnavailable as error:
             fail(error, NO_NODE, "Start one with `kvstore node`, or say where it is with --socket or --api.")
         except AdminRefused as error:
-            fail(error, FOUND_PROBLEM, f"Put the token into {TOKEN}." if error.status == 401 else "")
+            status = BAD_INPUT if error.status == 422 else FOUND_PROBLEM
+            fail(error, status, f"Put the token into {TOKEN}." if error.status == 401 else "")
         except KVStoreError as error:
             fail(error, FOUND_PROBLEM)
 
@@ -93,6 +98,9 @@ app.command("verify")(blocks.verify)
 app.command("rm")(blocks.rm)
 app.command("hot")(hot.show)
 app.command("explain")(explain.show)
+app.command("lookup")(insight.lookup)
+app.command("tree")(insight.tree)
+app.command("models")(insight.models)
 app.command("breakers")(breakers.show)
 app.command("pin")(pins.pin)
 app.command("unpin")(pins.unpin)
@@ -101,6 +109,7 @@ app.command("config")(settings.show)
 app.command("doctor")(checks.doctor)
 app.add_typer(catalog.app, name="catalog")
 app.command("top")(top.run)
+app.command("evict")(evict.evict)
 app.command("purge")(purge.purge)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policy.app, name="policy")

@@ -13,6 +13,8 @@ from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, number, print_table
 from kvstore.errors import ConfigError
 
+MOST_SECONDS = 24 * 3600
+"""As the node allows."""
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 Duration = Annotated[
@@ -80,4 +82,7 @@ def _seconds(duration: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", duration.strip())
     if match is None or match[2] not in _UNITS:
         raise ConfigError("--for", duration, "not a time", "Write it as 30min or 8h.")
-    return float(match[1]) * _UNITS[match[2]]
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ConfigError("--for", duration, "a pin lasts at most 24h", "Pin it again before it ends.")
+    return seconds

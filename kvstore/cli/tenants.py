@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from kvstore.cli.groups import grouped
 from kvstore.cli.jobs import follow_job, show_job
 from kvstore.cli.output import note, number, print_table
 from kvstore.cli.overhttp import Api, given
+from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstore.admin.client import AdminClient
@@ -80,7 +82,12 @@ def create(
     nodes, if they are to share blocks.
     """
     from kvstore.admin.models.tenants import NewTenant
+    from kvstore.tenants.book import NAME
 
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            "NAME", name, "not a name of letters, digits, '.', '_' and '-', at most 64", "Choose another."
+        )
     quota, text = _quota(host, disk), _text(secret)
     wanted = given(NewTenant, name=name, uids=uid or [], shares=shares, quota=quota, secret=text)
     with api.connect() as client:
@@ -186,6 +193,8 @@ def proof(
     json: options.Json = False,
 ) -> None:
     """Show which nodes and regions have carried a purge out, and what is left. The exit status is 1 until all have."""
+    if not re.fullmatch("[0-9a-f]{32}", tombstone):
+        raise ConfigError("TOMBSTONE", tombstone, "not 32 hexadecimal digits", "Copy it from kvstore tenants purge.")
     with api.connect() as client:
         found = client.purge_proof(tombstone)
     output.show(json, found, lambda: _print_proof(found))
