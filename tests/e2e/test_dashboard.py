@@ -168,7 +168,7 @@ def test_numbers_are_live(own_page: Any, own_site: Site) -> None:
     own_site.ask([9, *TOKENS], "cmpl-miss")
     expect(tile(own_page, "hits")).to_contain_text("67%")  # 10 of 15 blocks' tokens
     chart = panel(own_page, "chart").get_by_role("img")
-    expect(chart).to_have_attribute("aria-label", "Of 80 tokens asked for, found in host 0%, disk 0%, object 0%, remote 0%.")
+    expect(chart).to_have_attribute("aria-label", "Of 80 tokens asked for, found in host 0%, disk 0%.")
 
 
 def test_the_page_runs_nothing_but_its_own_files(page: Any, site: Site) -> None:
@@ -275,6 +275,25 @@ def test_a_job_is_started_and_cancelled(page: Any, site: Site) -> None:
     assert {job.kind: job.state.value for job in site.api.site.jobs.all()} == {"scrub": "done", "walk": "cancelled"}
 
 
+def test_a_job_that_deletes_wants_its_name(own_page: Any, own_site: Site) -> None:
+    async def run(job: Running, options: NoOptions) -> dict[str, Any]:
+        return {}
+
+    own_site.api.site.jobs.register(JobKind("raze", "Deletes.", NoOptions, run, Role.ADMIN))
+    own_page.get_by_role("button", name="Start a job").click()
+    dialog = own_page.get_by_role("dialog")
+    start = dialog.get_by_role("button", name="Start", exact=True)
+    dialog.get_by_role("radio", name="raze").check()
+    expect(start).to_be_disabled()
+    dialog.get_by_role("textbox").fill("raz")
+    own_page.keyboard.press("Enter")
+    assert own_site.api.site.jobs.all() == []
+    dialog.get_by_role("textbox").fill("raze")
+    own_page.keyboard.press("Enter")
+    expect(dialog).to_have_count(0)
+    assert [job.kind for job in own_site.api.site.jobs.all()] == ["raze"]
+
+
 def test_a_prompt_is_pinned_and_unpinned(page: Any) -> None:
     expect(panel(page, "pins")).to_contain_text("Nothing is pinned")
     dialog = open_first_prompt(page)
@@ -343,6 +362,20 @@ def test_a_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
         assert page.evaluate("JSON.stringify(localStorage) + document.cookie + location.href").count(text) == 0
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_label("Token")).to_be_visible()
+        assert page.evaluate("sessionStorage.length") == 0
+        page.close()
+
+
+def test_a_tenants_token_is_told_where_it_is_of_use(browser: Any, tmp_path: Path) -> None:
+    book = TokenBook(tmp_path / "tokens.json")
+    _, text = book.create("acme's own", Role.ADMIN, tenant="acme")
+    settings = [f"tenants.book={tmp_path / 'tenants.json'}", f"api.tokens={tmp_path / 'tokens.json'}"]
+    with RunningNode(tmp_path, settings[0]), RunningApi(tmp_path, *settings) as api:
+        page = browser.new_page()
+        page.goto(api.url)
+        page.get_by_label("Token").fill(text)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("This token is of tenant acme")
         assert page.evaluate("sessionStorage.length") == 0
         page.close()
 

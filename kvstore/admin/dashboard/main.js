@@ -38,7 +38,9 @@ function App() {
   };
   const signIn = async () => {
     try {
-      setMe(await get("v1/whoami"));
+      const who = await get("v1/whoami");
+      if (who.tenant) return signOut(`This token is of tenant ${who.tenant}, and this page is about the whole node. Use the commands or the API with it`);
+      setMe(who);
       setDenied("");
     } catch (error) {
       if (!(error instanceof Refused)) throw error;

@@ -9,6 +9,8 @@ export function JobDialog({ app, onClose }) {
   const [chosen, choose] = useState("");
   const [values, setValues] = useState({});
   const [problem, setProblem] = useState("");
+  const [typed, type] = useState("");
+  const id = useId();
   useEffect(() => {
     get("v1/job-kinds").then(
       (found) => {
@@ -19,6 +21,7 @@ export function JobDialog({ app, onClose }) {
     );
   }, []);
   const kind = kinds.find((one) => one.name === chosen);
+  const deletes = kind?.role === "admin";
   const fields = Object.entries(kind?.options.properties ?? {});
   const action = useAction(async () => {
     const options = Object.fromEntries(fields.map(([name, field]) => [name, asOption(field, values[name])]).filter(([, value]) => value !== undefined));
@@ -28,14 +31,16 @@ export function JobDialog({ app, onClose }) {
   });
   return html`<${Dialog} title="Start a job" onClose=${onClose}>
     ${problem && html`<${Problem}>${problem}<//>`}
-    <${Form} action=${action} label="Start" disabled=${!kind}>
+    <${Form} action=${action} label="Start" danger=${deletes} disabled=${!kind || (deletes && typed !== kind.name)}>
       <fieldset class="kinds"><legend class="unseen">What to run</legend>
         ${kinds.map((one) => html`<label class=${one.name === chosen ? "chosen" : ""}>
-          <input type="radio" name="kind" value=${one.name} checked=${one.name === chosen} onChange=${() => (choose(one.name), setValues({}))} />
-          <span><b>${one.name}</b><span class="dim small">${one.summary}</span></span>
+          <input type="radio" name="kind" value=${one.name} checked=${one.name === chosen} disabled=${!app.can(one.role)} onChange=${() => (choose(one.name), setValues({}), type(""))} />
+          <span><b>${one.name}</b><span class="dim small">${one.summary}${app.can(one.role) ? "" : ` Needs the role ${one.role}.`}</span></span>
         </label>`)}
       </fieldset>
       ${fields.map(([name, field]) => html`<${Option} key=${`${chosen} ${name}`} name=${name} field=${field} value=${values[name] ?? ""} onInput=${(value) => setValues({ ...values, [name]: value })} />`)}
+      ${deletes && html`<label for=${id}>This cannot be undone. Type <b class="mono">${kind.name}</b> to confirm</label>
+        <input id=${id} value=${typed} onInput=${(event) => type(event.target.value)} autocomplete="off" spellcheck=${false} />`}
     <//>
   <//>`;
 }
