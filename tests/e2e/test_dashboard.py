@@ -25,6 +25,7 @@ from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
+accessibility = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs its package").Axe()
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a chromium on the path", allow_module_level=True)
@@ -149,6 +150,13 @@ def tile(page: Any, name: str) -> Any:
     return page.locator(f"[data-tile={name}]")
 
 
+def barriers(page: Any) -> list[Any]:
+    """What axe-core says is wrong with the page as it is now."""
+    found = accessibility.run(page).response
+    assert found["passes"], "it looked at nothing"
+    return list(found["violations"])
+
+
 def open_first_prompt(page: Any) -> Any:
     panel(page, "hot").get_by_role("button").first.click()
     dialog = page.get_by_role("dialog")
@@ -197,6 +205,33 @@ def test_themes_follow_the_system_and_the_switch(page: Any) -> None:
     assert ground() > 600
     page.get_by_role("button", name="Theme: light").click()
     assert ground() < 150
+
+
+def test_nothing_keeps_anybody_from_reading_it(browser: Any, site: Site) -> None:
+    """By axe-core: contrast, names, roles, landmarks. Light, dark and narrow, and in dialogs."""
+    for scheme, width in (("light", 1440), ("dark", 1440), ("light", 420)):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        page = context.new_page()
+        page.goto(site.api.url)
+        expect(panel(page, "hot").get_by_role("button").first).to_be_visible()
+        found = {"page": barriers(page)}
+        for key in ("?", "e", "w"):
+            page.keyboard.press(key)
+            expect(page.get_by_role("dialog")).to_be_visible()
+            found[key] = barriers(page)
+            page.keyboard.press("Escape")
+            expect(page.get_by_role("dialog")).to_have_count(0)
+        open_first_prompt(page)
+        expect(page.get_by_role("dialog")).to_contain_text("Prompts that begin alike")
+        found["prompt"] = barriers(page)
+        told = [
+            f"{place}: {one['id']}: {node['html'][:200]}"
+            for place in found
+            for one in found[place]
+            for node in one["nodes"]
+        ]
+        assert told == [], (scheme, width)
+        context.close()
 
 
 def test_everything_is_reached_from_the_keyboard(page: Any) -> None:
