@@ -25,6 +25,7 @@ class ReferenceModel:
         self._device = device
         load = self._transformers.AutoModelForCausalLM.from_pretrained
         self._model = load(model, dtype=self._torch.float32).to(device)
+        self._model.generation_config.eos_token_id = None
         (fields,) = [n["fields"] for n in status["namespaces"] if n["fields"]["layout"].startswith("canonical")]
         self.namespace = ns = Namespace.from_dict(fields)
         self._shape = (2, ns.kv_heads, ns.block_tokens, ns.layers, ns.head_dim)
@@ -47,7 +48,10 @@ class ReferenceModel:
         return len(client.commit(keys))
 
     def resume(self, client: Client, tokens: Sequence[int], count: int) -> list[int]:
-        """Load the KV of a prompt's full blocks, all of which must be stored, and continue it greedily from there."""
+        """Load the KV of a prompt's full blocks, all of which must be stored, and continue it greedily from there.
+
+        The end of the text is a token like any other, as for an engine that is told to ignore it.
+        """
         keys = self._keys(client, tokens[:-1])  # the last token is always computed
         acquired = client.acquire(keys, 5)
         assert len(acquired.offsets) == len(keys)
@@ -61,7 +65,6 @@ class ReferenceModel:
             self._tensor([tokens]),
             past_key_values=cache,
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
         )
         found: list[int] = out[0, len(tokens) :].tolist()
