@@ -11,7 +11,7 @@ import httpx
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from kvstore.errors import AdminRefused, NodeUnavailable
+from kvstore.errors import AdminRefused, DeadlineExceeded, NodeUnavailable
 
 T = TypeVar("T")
 
@@ -34,7 +34,8 @@ ASKING = frozenset(
 
 
 class Calls:
-    """Calls raise AdminRefused with the API's reason, and NodeUnavailable when no API answers. Thread-safe.
+    """Calls raise AdminRefused with the API's reason, NodeUnavailable when no API answers, and DeadlineExceeded when one that
+    was reached takes too long. Thread-safe.
 
     Every write carries an Idempotency-Key of its own, so that what is sent twice on the way is done once.
     """
@@ -77,6 +78,11 @@ class Calls:
             headers["Content-Type"] = "application/json"
         try:
             answer = self._http.request(method, path, content=content, params=params, headers=headers)
+        except httpx.ReadTimeout as error:
+            problem = (
+                f"no answer of the admin API at {self._http.base_url} in time; it may do all the same what was asked"
+            )
+            raise DeadlineExceeded(problem) from error
         except httpx.TransportError as error:
             raise self._unavailable(error) from error
         _check(answer)

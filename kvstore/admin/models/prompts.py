@@ -134,6 +134,10 @@ class LookupAnswer(Found):
 class RouterLookup(Wanted):
     """Many prompts at once."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompts": [{"namespace": "Qwen/Qwen3-8B", "tokens": [101, 2023, 2003]}]}]}
+    )
+
     prompts: list[Prompt] = Field(min_length=1, max_length=MAX_BATCH)
     timeout_seconds: float = Field(0.1, gt=0, le=10, description="What nodes have to answer; the others go without.")
 
@@ -171,6 +175,8 @@ class RouterAnswer(Model):
 
 class RouterPeek(Wanted):
     """Chains of blocks, by their keys."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"chains": [KEY_EXAMPLE]}]})
 
     chains: list[Annotated[str, Field(pattern="^([0-9a-f]{32})*$", max_length=2 * MAX_KEY_BYTES)]] = Field(
         min_length=1, max_length=MAX_BATCH, description="Each is the keys of a prompt's blocks in order, joined."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvstore.admin.models.base import Hex, Model, Wanted
+from kvstore.admin.models.base import KEY_EXAMPLE, Hex, Model, Wanted
 
 MAX_CHAIN = 32768
 """Blocks."""
@@ -97,6 +97,7 @@ class ChainKeys(Wanted):
     keys: str = Field(
         pattern="^([0-9a-f]{32})+$",
         max_length=32 * MAX_CHAIN,
+        examples=[KEY_EXAMPLE],
         description="Keys of a prompt's blocks in order, joined.",
     )
 

@@ -89,6 +89,8 @@ class CreatedTenant(Model):
 class NewSecret(Wanted):
     """A secret to take in place of the one before."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{}]})
+
     secret: Secret = ""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 
 from kvstore.admin.auth import Role, reads, writes
-from kvstore.admin.models.base import Key, TierName
+from kvstore.admin.models.base import KEY_EXAMPLE, Key, TierName
 from kvstore.admin.models.blocks import (
     Block,
     BlockInfo,
@@ -34,7 +34,7 @@ from kvstore.identity import KEY_BYTES
 
 router = APIRouter(prefix="/v1", tags=["blocks"], responses=documented(422, 503, 504))
 
-PathKey = Annotated[Key, Path(description="Block key, 32 hexadecimal digits.")]
+PathKey = Annotated[Key, Path(description="Block key, 32 hexadecimal digits.", examples=[KEY_EXAMPLE])]
 
 
 @router.get("/blocks", dependencies=reads(tenants=True), responses=documented(404, 409))

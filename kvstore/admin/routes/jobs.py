@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from kvstore.admin.auth import Principal, Role, authorize, reads, require, writes
@@ -21,7 +21,10 @@ EVENT_SECONDS = 0.1
 """Between two events of a job at least."""
 
 
-async def _job(job: str, site: CurrentSite) -> Job:
+JobId = Annotated[str, Path(max_length=64, description="As the listing shows it.", examples=["01a201a56e9a-b9d337"])]
+
+
+async def _job(job: JobId, site: CurrentSite) -> Job:
     return await site.all_jobs.get(job)
 
 

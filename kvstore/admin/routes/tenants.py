@@ -47,7 +47,7 @@ async def _book(site: CurrentSite) -> TenantBook:
 Book = Annotated[TenantBook, Depends(_book)]
 
 
-async def _own(name: Annotated[str, Path(pattern=NAME)], request: Request) -> None:
+async def _own(name: Annotated[str, Path(pattern=NAME, examples=["acme"])], request: Request) -> None:
     """Raises Problem (404) for whoever is limited to another tenant: it hears of no other."""
     if request.state.principal.tenant not in ("", name):
         raise _unknown(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from itertools import islice
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvstore.admin.models.jobs import JobState
 from kvstore.admin.models.policy import Mode
 from kvstore.admin.models.prompts import Prompt
 from kvstore.cli import app
-from kvstore.errors import AdminRefused, NodeUnavailable
+from kvstore.errors import AdminRefused, DeadlineExceeded, NodeUnavailable
 from kvstore.testing.servers import free_port
 
 PROMPT = Prompt(namespace="org/toy", tokens=TOKENS)
@@ -71,6 +72,13 @@ def test_problems_are_raised(shared_api: Site) -> None:
             list(client.watch_job("none"))
     with AdminClient(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(NodeUnavailable, match="admin API"):
         client.status()
+
+
+def test_an_api_that_takes_too_long_is_not_one_that_is_away() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with AdminClient(url, timeout=0.1) as client, pytest.raises(DeadlineExceeded, match="all the same"):
+            client.delete(["00" * 16])
 
 
 def command(site: Site, *arguments: str) -> Result:

@@ -57,3 +57,20 @@ def test_every_route_is_described() -> None:
             assert operation["description"].endswith((".", "`.")), f"{method} {path}"
     names = [operation["operationId"] for item in DOCUMENT["paths"].values() for operation in item.values()]
     assert len(names) == len(set(names))
+
+
+def test_every_body_and_every_part_of_a_path_has_an_example() -> None:
+    def shown(schema: dict[str, Any]) -> bool:
+        if reference := schema.get("$ref", "").rpartition("/")[2]:
+            return shown(DOCUMENT["components"]["schemas"][reference])
+        return bool(schema.keys() & {"examples", "enum"} or any(map(shown, schema.get("properties", {}).values())))
+
+    bare = []
+    for path, item in DOCUMENT["paths"].items():
+        for method, operation in item.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            parts = [one for one in operation.get("parameters", []) if one["in"] == "path"]
+            named = {one["name"]: bool(one.get("examples")) or shown(one["schema"]) for one in parts}
+            bare += [f"{method} {path}: {name}" for name, has in named.items() if not has]
+            bare += [f"{method} {path}"] if body and not shown(body["schema"]) else []
+    assert bare == []
