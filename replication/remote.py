@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -32,6 +33,7 @@ from kvstore.errors import (
 )
 from kvstore.identity import BlockKey
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
+from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found
@@ -50,6 +52,8 @@ log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 60.0
 """As often as regions publish."""
+READ_SECONDS = 30.0
+"""For one block: no engine waits longer, and a node that stops waits for what is under way."""
 RETRY_SECONDS = 5.0
 """While a region does not answer, or no manifest of it has come."""
 
@@ -106,7 +110,7 @@ class Regions:
         async with AsyncExitStack() as stack:
             near = await stack.enter_async_context(Links.open([object_settings(config)], patience=0.0))
             far = {
-                name: await stack.enter_async_context(Links.open(topology.links(name), patience=0.0))
+                name: await stack.enter_async_context(Links.open(_impatient(topology.links(name)), patience=0.0))
                 for name in sources
             }
             regions = cls(near, far, topology, region, registry, config.remote.bytes_in_flight)
@@ -274,6 +278,10 @@ class RemoteTier(Tier):
 
     async def close(self) -> None:
         await self._regions.leave(self._tenant)
+
+
+def _impatient(links: Sequence[ObjectSettings]) -> list[ObjectSettings]:
+    return [replace(link, request_timeout=READ_SECONDS) for link in links]
 
 
 async def open_regions(config: Config, registry: CollectorRegistry) -> Callable[[str], Tier]:
