@@ -6,16 +6,13 @@ So does an input that takes long (``-timeout``) or allocates beyond a bound.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import structlog
 
 with atheris.instrument_imports(include=["kvstore", "replication"]):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from journal_cases import journal, one_journal
 
     from kvstore.catalog.cursors import SourceCursor
     from kvstore.catalog.documents import Document
@@ -32,18 +30,12 @@ with atheris.instrument_imports(include=["kvstore", "replication"]):
     from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, Header, crc32c
     from kvstore.errors import BlockCorrupt, ConfigError, IdentityError, ProtocolError
     from kvstore.identity import Namespace
-    from kvstore.index import slot_sizes
     from kvstore.node.protocol import FrameDecoder, encode, split_keys
     from kvstore.parsing import parse_json
     from kvstore.policy.hotness import Hotness
     from kvstore.policy.pins import Pins, Wish
     from kvstore.policy.reuse import Traffic
     from kvstore.tenants.book import TenantBook
-    from kvstore.testing.blocks import random_chain
-    from kvstore.tiers.disk import DiskTier
-    from kvstore.tiers.disk.files import Files
-    from kvstore.tiers.disk.opening import open_directory
-    from kvstore.tiers.disk.records import RECORD_BYTES
     from kvstore.tiers.object.hotness import HotnessSnapshot
     from kvstore.tiers.object.objects import Found
     from kvstore.tombstones import Tombstone
@@ -58,9 +50,6 @@ with atheris.instrument_imports(include=["kvstore", "replication"]):
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNATURE_BYTES = 64
-CHECKSUM_BYTES = 4
-"""At the start of a record of the journal."""
-DISK_BYTES = 8 << 20
 MAX_DATA_BYTES = 1 << 30
 """Beyond it Python raises MemoryError, which no target expects. libFuzzer's own bound on resident memory cannot be used: it reads
 the peak of the process, which the kernel hands down from whoever started it, and a test suite that has loaded torch is large."""
@@ -99,7 +88,7 @@ def manifest(data: bytes) -> None:
 
 
 def documents(data: bytes) -> None:
-    """What lies in a bucket or a catalog beside blocks and manifests."""
+    """What lies in a bucket, a catalog or a node's directory beside blocks and manifests."""
     with suppress(IdentityError):
         Tombstone.from_json(data)
     with suppress(ValueError, IdentityError):
@@ -117,6 +106,19 @@ def documents(data: bytes) -> None:
         _read_receipt(bucket, Found("receipts/x/y.json", 1, None, 1.0)),
     ):  # fmt: skip
         ended(reading)
+    with suppress(ValueError):
+        Hotness.unpack(data)
+    with suppress(ValueError):
+        Traffic.unpack(data, 1.0)
+    with suppress(ValueError):
+        Pins.unpack(data, 1.0)
+    (scratch() / "warmth.json").write_bytes(data)
+    read_warmth(scratch())
+
+
+@cache
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz-"))
 
 
 class OneObject:
@@ -135,18 +137,6 @@ def ended(work: Coroutine[Any, Any, object]) -> None:
         work.send(None)
 
 
-def files(data: bytes) -> None:
-    """What a node keeps in its directory beside blocks."""
-    with suppress(ValueError):
-        Hotness.unpack(data)
-    with suppress(ValueError):
-        Traffic.unpack(data, 1.0)
-    with suppress(ValueError):
-        Pins.unpack(data, 1.0)
-    (disk() / "warmth.json").write_bytes(data)
-    read_warmth(disk())
-
-
 def configuration(data: bytes) -> None:
     """Files that an operator writes, and the same text as an override."""
     with tempfile.NamedTemporaryFile() as file:
@@ -163,56 +153,8 @@ def configuration(data: bytes) -> None:
         load(None, [data.decode("utf-8", "replace")], environ={}).settings()
 
 
-def journal(data: bytes) -> None:
-    """A disk tier's journal as it is, and with its records' checksums made good, so that they are replayed."""
-    recovered(data)
-    whole = bytearray(data)
-    for start in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
-        record = whole[start + CHECKSUM_BYTES : start + RECORD_BYTES]
-        whole[start : start + CHECKSUM_BYTES] = crc32c(record).to_bytes(CHECKSUM_BYTES, "little")
-    recovered(bytes(whole))
-
-
-def recovered(data: bytes) -> None:
-    """Open a disk tier whose journal says that: its blocks lie in its segments, each in a slot of its own."""
-    (disk() / "journal").write_bytes(data)
-    opened = open_directory(disk(), DISK_BYTES, None, 1, Unsynced())
-    with opened.resources:
-        index = opened.index
-        rows = index.used()
-        starts = index.location[rows].tolist()
-        ends = [start + size for start, size in zip(starts, slot_sizes(index.length[rows]).tolist(), strict=True)]
-        slots = sorted(zip(starts, ends, strict=True))
-        assert all(start >= 0 and end <= opened.slots.capacity for start, end in slots)
-        assert all(before[1] <= after[0] for before, after in pairwise(slots))
-
-
-class Unsynced(Files):
-    """Nobody pulls the plug here."""
-
-    def fdatasync(self, fd: int) -> None:
-        pass
-
-
-@cache
-def disk() -> Path:
-    """The directory of a disk tier with three blocks in it."""
-    directory = Path(
-        tempfile.mkdtemp(prefix="fuzz-")
-    )  # libFuzzer ends the process without a word: who started it cleans up
-
-    async def fill() -> None:
-        tier = await DiskTier.open(directory, DISK_BYTES, segment_bytes=DISK_BYTES // 8, threads=1)
-        for block in random_chain(random.Random(1), 3, 5000):
-            await tier.put(block.header, memoryview(block.envelope))
-        await tier.close()
-
-    asyncio.run(fill())
-    return directory
-
-
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (protocol, envelope, journal, manifest, documents, files, configuration)
+    target.__name__: target for target in (protocol, envelope, journal, manifest, documents, configuration)
 }
 
 
@@ -227,15 +169,13 @@ def seed(target: str) -> bytes:
             header.pack_into(page)
             return bytes(page)
         case "journal":
-            return (disk() / "journal").read_bytes()[: 4 * RECORD_BYTES]  # a namespace and three blocks
+            return one_journal()
         case "manifest":
             stone = Tombstone(time=1.0, tenant="acme")
             offer = Manifest(region="na", sequence=1, published=1.0, labels={}, blocks=[], tombstones=[stone])
             return offer.sealed(KEY)
         case "documents":
             return Tombstone(time=1.0, tenant="acme").to_json().encode()
-        case "files":
-            return Pins().pack()
     return b'[host]\nbytes = "4GiB"\n[node]\nallow_uids = [1000]\n[api]\nlisten = "127.0.0.1:7070"\n'
 
 

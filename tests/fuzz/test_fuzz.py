@@ -17,9 +17,7 @@ BOUNDS = ["-timeout=10", "-max_len=16384"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
-@pytest.mark.parametrize(
-    "target", ["protocol", "envelope", "journal", "manifest", "documents", "files", "configuration"]
-)
+@pytest.mark.parametrize("target", ["protocol", "envelope", "journal", "manifest", "documents", "configuration"])
 def test_nothing_but_refusals_comes_of_any_bytes(target: str, tmp_path: Path) -> None:
     command = [sys.executable, str(HARNESS), target, *BOUNDS, "-max_total_time=3"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
