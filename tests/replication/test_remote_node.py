@@ -17,7 +17,7 @@ from test_remote_tier import NOTHING_AHEAD, offer
 
 from kvstore.encryption import new_key
 from kvstore.identity import BlockKey
-from kvstore.node.api import About, Miss, NewBlock
+from kvstore.node.api import About, Miss
 from kvstore.node.client import Client
 from kvstore.testing.blocks import SealedBlock
 from kvstore.testing.node import RunningNode, wait_for
@@ -81,20 +81,6 @@ async def test_what_only_another_region_has_is_delivered_and_then_kept_here(
     assert kept == {block.key: bytes(block.envelope) for block in sealed}, "the next reader needs no WAN"
 
 
-async def test_saving_what_only_another_region_has(pair: Pair, random_source: random.Random, tmp_path: Path) -> None:
-    sealed = await offer(pair, random_source, 2)
-    keys = keys_of(sealed)
-    with node_in_eu(pair, tmp_path) as client:
-        wait_for(lambda: bool(runs(client, keys)))
-        reserved = client.reserve(LLAMA, [NewBlock(b.key, b.header.parent, b.header.index) for b in sealed])
-        assert Miss.PRESENT not in reserved.misses
-        for offset in reserved.offsets:
-            assert offset is not None
-            reserved.arena.slot(offset, PAYLOAD_BYTES)[:] = bytes(PAYLOAD_BYTES)
-        assert set(client.commit(keys, durable=Medium.OBJECT)) == set(keys)
-    assert stored(pair.eu).keys() == set(keys)
-
-
 async def test_observe_counts_and_loads_nothing(pair: Pair, random_source: random.Random, tmp_path: Path) -> None:
     sealed = await offer(pair, random_source)
     keys = keys_of(sealed)
@@ -140,8 +126,7 @@ async def test_a_cut_link_costs_a_miss_at_the_deadline_and_then_nothing(
         wait_for(lambda: bool(runs(client, keys)))
         pair.link.cut()
         assert client.acquire(keys, 0.2).miss is Miss.DEADLINE
-        wait_for(lambda: not runs(client, keys))  # the breaker opens once requests are given up
-        assert client.acquire(keys, 0.2).miss in (Miss.UNAVAILABLE, Miss.NOT_STORED)
+        wait_for(lambda: client.acquire(keys, 0.2).miss in (Miss.UNAVAILABLE, Miss.NOT_STORED))  # the breaker is open
         pair.link.heal()
         pair.link.reset()
         wait_for(lambda: bool(runs(client, keys)) and not client.acquire(keys, PATIENCE).miss)
