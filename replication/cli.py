@@ -33,11 +33,15 @@ region.command("run")(servicecli.run)
 
 
 @region.command()
-def key(file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the private key.")]) -> None:
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the private key.")],
+    json: options.Json = False,
+) -> None:
     """Make the key with which a region signs its manifests, and print the public half for the topology file."""
     from replication.keys import create_key, public_text
 
-    print(f'public_key = "{public_text(create_key(file).public_key())}"')
+    public = public_text(create_key(file).public_key())
+    show(json, {"public_key": public}, lambda: f'public_key = "{public}"')
 
 
 @region.command()

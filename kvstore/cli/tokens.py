@@ -111,12 +111,11 @@ def new_key(
     kms: Annotated[
         str, typer.Option("--kms", metavar="KEY", help="Encrypted by this key of AWS KMS: an id, ARN or alias/name.")
     ] = "",
+    json: options.Json = False,
 ) -> None:
     """Print a new key for encryption at rest: a line for encryption.key_file."""
     from kvstore.encryption import new_key as make
     from kvstore.kms import kms_at
 
-    if not kms:
-        print(make())
-        return
-    print(kms_at(source.load().config.object.region).new_line(kms))
+    line = kms_at(source.load().config.object.region).new_line(kms) if kms else make()
+    output.show(json, {"line": line}, lambda: print(line))
