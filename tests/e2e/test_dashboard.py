@@ -6,12 +6,14 @@ import asyncio
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kvstore.admin.jobs import JobKind, Running
 from kvstore.admin.kinds import NoOptions
@@ -23,6 +25,12 @@ from kvstore.policy.content import pieces
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
+from replication.contents import Contents
+from replication.keys import public_text
+from replication.links import Links
+from replication.publisher import publish
+from replication.replicator import Replicator
+from replication.topology import Topology, load_topology
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
 accessibility = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs its package").Axe()
@@ -459,6 +467,47 @@ def test_the_tree_of_a_prompt_leads_to_those_that_begin_alike(own_page: Any, own
     expect(tree.get_by_text("this prompt")).to_have_count(1)
     tree.get_by_role("button", name=f"Open prompt {keys[-1].hex()[:8]}").click()
     expect(own_page.get_by_role("dialog", name=f"Prompt {keys[-1].hex()[:8]}")).to_contain_text("5 of 5 blocks")
+
+
+def test_a_prompt_is_shown_by_region(browser: Any, tmp_path: Path) -> None:
+    """Two regions, each with a node and a bucket. The other one has published the first three blocks."""
+    key = Ed25519PrivateKey.generate()
+    for name in ("na", "eu"):
+        (tmp_path / name / "bucket").mkdir(parents=True)
+    bucket = {name: f"file://{tmp_path / name / 'bucket'}" for name in ("na", "eu")}
+    file = tmp_path / "regions.toml"
+    file.write_text(
+        f'[regions.na]\nurl = "{bucket["na"]}"\npublic_key = "{public_text(key.public_key())}"\n'
+        f'[regions.eu]\nurl = "{bucket["eu"]}"\n[[flows]]\nfrom = "na"\nto = ["eu"]\n'
+    )
+    region = [f"object.url={bucket['eu']}", f"region.topology={file}", "region.name=eu"]
+    with RunningNode(tmp_path / "na", f"object.url={bucket['na']}", "policy.admission=off") as far:
+        with Client(far.socket) as client:
+            Site(tmp_path, far, None, client).save(TOKENS[: 16 * 3])  # type: ignore[arg-type]
+            assert client.call("drain", 60.0, timeout=50.0)["drained"]
+        with ThreadPoolExecutor(1) as thread:  # this one has the browser's event loop
+            thread.submit(asyncio.run, told(load_topology(file), key)).result()
+    with RunningNode(tmp_path / "eu", region[0]) as node, RunningApi(tmp_path / "eu", *region) as api:
+        with Client(node.socket) as client:
+            site = Site(tmp_path, node, api, client)
+            site.save(TOKENS)
+            site.ask(TOKENS, "cmpl-here")
+            with opened(browser, site) as page:
+                expect(panel(page, "regions")).to_contain_text("na → eu")
+                page.keyboard.press("e")
+                page.get_by_role("dialog").get_by_role("textbox").first.fill("cmpl-here")
+                page.keyboard.press("Enter")
+                dialog = page.get_by_role("dialog")
+                expect(dialog).to_contain_text("5 of 5 blocks")
+                expect(dialog).to_contain_text("na has published 3 of 5 blocks")
+
+
+async def told(topology: Topology, key: Ed25519PrivateKey) -> None:
+    """What the two services do: na publishes, eu hears of it."""
+    async with Links.open(topology.links("na")) as bucket:
+        await publish(Contents(bucket), "na", key)
+    async with Replicator.open(topology, "eu") as replicator:
+        await replicator.cycle()
 
 
 def test_where_prompts_part_is_shown(own_page: Any, own_site: Site) -> None:

@@ -16,13 +16,13 @@ export class Refused extends Error {
   }
 }
 
-/** The JSON of an answer. Throws Refused. */
-export async function call(method, path, body) {
+/** The JSON of an answer. `writes`: sent twice on the way, it is done once. Throws Refused. */
+export async function call(method, path, body, writes = method !== "GET") {
   const answer = await send(path, {
     method,
     headers: {
       ...(body === undefined ? {} : { "Content-Type": "application/json" }),
-      ...(method === "GET" ? {} : { "Idempotency-Key": random() }),
+      ...(writes ? { "Idempotency-Key": random() } : {}),
     },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
@@ -30,6 +30,8 @@ export async function call(method, path, body) {
 }
 
 export const get = (path) => call("GET", path);
+/** A question that is too long for an address. */
+export const ask = (path, body) => call("POST", path, body, false);
 export const post = (path, body) => call("POST", path, body);
 
 /** The data of each server-sent event, until the stream ends. An EventSource could not send the token. Throws Refused. */

@@ -1,6 +1,6 @@
 // One prompt: its chain by tier, what happened to each block, and what can be done with it.
 
-import { post } from "../api.js";
+import { ask, post } from "../api.js";
 import { ago, clock, count, seconds, short } from "../format.js";
 import { Chain } from "../panels/chain.js";
 import { Tree } from "../panels/tree.js";
@@ -22,7 +22,7 @@ export function PromptDialog({ app, prompt, onClose }) {
   const [found, setFound] = useState(null);
   const [problem, setProblem] = useState("");
   const [deleting, setDeleting] = useState(false);
-  const look = () => post("v1/explain", prompt).then((answer) => (setFound(answer), setProblem("")), (error) => setProblem(error.message));
+  const look = () => ask("v1/explain", prompt).then((answer) => (setFound(answer), setProblem("")), (error) => setProblem(error.message));
   useEffect(() => void look(), []);
   const last = found?.blocks.at(-1);
   if (deleting) {
@@ -70,7 +70,7 @@ function useRegions(app, blocks) {
     if (!linked) return;
     const keys = blocks.map((block) => block.key).join("");
     const here = app.parts.replication.region;
-    post("v1/replication/holdings", { keys }).then((found) => setRegions(found.filter((one) => one.region !== here)), () => setRegions([]));
+    ask("v1/replication/holdings", { keys }).then((found) => setRegions(found.filter((one) => one.region !== here)), () => setRegions([]));
   }, [linked]);
   return regions;
 }

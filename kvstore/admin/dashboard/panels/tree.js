@@ -1,6 +1,6 @@
 // A prompt and the hot prompts that begin as it does: what they share, where that is, and where they go apart.
 
-import { post } from "../api.js";
+import { ask } from "../api.js";
 import { count, short } from "../format.js";
 import { Empty } from "../ui.js";
 import { html, useEffect, useState } from "../vendor/preact.js";
@@ -8,7 +8,7 @@ import { html, useEffect, useState } from "../vendor/preact.js";
 export function Tree({ app, prompt, tiers }) {
   const [tree, setTree] = useState(null);
   const [problem, setProblem] = useState("");
-  useEffect(() => void post("v1/tree", prompt).then(setTree, (error) => setProblem(error.message)), []);
+  useEffect(() => void ask("v1/tree", prompt).then(setTree, (error) => setProblem(error.message)), []);
   if (problem) return html`<${Empty}>${problem}<//>`;
   if (!tree?.root) return null;
   const depth = deepest(tree.root);
