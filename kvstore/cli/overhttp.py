@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Api:
         if not self.api and not settings.listen:
             remedy = "Set it to 127.0.0.1:7070, or give --api."
             raise ConfigError("api.listen", "", "no admin API is configured", remedy)
+        if self.api and not re.fullmatch(r"https?://[^\s?#@]+", self.api):
+            raise ConfigError("--api", self.api, "not the address of an API", "Write it as http://127.0.0.1:7070.")
         from kvstore.admin.client import AdminClient
         from kvstore.admin.tls import towards_api
 

@@ -112,5 +112,7 @@ def test_without_an_api_the_command_says_what_to_do() -> None:
     missing = CliRunner().invoke(app, ["jobs", "list"], env={"KVSTORE_API__LISTEN": ""})
     assert missing.exit_code == 2
     assert "api.listen" in missing.stderr
+    wrong = CliRunner().invoke(app, ["jobs", "list", "--api", "127.0.0.1:7070"])
+    assert (wrong.exit_code, "Write it as http://" in wrong.stderr) == (2, True)
     silent = CliRunner().invoke(app, ["jobs", "list", "--api", f"http://127.0.0.1:{free_port()}"])
     assert silent.exit_code == 3
