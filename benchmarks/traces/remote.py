@@ -3,7 +3,7 @@
 The product's planner (``kvstore.policy.planner``) decides for each request whether to read or to compute. It is given what a
 node measures: the link's bandwidth and latency, the bytes that others wait for, and how busy the link has been. Here it knows
 them exactly (the study ``planner`` is about learning them), and what it expects comes true: bytes come one after the other,
-in the order in which requests asked, and every window of blocks that an engine asks for together pays the latency once.
+in the order in which requests asked, and every burst of blocks that a node asks for together pays the latency once.
 
 The engine is taken to be idle. A busy one is served sooner by loading, so the planner would read more than it does here.
 """
@@ -21,6 +21,7 @@ from benchmarks.traces.trace import Request
 from kvstore.policy import planner
 from kvstore.policy.planner import Prefetch, Run, Speed, Wait, plan
 from kvstore.policy.queueing import Flow
+from kvstore.promotion import BURST
 from kvstore.tiers.base import Medium
 
 GQA, _, MLA = MODELS
@@ -36,7 +37,7 @@ class Link:
     """Bytes per second."""
     latency: float
     """Seconds before the first byte."""
-    window: int = planner.WINDOW
+    window: int = BURST
     """Blocks of ``BLOCK_TOKENS`` that are asked for together."""
 
 

@@ -21,7 +21,7 @@ from benchmarks.traces.variants import agents
 from benchmarks.wan import Contest
 
 MODEL = Model("made", 500_000, (0.0, 0.8 / 512, 0.0))
-LINK = Link(bandwidth=10e6, latency=0.1)
+LINK = Link(bandwidth=10e6, latency=0.1, window=16)
 SLOW = replace(LINK, bandwidth=1e6)
 
 
