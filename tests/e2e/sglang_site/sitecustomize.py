@@ -3,12 +3,13 @@
 SGLang's wheel is made for GPUs. On a CPU its engine needs three things more, which this file gives to every process of it:
 
 * stand-ins for packages that are imported and not used there (torchvision from PyPI brings a CUDA torch; triton is 1 GB);
-* the copies between device and host pool (``io_backend=direct``) that its CUDA package has;
+* the copies between device and host pool that its CUDA package has (``io_backend=direct``; with ``page_head``, ``kernel``);
 * host pools that are not pinned, and that do not insist on 10 GiB of free memory beside them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import inspect
@@ -134,7 +135,43 @@ def _copies_on_a_cpu(mha: Any) -> None:
         for half in (0, 1):
             dst_ptrs[half][dst_indices] = src_ptrs[half][pages, layer_id].flatten(0, 1)
 
-    for copy in (transfer_kv_direct, transfer_kv_all_layer_direct_lf_pf, transfer_kv_per_layer_direct_pf_lf):
+    def transfer_kv_all_layer_lf_ph(
+        src_k_layers: Any,
+        dst_k: Any,
+        src_v_layers: Any,
+        dst_v: Any,
+        src_indices: Any,
+        dst_indices: Any,
+        page_size: int,
+        **sizes: int,
+    ) -> None:
+        for addresses, target in ((src_k_layers, dst_k), (src_v_layers, dst_v)):
+            for layer, address in enumerate(addresses.tolist()):
+                memory = (ctypes.c_uint8 * ((int(src_indices.max()) + 1) * sizes["item_size"])).from_address(address)
+                rows = mha.torch.frombuffer(memory, dtype=target.dtype).view(-1, target.shape[1], target.shape[-1])
+                target[dst_indices // page_size, :, dst_indices % page_size, layer] = rows[src_indices]
+
+    def transfer_kv_per_layer_ph_lf(
+        src_k: Any,
+        dst_k: Any,
+        src_v: Any,
+        dst_v: Any,
+        src_indices: Any,
+        dst_indices: Any,
+        layer_id: int,
+        page_size: int,
+        **sizes: int,
+    ) -> None:
+        for source, target in ((src_k, dst_k), (src_v, dst_v)):
+            target[dst_indices] = source[src_indices // page_size, :, src_indices % page_size, layer_id]
+
+    for copy in (
+        transfer_kv_direct,
+        transfer_kv_all_layer_direct_lf_pf,
+        transfer_kv_per_layer_direct_pf_lf,
+        transfer_kv_all_layer_lf_ph,
+        transfer_kv_per_layer_ph_lf,
+    ):
         setattr(mha, copy.__name__, copy)
 
     pool = mha.MHATokenToKVPoolHost
