@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import bucket_on
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 from region_cases import EU_KEY, KEY
-from typer.testing import CliRunner
 
 from kvstore import burials, demand
-from kvstore.cli import app
+from kvstore.admin.client import AdminClient
 from kvstore.config import load
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
@@ -106,19 +106,6 @@ def loaded(client: Client) -> int:
     return len(acquired.offsets)
 
 
-@contextmanager
-def proving(region: Region) -> Iterator[Any]:
-    """``kvstore tenants proof`` in that region: exit status and document."""
-    with RunningApi(region.folder, *region.settings, node=False) as api:
-
-        def proof(tombstone: str) -> tuple[int, dict[str, Any]]:
-            shown = CliRunner().invoke(app, ["tenants", "proof", tombstone, "--api", api.url, "--json"])
-            assert shown.exit_code in (0, 1), shown.output
-            return shown.exit_code, json.loads(shown.stdout)
-
-        yield proof
-
-
 def test_a_purge_is_proved_in_every_region_and_open_where_one_is_away(
     ministack_server: S3Server, far_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,33 +154,32 @@ def test_a_purge_is_proved_in_every_region_and_open_where_one_is_away(
             "--yes",
             "--json",
         ]
-        purged = CliRunner().invoke(app, [*arguments, *(f"--set={one}" for one in regions["eu"].settings)])
-        assert purged.exit_code == 0, purged.output
+        arguments += [f"--set={one}" for one in regions["eu"].settings]
+        purged = subprocess.run([sys.executable, "-m", "kvstore", *arguments], capture_output=True, check=True)
         tombstone = json.loads(purged.stdout)["tombstone"]
-        proof = stack.enter_context(proving(regions["eu"]))
+        api = stack.enter_context(RunningApi(regions["eu"].folder, *regions["eu"].settings, node=False))
+        admin = stack.enter_context(AdminClient(api.url))
 
         def both() -> bool:
-            _, found = proof(tombstone)
-            return bool(found["regions"]["eu"]["done"] and found["regions"]["na"]["done"])
+            found = admin.purge_proof(tombstone).regions
+            return found["eu"].done and found["na"].done
 
         wait_for(both)
-        status, found = proof(tombstone)
+        found = admin.purge_proof(tombstone)
         for name in ("eu", "na"):
-            assert (found["regions"][name]["known"], found["regions"][name]["left"]) == (True, 0)
-            assert len(found["regions"][name]["receipts"]) == 1
+            region = found.regions[name]
+            assert (region.known, region.left, len(region.receipts)) == (True, 0, 1)
             assert loaded(clients[name]) == 0
-        away = found["regions"]["ap"]
-        assert (away["done"], found["done"], status) == (False, False, 1)
-        assert away["problem"]
+        assert (found.regions["ap"].done, found.done) == (False, False)
+        assert found.regions["ap"].problem
         assert loaded(clients["ap"]) == BLOCKS, "it could not hear of it"
 
         link.heal()
         link.reset()
         stack.enter_context(regions["ap"].service())
-        wait_for(lambda: proof(tombstone)[0] == 0)
-        _, found = proof(tombstone)
-        back = found["regions"]["ap"]
-        assert (found["done"], back["left"], back["waiting"], len(back["receipts"])) == (True, 0, [], 1)
+        wait_for(lambda: admin.purge_proof(tombstone).done)
+        back = admin.purge_proof(tombstone).regions["ap"]
+        assert (back.left, back.waiting, len(back.receipts)) == (0, [], 1)
         assert loaded(clients["ap"]) == 0
 
 
