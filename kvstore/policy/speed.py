@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import exp
 from typing import Any
 
 from kvstore.policy.fit import OnlineFit
@@ -71,7 +70,7 @@ class SpeedMeter:
         }
 
     def speed(self, queued_bytes: int = 0) -> Speed:
-        """What is to be expected behind so many bytes: the mean of timings that scatter, which is more than their middle."""
+        """What is to be expected behind so many bytes: the mean of timings that scatter, some far, which is more than usual."""
         latency, per_byte = self._fit.coefficients
-        mean = exp(self.spread**2 / 2)  # of a log-normal, in terms of its median
+        mean = self._fit.mean
         return Speed(latency * mean, 1 / max(per_byte * mean, 1e-15), self._window, queued_bytes)

@@ -20,6 +20,7 @@ from kvstore.policy.queueing import EMPTY, REMEMBERED, Flow, Line, Work
         (Line(coming=(Work(0, 4),)), Work(1, 2), 6),  # we wait for the other
         (Line(coming=(Work(1, 4), Work(2, 1))), Work(0, 3), 3 + 2 + 2),
         (Line(rate=1, busy=0.5), Work(0, 2), 2 + 2 * 1 / 0.5),
+        (Line(rate=1, busy=0.5, variation=0.25), Work(0, 2), 2 + 2 * 1 / 0.5 / 4),
     ],
 )
 def test_by_hand(line: Line, work: Work, seconds: float) -> None:
@@ -55,6 +56,25 @@ def test_a_flow_counts_requests_and_their_work() -> None:
     assert line.busy == pytest.approx(0.25, rel=0.1)
     assert line.backlog == pytest.approx(1 + 3 * 0.5 + 3)
     assert [work.comes for work in line.coming] == [4, 7]
+
+
+def test_who_comes_evenly_waits_for_nobody_and_who_comes_at_random_does() -> None:
+    rng = random.Random(4)
+    even, chance, bursts = Flow(), Flow(), Flow()
+    at = dict.fromkeys((even, chance, bursts), 0.0)
+    costs: dict[Flow, list[float]] = {flow: [] for flow in at}
+    for number in range(100 * REMEMBERED):
+        for flow, gap in ((even, 2.0), (chance, rng.expovariate(0.5)), (bursts, 0.0 if number % 8 else 16.0)):
+            at[flow] += gap
+            flow.add(at[flow], 1.0)
+            costs[flow].append(flow.line(at[flow]).variation)
+    mean = {flow: sum(of) / len(of) for flow, of in costs.items()}
+    assert mean[even] < 0.01
+    assert 0.5 < mean[chance] <= 1
+    assert mean[bursts] > 0.9, "and no more than at random"
+    line = even.line(at[even])
+    assert line.busy == pytest.approx(0.5, rel=0.1)
+    assert line.cost(Work(0, 0.5)) == pytest.approx(0.5, rel=0.01)
 
 
 def test_a_flow_that_ended_is_forgotten() -> None:

@@ -106,6 +106,37 @@ def test_a_change_counts_after_some_transfers_that_show_it() -> None:
     assert latest(meter, 1 << 27) == pytest.approx(2.0, rel=0.2)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_expected_of_a_tier_is_the_mean_with_its_outliers(seed: int) -> None:
+    meter, rng = SpeedMeter(Medium.DISK, 16), random.Random(seed)
+    expected = []
+    for _ in range(2000):
+        meter.observe(1 << 27, rng.lognormvariate(0, 0.2) * (5 if rng.random() < 0.04 else 1))
+        expected.append(latest(meter, 1 << 27))
+    mean = math.exp(0.02) * (0.96 + 0.04 * 5)
+    assert sum(expected[200:]) / 1800 == pytest.approx(mean, rel=0.06)
+    assert mean > 1.1 * math.exp(0.02), "what is usual is a good deal less"
+
+
+def test_a_tier_that_becomes_slower_is_not_taken_for_one_with_outliers() -> None:
+    meter = SpeedMeter(Medium.DISK, 16)
+    for _ in range(100):
+        meter.observe(1 << 27, 0.1)
+    for _ in range(10):
+        meter.observe(1 << 27, 1.0)
+    assert latest(meter, 1 << 27) == pytest.approx(1.0, rel=0.1)
+
+
+def test_usual_timings_that_scatter_hardly_move_what_is_expected() -> None:
+    meter, rng = SpeedMeter(Medium.DISK, 16), random.Random(5)
+    expected = []
+    for _ in range(400):
+        meter.observe(1 << 27, 0.1 * rng.lognormvariate(0, 0.2))
+        expected.append(latest(meter, 1 << 27))
+    late = expected[200:]
+    assert max(late) / min(late) < 1.35, "each alone is off by a fifth"
+
+
 def test_many_transfers_of_one_size_do_not_wear_out_what_others_told() -> None:
     meter, block = SpeedMeter(Medium.DISK, 16), 20 << 20
     for nbytes in (block, 16 * block, block, 16 * block):
