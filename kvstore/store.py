@@ -180,36 +180,45 @@ class Store:
         window = asyncio.Semaphore(FETCHES_PER_ACQUIRE)
         self._promoter.fetch_burst(keys)
         measurement = self._promoter.measure(keys)
-        tasks = [asyncio.create_task(self._pin(key, window)) for key in keys]
         media: list[Medium] = []
         offsets: list[int] = []
         miss: Miss | None = None
+
+        def lease(key: BlockKey, medium: Medium, offset: int) -> None:
+            session.leases.setdefault(key, []).append(offset)
+            media.append(medium)
+            offsets.append(offset + HEADER_BYTES)
+
+        for key in keys:  # what is in the arena needs no task
+            if (ready := self.host.pin(key)) is None:
+                break
+            lease(key, self._promoter.origin(key), ready)
+        first = len(offsets)
+        tasks = [asyncio.create_task(self._pin(key, window)) for key in keys[first:]]
         try:
             async with asyncio.timeout(timeout):
-                for key, task in zip(keys, tasks, strict=True):
+                for key, task in zip(keys[first:], tasks, strict=True):
                     outcome = await asyncio.shield(task)
                     if isinstance(outcome, Miss):
                         miss = outcome
                         break
-                    medium, offset = outcome
                     measurement.arrived(key)
-                    session.leases.setdefault(key, []).append(offset)
-                    media.append(medium)
-                    offsets.append(offset + HEADER_BYTES)
+                    lease(key, *outcome)
         except TimeoutError:
             miss = Miss.DEADLINE
         finally:
             kept = len(offsets)
-            for task in tasks[kept:]:
+            late = tasks[kept - first :]
+            for task in late:
                 task.cancel()
-            for key, task in zip(keys[kept:], tasks[kept:], strict=True):
+            for key, task in zip(keys[kept:], late, strict=True):
                 task.add_done_callback(partial(self._unpin_unused, key))
         if miss is None:
             measurement.end(keys)
         elif miss is Miss.DEADLINE:
             self._promoter.measure_late(measurement, keys[:kept], keys[kept])
-        for medium in media:
-            self.metrics.delivered.labels(medium.value).inc()
+        for medium, count in Counter(media).items():
+            self.metrics.delivered.labels(medium.value).inc(count)
         if miss is not None:
             self.metrics.missed.labels(miss.value).inc(len(keys) - kept)
         if miss is Miss.DEADLINE:
