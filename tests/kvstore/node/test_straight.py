@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,19 +180,17 @@ def test_tenants_are_not_pointed_to_files_that_they_share() -> None:
         assert client.locate(save(client, 1, space=MODEL), 10) == [None]
 
 
-@pytest.mark.parametrize(
-    ("verb", "arguments", "problem"),
-    [
+def test_wrong_arguments_are_refused(client: Client) -> None:
+    wrong: list[tuple[str, dict[str, Any], str]] = [
         ("locate", {}, "keys must be"),
         ("locate", {"keys": b"short"}, "keys must be"),
         ("locate", {"keys": bytes(16 * 1025)}, "at most 1024"),
         ("was_read", {"keys": bytes(16), "seconds": float("nan")}, "seconds must be"),
         ("was_read", {"keys": bytes(16), "seconds": -1}, "seconds must be"),
-    ],
-)
-def test_wrong_arguments_are_refused(client: Client, verb: str, arguments: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ProtocolError, match=problem):
-        client.call(verb, **arguments)
+    ]
+    for verb, arguments, problem in wrong:
+        with pytest.raises(ProtocolError, match=problem):
+            client.call(verb, **arguments)
 
 
 def test_what_a_client_says_of_blocks_that_are_not_there_counts_for_nothing(client: Client) -> None:
@@ -237,20 +235,14 @@ def test_a_file_that_was_cut_or_removed_is_a_miss(client: Client, reads: Straigh
     assert reads.locate(more, Pool(1).pages, soon()) == [None], "who cannot open the files asks no more"
 
 
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        lambda memory: [memory[512 : 512 + BLOCK_BYTES]],
-        lambda memory: [memory[:100], memory[100:BLOCK_BYTES]],
-        lambda memory: [memory[:HALF]],
-        lambda memory: [],
-    ],
-)
-def test_memory_that_does_not_fit_is_filled_by_copying(
-    client: Client, reads: StraightReads, pieces: Callable[[memoryview], list[memoryview]]
-) -> None:
-    keys = save(client, 1)
-    assert reads.locate(keys, [pieces(Pool(2).memory)], soon()) == [None]
+def test_memory_that_does_not_fit_is_filled_by_copying(client: Client, reads: StraightReads) -> None:
+    keys, memory = save(client, 1), Pool(2).memory
+    unaligned = [memory[512 : 512 + BLOCK_BYTES]]
+    uneven = [memory[:100], memory[100:BLOCK_BYTES]]
+    for pieces in (unaligned, uneven, []):
+        assert reads.locate(keys, [pieces], soon()) == [None]
+    too_short = [memory[:HALF]]
+    assert reads.locate(keys, [too_short], soon()) == [None]
 
 
 # Deadlines
