@@ -99,10 +99,16 @@ MEASURED = {
         "link_utilisation_50ms": "replication over a link of 50 ms, share of the link",
         "convergence_seconds_after_cut": "replication after a cut of 5 s, seconds beyond it",
     },
-    "wan": {"wan_efficiency_gain": "bytes over the WAN for 80% of the benefit of sending everything, times fewer"},
+    "wan": {
+        "wan_efficiency_gain": "bytes over the WAN, sent ahead or read on demand, for 80% of the benefit of sending everything, "
+        "times fewer (MLA 671B, 25 Gbit/s)",
+        "wan_efficiency_gain_sent_ahead": "... sent ahead only",
+        "wan_efficiency_gain_10_gbit": "... over 10 Gbit/s, with reads",
+        "wan_efficiency_gain_8b": "... of an 8B with grouped queries, with reads",
+    },
     "warmup": {
         "worst_gain_over_count_points": "a new cluster, hit points over selection by count at equal bytes, worst of nine points",
-        "first_minute_hit_at_2677_blocks": "a new cluster warmed with 2,677 blocks, hits in its first minute, percent",
+        "first_minute_hit_at_2677_blocks": "a new cluster on a budget of 2,677 blocks, hits in its first minute, percent",
         "first_minute_hit_at_23414_blocks": "... with 23,414 blocks (cold: 4.8, everything: 28.9)",
     },
     "traces": {
