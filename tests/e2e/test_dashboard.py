@@ -218,20 +218,20 @@ def test_themes_follow_the_system_and_the_switch(page: Any) -> None:
 def test_nothing_keeps_anybody_from_reading_it(browser: Any, site: Site) -> None:
     """By axe-core: contrast, names, roles, landmarks. Light, dark and narrow, and in dialogs."""
     for scheme, width in (("light", 1440), ("dark", 1440), ("light", 420)):
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-        page = context.new_page()
-        page.goto(site.api.url)
-        expect(panel(page, "hot").get_by_role("button").first).to_be_visible()
-        found = {"page": barriers(page)}
-        for key in ("?", "e", "w"):
-            page.keyboard.press(key)
-            expect(page.get_by_role("dialog")).to_be_visible()
-            found[key] = barriers(page)
-            page.keyboard.press("Escape")
-            expect(page.get_by_role("dialog")).to_have_count(0)
-        open_first_prompt(page)
-        expect(page.get_by_role("dialog")).to_contain_text("Prompts that begin alike")
-        found["prompt"] = barriers(page)
+        with opened(browser, site) as page:
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            expect(panel(page, "hot").get_by_role("button").first).to_be_visible()
+            found = {"page": barriers(page)}
+            for key in ("?", "e", "w"):
+                page.keyboard.press(key)
+                expect(page.get_by_role("dialog")).to_be_visible()
+                found[key] = barriers(page)
+                page.keyboard.press("Escape")
+                expect(page.get_by_role("dialog")).to_have_count(0)
+            open_first_prompt(page)
+            expect(page.get_by_role("dialog")).to_contain_text("Prompts that begin alike")
+            found["prompt"] = barriers(page)
         told = [
             f"{place}: {one['id']}: {node['html'][:200]}"
             for place in found
@@ -239,7 +239,6 @@ def test_nothing_keeps_anybody_from_reading_it(browser: Any, site: Site) -> None
             for node in one["nodes"]
         ]
         assert told == [], (scheme, width)
-        context.close()
 
 
 def test_everything_is_reached_from_the_keyboard(page: Any) -> None:

@@ -1,22 +1,24 @@
 // Keyboard shortcuts: single keys, while nothing is being typed and no dialog is open.
 
-import { useEffect } from "./vendor/preact.js";
+import { useEffect, useRef } from "./vendor/preact.js";
 
 const typing = (target) => target instanceof Element && target.closest("input, textarea, select, dialog");
 
 /** `shortcuts`: what to do by key. */
 export function useShortcuts(shortcuts) {
+  const now = useRef(shortcuts);
+  now.current = shortcuts; // at once: effects wait for the next frame, and a key may come before it
   useEffect(() => {
     const pressed = (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
-      const act = shortcuts[event.key];
+      const act = now.current[event.key];
       if (!act) return;
       event.preventDefault();
       act();
     };
     addEventListener("keydown", pressed);
     return () => removeEventListener("keydown", pressed);
-  });
+  }, []);
 }
 
 /** Move the focus among what the page lists as rows: `step` is 1 or -1. */
