@@ -95,7 +95,7 @@ async def open_store(
                 if shared is not None:
                     shared.heed_pins = heed_pins
             _share_namespaces(namespaces, bucket)
-            demand.publish = _reporter(config, demand, bucket, sharing)
+            demand.publish = _reporter(config, demand, bucket, sharing, shared)
             if (remote := await open_remote(config, metrics.registry)) is not None:
                 if shared is not None:
                     shared.remote = remote
@@ -162,11 +162,14 @@ def _hear_of_purges(sharing: Sharing, undertaker: Undertaker) -> None:
     sharing.also(Bell(sharing.documents, undertaker.wake).round)
 
 
-def _reporter(config: Config, demand: Demand, bucket: ObjectTier, sharing: Sharing | None) -> Reporter:
+def _reporter(
+    config: Config, demand: Demand, bucket: ObjectTier, sharing: Sharing | None, shared: Shared | None
+) -> Reporter:
     from kvstore.catalog.hotness import Reporter
 
     documents = None if sharing is None else sharing.documents
-    return Reporter(demand, bucket, node_name(config.node.directory), documents)
+    split = (lambda rows: ()) if shared is None else shared.split
+    return Reporter(demand, bucket, node_name(config.node.directory), documents, split)
 
 
 def _share_namespaces(namespaces: NamespaceBook, bucket: ObjectTier) -> None:

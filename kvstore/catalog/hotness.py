@@ -1,5 +1,7 @@
 """What is hot in a region: each node reports to the catalog every 15 seconds, and leaves a copy in the bucket each minute.
 
+A node with several tenants tells of all in one report: of each tenant's blocks what its own engines' requests teach.
+
 The copy is for when the catalog is away or was lost, and for a region that has none. Whoever needs the region's scores merges
 the reports (``kvstore.tiers.object.hotness.merged``): of each node the one taken last.
 """
@@ -8,15 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
+import numpy as np
 import structlog
 
 from kvstore.catalog.documents import Documents
 from kvstore.demand import Demand, prefill_seconds
 from kvstore.errors import CatalogUnavailable, ProtocolError
+from kvstore.index import Rows
 from kvstore.tiers.object import ObjectTier
-from kvstore.tiers.object.hotness import HotnessSnapshot
+from kvstore.tiers.object.hotness import HotnessSnapshot, rankable
 
 log = structlog.get_logger(__name__)
 
@@ -26,11 +31,26 @@ LASTS_SECONDS = 600.0
 """Of a node that is silent for longer, the copy in the bucket counts."""
 
 
+Split = Callable[[Rows], Sequence[tuple[Demand, Rows]]]
+"""Of some rows of the bucket's index those of each tenant, and what its engines ask for."""
+
+
 class Reporter:
     """Tells the region what a node's engines ask for. In the node's event loop."""
 
-    def __init__(self, demand: Demand, bucket: ObjectTier, node: str, documents: Documents | None) -> None:
-        """``node`` is the node's name in its region; ``documents`` are the catalog's, where there is one."""
+    def __init__(
+        self,
+        demand: Demand,
+        bucket: ObjectTier,
+        node: str,
+        documents: Documents | None,
+        split: Split,
+    ) -> None:
+        """``node`` is the node's name in its region; ``documents`` are the catalog's, where there is one.
+
+        ``split`` finds the blocks of its tenants; the others go by ``demand``.
+        """
+        self._split = split
         self._demand = demand
         self._bucket = bucket
         self._node = node
@@ -57,8 +77,18 @@ class Reporter:
     def _snapshot(self) -> HotnessSnapshot:
         """What is expected of the bucket's blocks, and what was counted of those that this node knows nothing else of."""
         now = time.time()
-        counted = HotnessSnapshot.of(self._demand.hotness, now, prefill_seconds)
-        return HotnessSnapshot.learnt(self._demand.traffic, self._bucket.index, now, prefill_seconds, counted)
+        rows = rankable(self._bucket.index)
+        parts = self._split(rows)
+        rest = np.setdiff1d(rows, np.concatenate([rows[:0], *(part for _, part in parts)]), assume_unique=True)
+        return reduce(
+            HotnessSnapshot.with_more,
+            (self._expected(demand, part, now) for demand, part in parts),
+            self._expected(self._demand, rest, now),
+        )
+
+    def _expected(self, demand: Demand, rows: Rows, now: float) -> HotnessSnapshot:
+        counted = HotnessSnapshot.of(demand.hotness, now, prefill_seconds)
+        return HotnessSnapshot.learnt(demand.traffic, self._bucket.index, now, prefill_seconds, counted, rows)
 
 
 async def reports(documents: Documents) -> Mapping[str, HotnessSnapshot]:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import structlog
 
-from kvstore.assembly import encryption_keys, node_name, ranking_for
+from kvstore.assembly import encryption_keys, ranking_for
 from kvstore.config import Config
 from kvstore.config.schema import HostSection
-from kvstore.demand import Demand, prefill_seconds
+from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError, TierError
 from kvstore.history import History
 from kvstore.identity import BlockKey
@@ -44,9 +42,6 @@ from kvstore.tiers.base import Medium, Tier
 from kvstore.tiers.encryption import Encrypting
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.wrappers import Breaker, Metered, TierMetrics
-
-if TYPE_CHECKING:
-    from kvstore.tiers.object import ObjectTier
 
 log = structlog.get_logger(__name__)
 
@@ -131,6 +126,7 @@ class Tenants:
         self.shared = Shared(self._policies, self._quotas)
         """Filled by whoever opens the node's tiers."""
         self.shared.stores = self.stores
+        self.shared.demands = self._demands
 
     # --- life
 
@@ -149,11 +145,16 @@ class Tenants:
             await asyncio.wait([self._following])
         seconds = self._config.node.drain_seconds
         await asyncio.gather(*(pipeline.close(seconds) for pipeline in self.pipelines.values()))
+        asked = self._demands()
+        self.shared.demands = lambda: asked  # the node's last report is still to come
         self.pipelines.clear()
 
     def stores(self) -> dict[str, Store]:
         """By tenant."""
         return {name: pipeline.store for name, pipeline in self.pipelines.items()}
+
+    def _demands(self) -> dict[str, Demand]:
+        return {name: pipeline.demand for name, pipeline in self.pipelines.items()}
 
     def of_namespace(self, digest: bytes) -> Pipeline | None:
         """Whose a namespace is; None for the node's own, and for one that is not known."""
@@ -289,8 +290,6 @@ class Tenants:
             ledger = shared.ledgers[Medium.OBJECT]
             own[Medium.OBJECT] = Own(shared.bucket, ledger, name, policy, lambda: None)
             lower.append(Metered(Breaker(self._unburied(own[Medium.OBJECT])), measured))
-            node = f"{node_name(config.node.directory)[:63]}-{name}"
-            demand.publish = partial(_tell_counts, demand, shared.bucket, node)
         afar: list[Tier] = []
         if shared.remote is not None:
             afar.append(Metered(Breaker(self._unburied(shared.remote(name))), measured))
@@ -319,10 +318,3 @@ class Tenants:
     def _unburied(self, tier: Tier) -> Tier:
         undertaker = self.shared.undertaker
         return tier if undertaker is None else undertaker.over(tier)
-
-
-async def _tell_counts(demand: Demand, bucket: ObjectTier, node: str) -> None:
-    """Tell the region what a tenant's engines ask for; what is expected of the bucket as a whole, the node itself tells."""
-    from kvstore.tiers.object.hotness import HotnessSnapshot
-
-    await bucket.put_hotness(node, HotnessSnapshot.of(demand.hotness, time.time(), prefill_seconds))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvstore.encryption import KeyRing
 from kvstore.envelope import Header
 from kvstore.identity import BlockKey, Namespace
+from kvstore.index import Rows
 from kvstore.namespaces import NamespaceBook
 from kvstore.policy.eviction import EvictionPolicy
 from kvstore.store import Probe, Store
@@ -45,6 +46,8 @@ class Shared:
         self.heed_pins: HeedPins = lambda demand, tenant, pinned: lambda: None
         """Shares a tenant's pins with its other nodes of the region, where there is a catalog."""
         self.ledgers: dict[Medium, Ledger] = {}
+        self.demands: Callable[[], Mapping[str, Demand]] = dict
+        """What each tenant's engines ask for, by tenant, as they are now."""
         self.stores: Callable[[], Mapping[str, Store]] = dict
         """By tenant, as they are now."""
         self._policies = policies
@@ -73,6 +76,11 @@ class Shared:
         undertaker.others = lambda: self.stores().values()
         if bucket.on_evict is not None:
             bucket.on_evict = self.telling(bucket.on_evict)
+
+    def split(self, rows: Rows) -> list[tuple[Demand, Rows]]:
+        """Of some rows of the bucket's index those of each tenant that is served, and what its engines ask for."""
+        places = self.ledgers[Medium.OBJECT].owners(rows)
+        return [(demand, rows[places.get(name, slice(0))]) for name, demand in self.demands().items()]
 
     def encrypting(
         self, namespaces: NamespaceBook, keys_of: Callable[[str], KeyRing | None]

@@ -61,18 +61,15 @@ class HotnessSnapshot:
         now: float,
         prefill_seconds: Callable[[int], float],
         counted: Self | None = None,
+        rows: Rows | None = None,
     ) -> Self:
         """The blocks of ``index`` by what is expected of them: uses within ``EXPECTED_WITHIN`` x prefill seconds each.
 
-        Sees what a count of hits cannot: that a conversation used once, a minute ago, will most likely go on. Of the blocks
-        whose place in a chain is known, the ``MOST_RANKED`` used last are ranked, which takes some 50 ms. Named are those
-        that are hotter, or were used later, than what continues them: some tenth, which says the same as all. ``counted``
-        adds what is not ranked.
+        Sees what a count of hits cannot: that a conversation used once, a minute ago, will most likely go on. Ranked are
+        ``rows``, by default all that are ``rankable``, which takes some 50 ms. Named are those that are hotter, or were used
+        later, than what continues them: some tenth, which says the same as all. ``counted`` adds what is not ranked.
         """
-        rows = index.used()
-        rows = rows[index.tokens[rows] > 0]
-        if len(rows) > MOST_RANKED:
-            rows = rows[np.argpartition(-index.accessed[rows], MOST_RANKED)[:MOST_RANKED]]
+        rows = rankable(index) if rows is None else rows
         rates = traffic.values(index.key_bytes(rows), index.hits[rows], now - index.accessed[rows])
         tokens = index.tokens[rows].astype(np.int64)
         before = index.depth[rows] * tokens
@@ -128,6 +125,15 @@ class HotnessSnapshot:
         cut = _cut(keys)
         uses = {key: float(at) for key, at in zip(cut, times.tolist(), strict=True) if at}
         return cls(taken, half_life, dict(zip(cut, values.tolist(), strict=True)), uses)
+
+
+def rankable(index: BlockIndex) -> Rows:
+    """Of the blocks whose place in a chain is known, the ``MOST_RANKED`` used last."""
+    rows = index.used()
+    rows = rows[index.tokens[rows] > 0]
+    if len(rows) > MOST_RANKED:
+        rows = rows[np.argpartition(-index.accessed[rows], MOST_RANKED)[:MOST_RANKED]]
+    return rows
 
 
 def _cut(keys: bytes) -> list[BlockKey]:
