@@ -140,10 +140,10 @@ class Verbs:
             if known is not None and self._usage.first(caller, "", keys):
                 blocks = sum(held)
                 self._usage.count_request(len(keys), self._store.peek(keys), blocks, known.fields.block_tokens, 0.0)
+                self._usage.count_observed(self._store.beyond(keys), known.fields.block_tokens)
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
-                self._usage.count_observed(self._store.beyond(keys), known.fields.block_tokens)
         keys, timeout = split_keys(args.get("keys")), seconds_of(args, "timeout")
         with self._usage.load(_traceparent(args), keys) as load:
             load.delivery = delivery = await self._store.acquire(caller.session, keys, timeout)
@@ -233,11 +233,11 @@ class Verbs:
         size = known.fields.block_tokens
         spared = self._planning.prefill_seconds(known, start * size, offered * size)
         self._usage.count_request(max(len(keys) - start, 0), found.runs, offered, size, spared)
+        self._usage.count_observed(self._store.beyond(keys[start:]), size)
 
     def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
         if known is not None and known.block_bytes is not None:
             tokens, nbytes = known.fields.block_tokens, known.block_bytes
-        self._usage.count_observed(self._store.beyond(keys[start:]), size)
             asyncio.get_running_loop().call_soon(self._demand.observe, caller, keys, tokens, nbytes)
 
     # --- operators
