@@ -27,6 +27,7 @@ Users = Annotated[
 ]
 HostQuota = Annotated[str, typer.Option("--host", metavar="SIZE", help="Its arena; else tenants.host_bytes.")]
 DiskQuota = Annotated[str, typer.Option("--disk", metavar="SIZE", help="On the disk at most; else what is fair.")]
+ObjectQuota = Annotated[str, typer.Option("--object", metavar="SIZE", help="In the bucket at most, by this node.")]
 SecretFile = Annotated[
     typer.FileText | None,
     typer.Option(
@@ -70,6 +71,7 @@ def create(
     uid: Users = None,
     host: HostQuota = "",
     disk: DiskQuota = "",
+    bucket: ObjectQuota = "",
     shares: Annotated[str, typer.Option(metavar="NAME", help="Another tenant whose blocks it is to share.")] = "",
     secret: SecretFile = None,
     *,
@@ -88,7 +90,7 @@ def create(
         raise ConfigError(
             "NAME", name, "not a name of letters, digits, '.', '_' and '-', at most 64", "Choose another."
         )
-    quota, text = _quota(host, disk), _text(secret)
+    quota, text = _quota(host, disk, bucket), _text(secret)
     wanted = given(NewTenant, name=name, uids=uid or [], shares=shares, quota=quota, secret=text)
     with api.connect() as client:
         made = client.create_tenant(wanted)
@@ -98,15 +100,22 @@ def create(
 @app.command("set")
 @grouped
 def change(
-    name: Name, uid: Users = None, host: HostQuota = "", disk: DiskQuota = "", *, api: Api, json: options.Json = False
+    name: Name,
+    uid: Users = None,
+    host: HostQuota = "",
+    disk: DiskQuota = "",
+    bucket: ObjectQuota = "",
+    *,
+    api: Api,
+    json: options.Json = False,
 ) -> None:
-    """Change users or quotas: --uid in place of all users, --host or --disk of that tier; "none" ends a quota."""
+    """Change users or quotas: --uid in place of all users, --host, --disk or --object of that tier; "none" ends a quota."""
     from kvstore.admin.models.tenants import TenantChange
 
     with api.connect() as client:
         change: dict[str, Any] = {} if uid is None else {"uids": uid}
-        if host or disk:
-            change["quota"] = client.tenant(name).quota.model_dump() | _quota(host, disk)
+        if host or disk or bucket:
+            change["quota"] = client.tenant(name).quota.model_dump() | _quota(host, disk, bucket)
         found = client.change_tenant(name, given(TenantChange, **change))
     output.show(json, found, lambda: _print(found))
 
@@ -260,9 +269,9 @@ def _print_proof(found: PurgeProof, here: str = "") -> None:
     print_table(("region", "tombstone", ">blocks left", "confirmed by", "remark"), rows)
 
 
-def _quota(host: str, disk: str) -> dict[str, int | None]:
+def _quota(host: str, disk: str, bucket: str) -> dict[str, int | None]:
     """Those that were given. Raises ConfigError."""
-    given = {"host": ("--host", host), "disk": ("--disk", disk)}
+    given = {"host": ("--host", host), "disk": ("--disk", disk), "object": ("--object", bucket)}
     return {tier: None if text == "none" else options.size(name, text) for tier, (name, text) in given.items() if text}
 
 

@@ -44,6 +44,9 @@ class Quota(BaseModel):
 
     host: int | None = Field(None, ge=1 << 20, le=1 << 50, description="Size of its arena; null: tenants.host_bytes.")
     disk: int | None = Field(None, ge=0, le=1 << 60, description="On the node's disk; null: what fairness leaves it.")
+    object: int | None = Field(
+        None, ge=0, le=1 << 60, description="In the bucket, before this node adds to it; null: any."
+    )
 
 
 class Tenant(BaseModel):

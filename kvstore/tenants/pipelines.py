@@ -116,7 +116,7 @@ class Tenants:
         self._config = config
         self._namespaces = namespaces
         self._policies: dict[str, EvictionPolicy] = {}
-        self._quotas: dict[str, int] = {}
+        self._quotas: dict[Medium, dict[str, int]] = {Medium.DISK: {}, Medium.OBJECT: {}}
         self._problems: dict[str, str] = {}
         """What keeps tenants from being served, as it was logged."""
         self._turn = asyncio.Lock()
@@ -251,10 +251,11 @@ class Tenants:
                 log.error("tenant book not followed", error=str(error))
 
     def _set_quota(self, tenant: Tenant) -> None:
-        if tenant.quota.disk is None:
-            self._quotas.pop(tenant.name, None)
-        else:
-            self._quotas[tenant.name] = tenant.quota.disk
+        for medium, quota in ((Medium.DISK, tenant.quota.disk), (Medium.OBJECT, tenant.quota.object)):
+            if quota is None:
+                self._quotas[medium].pop(tenant.name, None)
+            else:
+                self._quotas[medium][tenant.name] = quota
 
     def _host_bytes(self, tenant: Tenant) -> int:
         return tenant.quota.host or self._config.tenants.host_bytes
@@ -284,11 +285,13 @@ class Tenants:
         lower: list[Tier] = []
         if shared.disk is not None:
             ledger = shared.ledgers[Medium.DISK]
-            own[Medium.DISK] = Own(shared.disk, ledger, name, policy, partial(self._quotas.get, name))
+            own[Medium.DISK] = Own(shared.disk, ledger, name, policy, partial(self._quotas[Medium.DISK].get, name))
             lower.append(Metered(self._unburied(own[Medium.DISK]), measured))
         if shared.bucket is not None:
             ledger = shared.ledgers[Medium.OBJECT]
-            own[Medium.OBJECT] = Own(shared.bucket, ledger, name, policy, lambda: None)
+            own[Medium.OBJECT] = Own(
+                shared.bucket, ledger, name, policy, partial(self._quotas[Medium.OBJECT].get, name)
+            )
             lower.append(Metered(Breaker(self._unburied(own[Medium.OBJECT])), measured))
         afar: list[Tier] = []
         if shared.remote is not None:

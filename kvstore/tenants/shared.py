@@ -35,8 +35,8 @@ OfTenant = Callable[[str], Tier]
 class Shared:
     """Filled by ``kvstore.assembly.open_store``. Owned by the node's event loop."""
 
-    def __init__(self, policies: Mapping[str, EvictionPolicy], quotas: Mapping[str, int]) -> None:
-        """Both by tenant, live; ``quotas`` are those of the disk, in bytes."""
+    def __init__(self, policies: Mapping[str, EvictionPolicy], quotas: Mapping[Medium, Mapping[str, int]]) -> None:
+        """Both by tenant, live; ``quotas`` in bytes, of disk and bucket."""
         self.disk: DiskTier | None = None
         self.bucket: ObjectTier | None = None
         self.undertaker: Undertaker | None = None
@@ -60,8 +60,7 @@ class Shared:
 
     def fair(self, medium: Medium, policy: EvictionPolicy) -> EvictionPolicy:
         """The tier's ranking; ``policy`` is that of blocks whose tenant has none of its own."""
-        quotas = self._quotas if medium is Medium.DISK else {}
-        return FairShare(lambda: self.ledgers[medium], self._policies, policy, lambda: quotas)
+        return FairShare(lambda: self.ledgers[medium], self._policies, policy, lambda: self._quotas[medium])
 
     def take_disk(self, disk: DiskTier) -> None:
         """Just opened."""

@@ -64,7 +64,7 @@ def test_one_report_tells_of_every_tenant(monkeypatch: pytest.MonkeyPatch, tmp_p
 async def test_a_tenants_blocks_are_worth_what_its_own_requests_teach(tmp_path: Path) -> None:
     """One tenant's prompts come back each minute, the other's never; the last of both looks the same."""
     source, now = random.Random(1), time.time()
-    shared = Shared({}, {})
+    shared = Shared({}, {Medium.DISK: {}, Medium.OBJECT: {}})
     bucket = await ObjectTier.open(ObjectSettings(url=f"file://{tmp_path}/bucket"))
     shared.ledgers[Medium.OBJECT] = Ledger(bucket.index)
     demands = {tenant: demand.Demand(tmp_path / f"{tenant}.msgpack") for tenant in ("own", "faithful", "fickle")}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from kvstore.envelope import envelope_bytes
 from kvstore.errors import KVStoreError
@@ -22,18 +25,19 @@ def tier(client: Client, medium: str) -> dict[str, Any]:
     return next(tier for tier in client.call("status")["tiers"] if tier["medium"] == medium)
 
 
-def test_the_disk_quota_holds_while_many_save_at_once() -> None:
+@pytest.mark.parametrize("medium", ["disk", "object"])
+def test_the_quota_holds_while_many_save_at_once(medium: str, tmp_path: Path) -> None:
     """Looked at all the while, from beside the savers; the other tenant keeps all that it has."""
     quota = 20 * SLOT
-    with tenant_site("acme", "globex") as site:
-        site.book.change("acme", quota=Quota(disk=quota))
+    with tenant_site("acme", "globex", overrides=(f"object.url=file://{tmp_path}/bucket",)) as site:
+        site.book.change("acme", quota=Quota(**{medium: quota}))
         with site.running(), site.engine("globex") as globex, site.engine("acme") as watching:
             theirs = save(globex, prompt_of(10, 10**6))
             most, done = [0], threading.Event()
 
             def watch() -> None:
                 while not done.is_set():
-                    most.append(tier(watching, "disk")["used_bytes"])
+                    most.append(tier(watching, medium)["used_bytes"])
 
             def saver(number: int) -> None:
                 with site.engine("acme") as engine:
@@ -46,25 +50,26 @@ def test_the_disk_quota_holds_while_many_save_at_once() -> None:
                 list(pool.map(saver, range(4)))
             done.set()
             watcher.join()
-            found = tier(watching, "disk")
+            found = tier(watching, medium)
             assert max(most) <= quota
             assert 0 < found["used_bytes"] <= quota == found["capacity_bytes"]
             assert found["evicted"] > 0
-            assert (tier(globex, "disk")["blocks"], tier(globex, "disk")["evicted"]) == (10, 0)
+            assert (tier(globex, medium)["blocks"], tier(globex, medium)["evicted"]) == (10, 0)
             assert len(loaded(globex, theirs)) == 10
 
 
-def test_the_quota_counts_what_was_there_before_a_restart() -> None:
+@pytest.mark.parametrize("medium", [Medium.DISK, Medium.OBJECT])
+def test_the_quota_counts_what_was_there_before_a_restart(medium: Medium, tmp_path: Path) -> None:
     quota = 8 * SLOT
-    with tenant_site("acme") as site:
-        site.book.change("acme", quota=Quota(disk=quota))
+    with tenant_site("acme", overrides=(f"object.url=file://{tmp_path}/bucket",)) as site:
+        site.book.change("acme", quota=Quota(**{medium.value: quota}))
         with site.running(), site.engine("acme") as acme:
-            save(acme, prompt_of(8))
-            assert tier(acme, "disk")["used_bytes"] == 8 * SLOT
+            save(acme, prompt_of(8), durable=medium)
+            assert tier(acme, medium.value)["used_bytes"] == 8 * SLOT
         with site.running(), site.engine("acme") as acme:
-            assert tier(acme, "disk")["used_bytes"] == 8 * SLOT, "before any namespace was opened"
-            save(acme, prompt_of(3, 10**6))
-            assert tier(acme, "disk")["used_bytes"] <= quota
+            wait_for(lambda: tier(acme, medium.value)["used_bytes"] == 8 * SLOT)  # before any namespace was opened
+            save(acme, prompt_of(3, 10**6), durable=medium)
+            assert tier(acme, medium.value)["used_bytes"] <= quota
 
 
 def test_a_quota_is_lowered_while_the_node_runs_and_while_it_does_not() -> None:
