@@ -148,7 +148,11 @@ def test_the_same_by_command(served: Served, tmp_path: Path) -> None:
     with served.site.engine("typed") as engine:
         save(engine, PROMPT)
     assert served.run("show", "typed")["quota"] == {"host": None, "disk": 1 << 20, "object": None}
-    assert served.run("set", "typed", "--disk", "none", "--host", "2MiB")["quota"] == {"host": 2 << 20, "disk": None, "object": None}
+    assert served.run("set", "typed", "--disk", "none", "--host", "2MiB")["quota"] == {
+        "host": 2 << 20,
+        "disk": None,
+        "object": None,
+    }
     assert "typed" in {tenant["name"] for tenant in served.run("list")}
     assert served.run("rotate", "typed", "secret", "--secret-file", str(tmp_path / "secret"), "--yes") == {
         "name": "typed",
