@@ -25,7 +25,8 @@ def read_prompts(path: Path, texts: bool = False) -> Iterator[Prompt]:
                     raise ConfigError("--prompts", f"{path}:{place}", "a line is too long", remedy)
                 prompt = _parse(line)
                 if prompt is None or (isinstance(prompt, str) and not texts):
-                    raise ConfigError("--prompts", f"{path}:{place}", "not a list of token ids", remedy)
+                    problem = "not a list of token ids" if prompt is None else "a text, which needs --tokenizer"
+                    raise ConfigError("--prompts", f"{path}:{place}", problem, remedy)
                 yield prompt
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--prompts", str(path), str(error), remedy) from error

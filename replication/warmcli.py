@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 from kvstore.cli import options
 from kvstore.cli.output import note, number, print_json
+from kvstore.cli.prompts import TokenizerName
 from kvstore.errors import ConfigError, KVStoreError
 from replication.prompts import Prompt, read_prompts
 
@@ -35,12 +36,14 @@ def warm(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Warm these prompts: a JSON list of token ids on each line; for --prime also texts."
+            metavar="FILE",
+            help="Warm these prompts: a JSON list of token ids on each line; for --prime, or with --tokenizer, also texts.",
         ),
     ] = None,
     namespace: Annotated[
         str, typer.Option("--namespace", "-n", metavar="NAME", help="Whose prompts: a model, or start of a digest.")
     ] = "",
+    tokenizer: TokenizerName = None,
     prime: Annotated[
         str,
         typer.Option(
@@ -89,20 +92,27 @@ def warm(
             raise ConfigError("--prime", prime, "goes with --prompts", "Name a file of prompts.")
         with options.Node(config, overrides, socket).connect() as client, _interruptible():
             primer = {"model": prime_model, "api_key": prime_api_key, "at_once": at_once}
-            report = _prime(loaded, client, prompts, namespace, prime, {**primer, "per_second": per_second or None})
+            chosen = list(_read(prompts, tokenizer, texts=True))
+            report = _prime(loaded, client, chosen, namespace, prime, {**primer, "per_second": per_second or None})
         _show_primed(report, prefill_rate, json)
     else:
         if (prompts is None) == bool(namespace):
             raise ConfigError("--namespace", namespace, "goes with --prompts", "Give both, or neither.")
+        asked = None if prompts is None else _read(prompts, tokenizer, texts=False)
         with options.Node(config, overrides, socket).connect() as client, _interruptible():
             warmed = _warm(
-                loaded, client, prompts, namespace, options.size("--budget", budget), options.size("--rate", rate)
+                loaded, client, asked, namespace, options.size("--budget", budget), options.size("--rate", rate)
             )
         _show_warmed(warmed, prefill_rate, at_least, json)
 
 
 def _warm(
-    config: Config, client: Client, prompts: Path | None, namespace: str, budget: int | None, rate: int | None
+    config: Config,
+    client: Client,
+    prompts: Iterable[Prompt] | None,
+    namespace: str,
+    budget: int | None,
+    rate: int | None,
 ) -> WarmReport:
     """Fill the node. Raises ConfigError, NodeUnavailable, TierUnavailable; the node's warmth says so too."""
     from replication.rate import RateLimit
@@ -152,7 +162,19 @@ def _check(config: Config, at_least: float, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _prime(config: Config, client: Client, file: Path, wanted: str, url: str, primer: dict[str, Any]) -> PrimeReport:
+def _read(file: Path, tokenizer: str | None, texts: bool) -> Iterator[Prompt]:
+    """The prompts of a file, as token ids where there is a tokenizer; texts only where ``texts`` says so. Raises ConfigError."""
+    if tokenizer is None:
+        return read_prompts(file, texts)
+    from kvstore.cli.tokenizer import Tokenizer
+
+    encode = Tokenizer(tokenizer).encode
+    return (encode(prompt) if isinstance(prompt, str) else prompt for prompt in read_prompts(file, texts=True))
+
+
+def _prime(
+    config: Config, client: Client, prompts: Sequence[Prompt], wanted: str, url: str, primer: dict[str, Any]
+) -> PrimeReport:
     """Have prompts computed. Raises ConfigError, EndpointUnavailable, and what finding out what is stored raises."""
     import asyncio
     import signal
@@ -161,7 +183,6 @@ def _prime(config: Config, client: Client, file: Path, wanted: str, url: str, pr
         raise ConfigError("--prime", url, "the package httpx is not installed", "Install llm-kvstore[admin].")
     from replication.prime import Primer
 
-    prompts = list(read_prompts(file, texts=True))
     judge = {"need": _judge(client, *_survey(config, wanted))} if wanted else {}
 
     async def run() -> PrimeReport:
@@ -206,7 +227,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _find(
-    config: Config, client: Client, report: WarmReport, prompts: Path | None, wanted: str
+    config: Config, client: Client, report: WarmReport, prompts: Iterable[Prompt] | None, wanted: str
 ) -> tuple[HotSet, dict[bytes, Namespace]]:
     """What to warm. Raises ConfigError, TierUnavailable."""
     import asyncio
@@ -222,7 +243,7 @@ def _find(
     if prompts is None:
         return asyncio.run(hot_set())
     stored, chosen, length = _survey(config, wanted)
-    tokens = (prompt for prompt in read_prompts(prompts) if not isinstance(prompt, str))
+    tokens = (prompt for prompt in prompts if not isinstance(prompt, str))
     hot, lacking = blocks_of_prompts(client, chosen, length, tokens, stored.__contains__)
     report.skipped.update({"not_in_bucket": lacking} if lacking else {})
     return hot, {chosen.digest: chosen}

@@ -205,6 +205,28 @@ def test_prompts_of_a_file(na: ObjectSettings, folder: Path) -> None:
         assert "(llama)" in wrong.output
 
 
+def test_texts_of_a_file_are_read_with_the_engines_tokenizer(na: ObjectSettings, folder: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{token}": token for token in prompt(0, 4)}, "w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "model")
+    (chain,) = published(na, folder, prompts=1)
+    file = folder / "prompts.jsonl"
+    file.write_text(json.dumps(" ".join(f"w{token}" for token in prompt(0, 3))))
+    given = ("--prompts", str(file), "--namespace", "llama")
+    with node_on(na, folder / "b") as node:
+        refused = CliRunner().invoke(app, arguments(node, na, *given))
+        assert refused.exit_code == 2
+        assert "needs --tokenizer" in " ".join(refused.output.split())
+        report = warm(node, na, *given, "--tokenizer", str(folder / "model"))
+        assert (report["planned"]["blocks"], report["skipped"]) == (3, {})
+        with Client(node.socket) as client:
+            keys_of(client, prompt(0, 4))
+            assert [medium is Medium.OBJECT for medium, _ in loaded(client, chain)] == [False, False, False, True]
+        wrong = CliRunner().invoke(app, arguments(node, na, *given, "--tokenizer", str(folder / "nothing")))
+        assert wrong.exit_code == 2
+
+
 def test_without_a_manifest_the_latest_blocks_are_hot(na: ObjectSettings, folder: Path) -> None:
     with node_on(na, folder / "writer") as writer, Client(writer.socket) as engine:
         save(engine, prompt(0, 3))
