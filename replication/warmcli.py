@@ -103,6 +103,8 @@ def warm(
             warmed = _warm(
                 loaded, client, asked, namespace, options.size("--budget", budget), options.size("--rate", rate)
             )
+        if loaded.tenants.book is not None and loaded.node.token_file is None and warmed.skipped["other_tenant"]:
+            note("A node with several tenants is warmed tenant by tenant: set identity.tenant and node.token_file.")
         _show_warmed(warmed, prefill_rate, at_least, json)
 
 
