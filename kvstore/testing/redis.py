@@ -1,7 +1,7 @@
 """Real Redis servers on free loopback ports, as context managers. Debian package redis-server (Valkey's does as well).
 
 * ``redis_server``: one server, with a password and TLS if asked for.
-* ``redis_sentinel``: a server and a Sentinel that watches it.
+* ``redis_sentinel``: a server, a Sentinel that watches it, and a replica if asked for.
 * ``redis_cluster``: a cluster of one server, which refuses keys of different slots as a large one would.
 
 All data lives in a temporary folder and is gone when the context ends.
@@ -13,8 +13,8 @@ import shutil
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,22 +102,53 @@ class _Probed(RedisServer):
 
 
 @contextmanager
-def redis_sentinel() -> Iterator[RedisServer]:
-    """A server behind a Sentinel; ``url`` is Sentinel's. Raises ServerUnavailable."""
-    with redis_server() as watched, tempfile.TemporaryDirectory(prefix="kvs-") as name:
+def redis_sentinel(replicated: bool = False) -> Iterator[RedisServer]:
+    """A server behind a Sentinel; ``url`` is Sentinel's. Raises ServerUnavailable.
+
+    ``replicated``: with a replica that takes over a few seconds after the server was killed.
+    """
+    with ExitStack() as stack:
+        watched = stack.enter_context(redis_server("", False, True, "--repl-diskless-sync-delay", "0"))
+        if replicated:
+            replica = stack.enter_context(redis_server("", False, True, "--replicaof", "127.0.0.1", str(watched.port)))
+            _wait_until(lambda: _in_step(replica), "the replica did not follow")
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvs-"))
         port = free_port()
         config = Path(name) / "sentinel.conf"
+        hasty = f"sentinel down-after-milliseconds {SERVICE} 1000\nsentinel failover-timeout {SERVICE} 5000\n"
         config.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {name}\nsentinel monitor {SERVICE} 127.0.0.1 {watched.port} 1\n"
+            + (hasty if replicated else "")
         )
         program = watched.daemon.argv[0]
         probe = _Probed("", port, watched.daemon)
         daemon = Daemon([program, str(config), "--sentinel"], Path(name) / "log", probe.answers)
         try:
             daemon.start()
+            if replicated:
+                _wait_until(lambda: _replicas_known(port), "Sentinel did not find the replica")
             yield RedisServer(f"redis+sentinel://127.0.0.1:{port}/{SERVICE}/0", watched.port, watched.daemon)
         finally:
             daemon.stop()
+
+
+def _in_step(replica: RedisServer) -> bool:
+    with replica.client() as client:
+        return bool(client.info("replication").get("master_link_status") == "up")
+
+
+def _replicas_known(port: int) -> bool:
+    with Redis("127.0.0.1", port, socket_timeout=5) as sentinel:
+        return bool(sentinel.execute_command("SENTINEL", "REPLICAS", SERVICE))
+
+
+def _wait_until(condition: Callable[[], bool], problem: str) -> None:
+    """Raises ServerUnavailable."""
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServerUnavailable(problem)
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -126,9 +157,7 @@ def redis_cluster() -> Iterator[RedisServer]:
     with redis_server("", False, True, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            deadline = time.monotonic() + START_SECONDS
-            while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
-                if time.monotonic() > deadline:
-                    raise ServerUnavailable("the cluster did not come up")
-                time.sleep(0.05)
+            _wait_until(
+                lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"), "the cluster did not come up"
+            )
         yield RedisServer(f"redis+cluster://127.0.0.1:{server.port}", server.port, server.daemon)
