@@ -30,7 +30,7 @@ check: .venv/base.stamp lint
 	$(BIN)/python -m pytest -m "not engine and not s3 and not gpu" $(ARGS)
 
 fuzz: .venv/base.stamp
-	@for target in protocol envelope manifest configuration journal; do \
+	@for target in protocol envelope manifest documents configuration journal; do \
 	  PYTHONPATH=. $(BIN)/python tests/fuzz/harness.py $$target \
 	    -timeout=10 -max_len=16384 -max_total_time=300 || exit 1; \
 	done
