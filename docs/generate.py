@@ -75,7 +75,7 @@ MEASURED = {
         "node_heap_mb_1m_blocks": "memory of a node with a million blocks indexed, MB",
     },
     "planner": {
-        "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, worst of 720 cases (simulated)",
+        "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, worst of 720 cases",
         "within_1.05": "... share of the cases within 1.05",
         "worst_ratio_one_stream": "... worst of 2,880 single streams of 40 requests",
     },
