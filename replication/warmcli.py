@@ -85,6 +85,8 @@ def warm(
     Exit status: 0 warm enough, 1 less, 2 bad input, 3 no node answers, 130 interrupted by SIGINT or SIGTERM.
     """
     loaded = options.load(config, overrides, socket).config
+    if tokenizer is not None and prompts is None:
+        raise ConfigError("--tokenizer", tokenizer, "goes with --prompts", "Name a file of prompts, or leave it out.")
     if check:
         _check(loaded, at_least, json)
     elif prime:

@@ -223,8 +223,8 @@ def test_texts_of_a_file_are_read_with_the_engines_tokenizer(na: ObjectSettings,
         with Client(node.socket) as client:
             keys_of(client, prompt(0, 4))
             assert [medium is Medium.OBJECT for medium, _ in loaded(client, chain)] == [False, False, False, True]
-        wrong = CliRunner().invoke(app, arguments(node, na, *given, "--tokenizer", str(folder / "nothing")))
-        assert wrong.exit_code == 2
+        for wrong in ((*given, "--tokenizer", str(folder / "nothing")), ("--tokenizer", str(folder / "model"))):
+            assert CliRunner().invoke(app, arguments(node, na, *wrong)).exit_code == 2
 
 
 def test_without_a_manifest_the_latest_blocks_are_hot(na: ObjectSettings, folder: Path) -> None:
