@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -196,6 +197,31 @@ def test_following_events_finds_the_prefix_too(fleet: Fleet) -> None:
         wait_for(lambda place=place, held=held: place.node.blocks()["host"] > held + 5)
         time.sleep(0.5)  # events go out after 10 ms, and nothing says when they have come
         assert fleet.complete(first + prose(50, 30), fleet.following)[1] == place.url
+
+
+def test_a_primed_prompt_is_loaded_when_it_is_asked_for(fleet: Fleet, tmp_path: Path) -> None:
+    """``kvstore warm --prime`` sends what nobody has computed yet through a real engine, once."""
+    place, texts = fleet.places[0], [prose(60, 500), prose(61, 500)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    held = place.node.blocks()["host"]
+    command = [
+        "warm",
+        "--prime",
+        place.url,
+        "--prompts",
+        str(file),
+        "--set",
+        f"node.socket={place.node.socket}",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-m", "kvstore", *command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sent"] == 2
+    wait_for(lambda: place.node.blocks()["host"] >= held + 10)
+    before = place.loaded()
+    fleet.complete(texts[0] + prose(62, 20), place.url)
+    wait_for(lambda: place.loaded() - before > 300)
 
 
 def test_requests_go_on_without_a_node_and_without_an_engine(fleet: Fleet) -> None:
