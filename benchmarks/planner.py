@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -228,6 +229,7 @@ class Simulation:
             return
         asked, ahead = self.now, self.ahead()
         first, arrives = self._transfer(count * size, f"{job.number}/{have}", job.slower)
+        self._under_way(ahead, count * size, first, arrives)
 
         def end() -> None:
             if self.now >= arrives:
@@ -267,6 +269,12 @@ class Simulation:
         self._in_flight.append((self._free_at, nbytes))
         return begins + self.case.model.block_bytes / (self.case.bandwidth * 1e9) * noise, self._free_at
 
+    def _under_way(self, ahead: int, nbytes: int, first: float, arrives: float) -> None:
+        """The meter is told of the first and the last block, as a node tells it of each."""
+        for coming, when in ((self.case.model.block_bytes, first), (nbytes, arrives)):
+            transfer = self.meter.begin(ahead + coming, self.now)
+            self.at(when, partial(self.meter.end, transfer))
+
     def ahead(self) -> int:
         """Bytes that the tier is busy with."""
         while self._in_flight and self._in_flight[0][0] <= self.now:
@@ -288,6 +296,7 @@ class Simulation:
         self._background -= count
         asked, ahead, nbytes = self.now, self.ahead(), count * self.case.model.block_bytes
         first, arrives = self._transfer(nbytes, f"ahead/{next(self._numbers)}", self.slowness)
+        self._under_way(ahead, nbytes, first, arrives)
 
         def end() -> None:
             self.meter.observe(ahead + self.case.model.block_bytes, first - asked)
@@ -317,7 +326,7 @@ def planned(simulation: Simulation, job: Job) -> Decision:
     request = Request(simulation.runs(job), 0, job.tokens, BLOCK_TOKENS, line)
     speeds = {Medium.HOST: simulation.pages.speed()}
     if simulation.meter.known:
-        speed = simulation.meter.speed(simulation.promised)
+        speed = simulation.meter.speed(simulation.promised, now)
         waiting = simulation.behind * min(loads.rate(now) / max(engine.rate(now), 1e-9), 1.0)
         speeds[Medium.DISK] = replace(speed, line=loads.line(now, waiting, speed.queued_bytes / speed.bandwidth))
     prefill = simulation.prefill.seconds if simulation.prefill.known else None

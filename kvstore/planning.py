@@ -246,7 +246,7 @@ class Planning:
         requests = queue.flow.rate(now)
         for medium, meter in self._store.promoter.meters.items():
             if meter.known:
-                speed = meter.speed(ahead[medium])
+                speed = meter.speed(ahead[medium], now)
                 loads = self._loads[medium]
                 share = min(loads.rate(now) / requests, 1.0) if requests else 0.0
                 line = loads.line(now, waiting * share, speed.queued_bytes / speed.bandwidth)

@@ -200,6 +200,7 @@ class Promoter:
             if offset is None:
                 return Miss.NO_ROOM
             self._in_flight[tier.medium] += stat.length
+            transfer = self.meters[tier.medium].begin(self._in_flight[tier.medium], time.monotonic())
             header = None
             try:
                 with tracing.span(f"{tier.medium.value} get", block=key, bytes=stat.length):
@@ -217,6 +218,7 @@ class Promoter:
                 continue
             finally:
                 self._in_flight[tier.medium] -= stat.length
+                self.meters[tier.medium].end(transfer)
                 if header is None:
                     self._host.discard(offset)
             if key in self._host.keys():  # saved anew meanwhile

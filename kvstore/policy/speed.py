@@ -1,4 +1,8 @@
-"""How fast a tier delivers, learnt as it runs: seconds = latency + bytes / bandwidth, the bytes ahead in its queue included."""
+"""How fast a tier delivers, learnt as it runs: seconds = latency + bytes / bandwidth, the bytes ahead in its queue included.
+
+A tier that has become slow is known by what has not come yet, before anything comes late: while a transfer is overdue, all behind
+it are expected to come as much later. Not so when one that began later has come: then it is a straggler that others pass.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,10 @@ class SpeedMeter:
         """``window``: blocks that are asked for together."""
         self._fit = OnlineFit(PRIORS[medium], MEMORY, CHANGE)
         self._window = window
+        self._under_way: dict[int, float] = {}
+        """When transfers are expected."""
+        self._begun = self._passed = 0
+        """The last that began, and the last of those that ended."""
 
     @property
     def known(self) -> bool:
@@ -59,6 +67,18 @@ class SpeedMeter:
         if nbytes > 0 and self._fit.seconds((1.0, nbytes)) < seconds:
             self._fit.observe((1.0, nbytes), seconds)
 
+    def begin(self, nbytes: int, now: float) -> int:
+        """So many bytes are on their way, those ahead of them included; a name for ``end``."""
+        self._begun += 1
+        if self.known:
+            self._under_way[self._begun] = now + self._fit.seconds((1.0, nbytes)) * self._fit.mean
+        return self._begun
+
+    def end(self, transfer: int) -> None:
+        """They came, or never will."""
+        self._under_way.pop(transfer, None)
+        self._passed = max(self._passed, transfer)
+
     def describe(self) -> Mapping[str, float]:
         """For people: what was learnt."""
         speed = self.speed()
@@ -69,8 +89,18 @@ class SpeedMeter:
             "spread": self.spread,
         }
 
-    def speed(self, queued_bytes: int = 0) -> Speed:
-        """What is to be expected behind so many bytes: the mean of timings that scatter, some far, which is more than usual."""
+    def speed(self, queued_bytes: int = 0, now: float | None = None) -> Speed:
+        """What is to be expected behind so many bytes: the mean of timings that scatter, some far, which is more than usual.
+
+        What is overdue at the time ``now`` counts as so many bytes more.
+        """
         latency, per_byte = self._fit.coefficients
         mean = self._fit.mean
-        return Speed(latency * mean, 1 / max(per_byte * mean, 1e-15), self._window, queued_bytes)
+        bandwidth = 1 / max(per_byte * mean, 1e-15)
+        overdue = 0.0 if now is None else self._overdue(now)
+        return Speed(latency * mean, bandwidth, self._window, queued_bytes + int(overdue * bandwidth))
+
+    def _overdue(self, now: float) -> float:
+        """Seconds since some transfer was expected."""
+        late = (now - due for transfer, due in self._under_way.items() if transfer > self._passed)
+        return max(0.0, max(late, default=0.0))

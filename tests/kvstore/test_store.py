@@ -202,6 +202,22 @@ async def test_at_the_deadline_a_prefix_is_the_answer_and_the_rest_still_arrives
     assert not rig.host.index.pins[rig.host.index.used()].any(), "a late block stayed leased"
 
 
+async def test_a_block_that_is_overdue_is_known_before_it_comes(rig: Rig, chain: list[SealedBlock]) -> None:
+    for block in chain:
+        await rig.disk.put(block.header, block.envelope)
+    meter = rig.store.promoter.meters[Medium.DISK]
+    await rig.store.acquire(rig.session, keys_of(chain[:2]), 5)
+    assert meter.known
+    rig.disk.gate.clear()
+    fetching = asyncio.create_task(rig.store.acquire(rig.session, keys_of(chain[2:]), 30))
+    await asyncio.sleep(0.3)
+    speed = meter.speed(0, time.monotonic())
+    assert speed.queued_bytes / speed.bandwidth > 0.1
+    rig.disk.gate.set()
+    assert len((await fetching).offsets) == 4
+    assert meter.speed(0, time.monotonic() + 60).queued_bytes == 0
+
+
 async def test_a_tier_that_nobody_measured_is_known_when_what_was_late_has_come(
     rig: Rig, chain: list[SealedBlock]
 ) -> None:

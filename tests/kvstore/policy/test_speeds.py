@@ -155,6 +155,44 @@ def test_a_tier_that_is_slower_in_all_is_known_by_one_size() -> None:
     assert latest(meter, 16 * block) == pytest.approx(3 * (0.1 + 16 * block / 8e9), rel=0.3)
 
 
+def usual_disk() -> SpeedMeter:
+    """100 MB take some 0.1 s."""
+    meter = SpeedMeter(Medium.DISK, 16)
+    for nbytes in (10**7, 10**8) * 20:
+        meter.observe(nbytes, 0.001 + nbytes / 1e9)
+    return meter
+
+
+def test_what_is_overdue_holds_up_whatever_comes_behind_it() -> None:
+    meter = usual_disk()
+    transfer = meter.begin(10**8, 50.0)
+    assert meter.speed(0, 50.05) == meter.speed()
+    late = meter.speed(0, 50.6)
+    assert late.queued_bytes / late.bandwidth == pytest.approx(0.5, rel=0.1)
+    assert meter.speed(0).queued_bytes == 0, "a description is of what was learnt"
+    meter.end(transfer)
+    assert meter.speed(0, 50.6).queued_bytes == 0
+
+
+def test_a_straggler_that_others_pass_holds_up_nobody() -> None:
+    meter = usual_disk()
+    straggler = meter.begin(10**8, 50.0)
+    meter.end(meter.begin(10**8, 50.1))
+    assert meter.speed(0, 51.0).queued_bytes == 0
+    meter.begin(10**8, 50.3)
+    assert meter.speed(0, 51.0).queued_bytes > 0, "it was passed, this one was not"
+    meter.end(straggler)
+    assert meter.speed(0, 51.0).queued_bytes > 0
+
+
+def test_of_a_tier_that_nobody_timed_nothing_is_overdue() -> None:
+    meter = SpeedMeter(Medium.OBJECT, 16)
+    transfer = meter.begin(10**8, 50.0)
+    meter.observe(10**7, 0.1)
+    assert meter.speed(0, 60.0).queued_bytes == 0
+    meter.end(transfer)
+
+
 def test_what_never_came_teaches_that_the_tier_is_slow() -> None:
     meter = SpeedMeter(Medium.OBJECT, 16)
     for _ in range(10):
