@@ -34,10 +34,11 @@ ROUTES = [
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningApi, Path, str]]:
-    """An API with every route, its audit log, and an admin's token."""
+    """An API with every route, its audit log, and an admin's token. More strangers a second than are kept otherwise."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
     _, text = TokenBook(tokens).create("root", Role.ADMIN)
-    with tenant_site("acme") as site, site.running():
+    with pytest.MonkeyPatch.context() as patch, tenant_site("acme") as site, site.running():
+        patch.setattr("kvstore.audit.STRANGERS_PER_SECOND", 1000)
         bucket = site.folder / "bucket"
         topology = site.folder / "regions.toml"
         topology.write_text(f'[regions.eu]\nurl = "file://{bucket}"\n')
