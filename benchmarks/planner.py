@@ -404,7 +404,7 @@ def play(case: Case, number: int, streams: int, requests: int) -> Outcome:
 
 def arguments(parser: Any) -> None:
     parser.add_argument("--requests", type=int, default=40, help="length of each stream")
-    parser.add_argument("--streams", type=int, default=4, help="streams of each case")
+    parser.add_argument("--streams", type=int, default=8, help="streams of each case")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
 
 

@@ -1,7 +1,8 @@
 """How fast a tier delivers, learnt as it runs: seconds = latency + bytes / bandwidth, the bytes ahead in its queue included.
 
 A tier that has become slow is known by what has not come yet, before anything comes late: while a transfer is overdue, all behind
-it are expected to come as much later. Not so when one that began later has come: then it is a straggler that others pass.
+it are expected to come as much later. Not so when one that began later has come: then it is a straggler that others pass. What
+came far too late may have been an accident or the first of many: until another comes in time, half of that is expected again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ MEMORY = 40.0
 
 CHANGE = 5
 """Timings. A window gives two, so this is three windows of an ill-used tier, and one that was unlucky is none."""
+
+FAR = 2.0
+"""Times what was expected: of a transfer that came so late the next one will as likely come as late as in time."""
 
 PRIORS = {
     Medium.HOST: (0.002, 1 / 10e9),
@@ -39,6 +43,8 @@ class SpeedMeter:
         """When transfers are expected."""
         self._begun = self._passed = 0
         """The last that began, and the last of those that ended."""
+        self._late = 0.0
+        """Seconds by which the latest timing was beyond what was expected, if it was far beyond."""
 
     @property
     def known(self) -> bool:
@@ -60,12 +66,12 @@ class SpeedMeter:
     def observe(self, nbytes: int, seconds: float) -> None:
         """So many bytes came in so many seconds: those asked for, and those that were ahead of them."""
         if nbytes > 0:
-            self._fit.observe((1.0, nbytes), seconds)
+            self._learn(nbytes, seconds, FAR)
 
     def at_least(self, nbytes: int, seconds: float) -> None:
         """After so many seconds not even these bytes had come."""
         if nbytes > 0 and self._fit.seconds((1.0, nbytes)) < seconds:
-            self._fit.observe((1.0, nbytes), seconds)
+            self._learn(nbytes, seconds, 1.0)
 
     def begin(self, nbytes: int, now: float) -> int:
         """So many bytes are on their way, those ahead of them included; a name for ``end``."""
@@ -97,8 +103,13 @@ class SpeedMeter:
         latency, per_byte = self._fit.coefficients
         mean = self._fit.mean
         bandwidth = 1 / max(per_byte * mean, 1e-15)
-        overdue = 0.0 if now is None else self._overdue(now)
+        overdue = 0.0 if now is None else max(self._overdue(now), self._late / 2)
         return Speed(latency * mean, bandwidth, self._window, queued_bytes + int(overdue * bandwidth))
+
+    def _learn(self, nbytes: int, seconds: float, far: float) -> None:
+        expected = self._fit.seconds((1.0, nbytes)) * self._fit.mean
+        self._late = seconds - expected if self.known and seconds > far * expected else 0.0
+        self._fit.observe((1.0, nbytes), seconds)
 
     def _overdue(self, now: float) -> float:
         """Seconds since some transfer was expected."""

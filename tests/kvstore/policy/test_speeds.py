@@ -185,6 +185,17 @@ def test_a_straggler_that_others_pass_holds_up_nobody() -> None:
     assert meter.speed(0, 51.0).queued_bytes > 0
 
 
+def test_after_one_that_came_late_half_of_that_is_expected_again_until_one_comes_in_time() -> None:
+    meter = usual_disk()
+    meter.observe(10**8, 1.1)
+    doubtful = meter.speed(0, 50.0)
+    assert doubtful.queued_bytes / doubtful.bandwidth == pytest.approx(0.5, rel=0.1)
+    meter.observe(10**8, 0.12)
+    assert meter.speed(0, 50.0).queued_bytes == 0
+    meter.at_least(10**8, 0.15)
+    assert meter.speed(0, 50.0).queued_bytes > 0, "it had not come by then"
+
+
 def test_of_a_tier_that_nobody_timed_nothing_is_overdue() -> None:
     meter = SpeedMeter(Medium.OBJECT, 16)
     transfer = meter.begin(10**8, 50.0)
