@@ -77,7 +77,7 @@ MEASURED = {
     "planner": {
         "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, worst of 720 cases",
         "within_1.05": "... share of the cases within 1.05",
-        "worst_ratio_one_stream": "... worst of 2,880 single streams of 40 requests",
+        "worst_ratio_one_stream": "... worst of 5,760 single streams of 40 requests",
     },
     "overhead": {"slowdown": "vLLM with the connector and no hit at all, times vLLM without it"},
     "disk": {
@@ -137,6 +137,9 @@ MEASURED = {
         "load_ratio_to_lmcache_fs": "LMCache loading over this store, times its own file backend (page cache)",
     },
     "router": {"lookup_128k_ms": "a router's lookup of a 128k-token prompt whose beginning it has seen, ms"},
+    "hostpool": {
+        "arena_cpu_by_straight": "SGLang loading from disk, CPU by way of the node's memory, times straight into its pool"
+    },
     "admin": {
         "data_path_slowdown": "data path beside 500 reads/s of the admin API, times beside the same load elsewhere"
     },
