@@ -84,6 +84,7 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> Birth:
         with step("na: an engine computed every prompt and saved it; na published what is hot"):
             computed = _ask_all(folder, model, na, list(asked.values()))
             na.node.drain()
+            na.node.stop()  # a node that ends tells what is hot; else it does so every 15 s
             na.publish()
         with step("eu, an empty region, pulled it over the WAN"):
             started = time.perf_counter()
