@@ -8,13 +8,13 @@ planner finds that faster than computing (``benchmarks.traces.remote``; the main
 model, 25 Gbit/s, 70 ms).
 
 Contestants have equal bytes: as many blocks as were used at least 5, 3 or 2 times. ``count`` is sent these, the plain
-threshold. The product divides them between what it sends ahead and what it keeps for reads until that is used up
-(``benchmarks.traces.budget``, with the reason); the last table compares that rule with fixed shares. Beside them: all sent
-ahead; the count with the same reads, which shows what the reads bring and what the choice; nothing; and everything.
+threshold. ``advised`` divides them as docs/regions.md says, which an operator has to do, into what is sent ahead and what is kept
+for reads (``benchmarks.traces.budget``, with the reason); the last table compares that rule with fixed shares. Beside them: all
+sent ahead; the count with the same reads, which shows what the reads bring and what the choice; nothing; and everything.
 
 Hit ratios are of tokens, and a block counts only when every block before it hits; one that is read in time to be used is a hit.
 Saved prefill seconds are less what requests waited for reads, so they can be fewer while hits are more.
-``worst_gain_over_count_points`` is the least that the product is ahead of the threshold, over those three sizes and the first
+``worst_gain_over_count_points`` is the least that this is ahead of the threshold, over those three sizes and the first
 1, 5 and 30 minutes, of the trace's birth at half of its requests; ``mean_gain_...`` is over births at several times, because
 what one cluster is asked in one minute is luck. Points at which the threshold is within a point of sending everything are
 left out: there is nothing to be had.
@@ -40,10 +40,10 @@ from benchmarks.study import Study
 from benchmarks.traces import FILES, TRACES
 from benchmarks.traces.birth import Birth, Served
 from benchmarks.traces.budget import (
+    ADVISED,
     COUNT,
     COUNT_READING,
     DIVISIONS,
-    PRODUCT,
     SENT_AHEAD,
     TIMES,
     Point,
@@ -62,7 +62,7 @@ BIRTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of the trace's requests."""
 HALF = 0.5
 STEADY = 0.95
-HITS = {"": PRODUCT, "_sent_ahead": SENT_AHEAD, "_by_count": COUNT, "_by_count_with_reads": COUNT_READING}
+HITS = {"": ADVISED, "_sent_ahead": SENT_AHEAD, "_by_count": COUNT, "_by_count_with_reads": COUNT_READING}
 CASES = {
     "": (WAN, MLA),
     "_10_gbit": (replace(WAN, bandwidth=10 * GBIT), MLA),
@@ -130,7 +130,7 @@ def cases(birth: Birth) -> dict[str, float]:
     for case, (link, model) in CASES.items():
         judged = [point for point in points_of(birth, WINDOWS, link, model) if point.counts]
         figures[f"worst_gain_over_count_points{case}"] = min(point.gain() for point in judged)
-        for name, choice in {"": PRODUCT, "_sent_ahead": SENT_AHEAD}.items():
+        for name, choice in {"": ADVISED, "_sent_ahead": SENT_AHEAD}.items():
             seconds = [point.seconds_gained(choice) for point in judged]
             figures[f"seconds_gained_over_count{name}{case}"] = sum(seconds) / len(seconds)
     return figures

@@ -115,8 +115,8 @@ async def open_store(
             probe=probe,
             admission=admission,
             history=history,
-            afar=afar if config.remote.mode == "enforce" else (),
-            observed=afar if config.remote.mode == "observe" else (),
+            afar=afar,
+            only_observed=config.remote.mode == "observe",
         )
         if bucket is not None and undertaker is not None:
             undertaker.watch(store, bucket.objects)

@@ -83,7 +83,7 @@ class Store:
         admission: AdmissionPolicy | None = None,
         history: History | None = None,
         afar: Sequence[Tier] = (),
-        observed: Sequence[Tier] = (),
+        only_observed: bool = False,
     ) -> None:
         """``lower`` are the slower tiers, fastest first; ``queue_bytes`` bounds what may wait for each of them and
         ``writers`` how many blocks are on their way to it (two batches of the disk: one is written while the other is synced).
@@ -92,14 +92,14 @@ class Store:
         are written down; without one, all are. ``history`` is told what becomes of blocks.
 
         ``afar`` are tiers that are read and never written, slower than all others: what only they hold is saved here once it
-        is computed, or was read. Of ``observed`` ones it is only told what they would add.
+        is computed, or was read. If they are ``only_observed``, it is only told what they would add.
         """
         self.host = host
         self.written: tuple[Tier, ...] = (host, *lower)
         """Those that keep what engines save here."""
-        self.tiers: tuple[Tier, ...] = (*self.written, *afar)
+        self.tiers: tuple[Tier, ...] = self.written if only_observed else (*self.written, *afar)
         """Those that blocks are loaded from, fastest first."""
-        self._observed = tuple(observed)
+        self._observed = tuple(afar) if only_observed else ()
         self.metrics = metrics
         self.history = history if history is not None else History()
         self._reservations = Reservations(host)

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from kvstore.config.schema import is_loopback
 from kvstore.errors import ConfigError
+from kvstore.tls import believe, show
 
 log = structlog.get_logger(__name__)
 
@@ -93,15 +94,9 @@ class MetricsAddress:
         if self.certificate is None or self.key is None:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:  # ssl.SSLError too
-            raise ConfigError("--metrics-certificate", str(self.certificate), str(error), "Name PEM files.") from error
+        show(context, "--metrics-certificate", self.certificate, self.key)
         if self.client_ca is not None:
-            try:
-                context.load_verify_locations(self.client_ca)
-            except OSError as error:
-                raise ConfigError("--metrics-client-ca", str(self.client_ca), str(error), "Name a PEM file.") from error
+            believe(context, "--metrics-client-ca", self.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 

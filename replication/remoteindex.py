@@ -25,6 +25,7 @@ AT_ONCE = 8192
 """Keys between two chances for the event loop: about a millisecond."""
 
 _ROW_BITS = 32
+_ROW = (1 << _ROW_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Offer:
         if place is None:
             return None
         table = self._tables[place >> _ROW_BITS]
-        row = table.rows[place & ((1 << _ROW_BITS) - 1)]
+        row = table.rows[place & _ROW]
         parent, number, score = int(row["parent"]), int(row["namespace"]), float(row["score"])
         label = table.labels[number]
         above = BlockKey(table.rows["key"][parent].tobytes()) if parent >= 0 else NO_PARENT
@@ -140,7 +141,7 @@ def _sizes(tables: Sequence[Table], places: Mapping[BlockKey, int]) -> list[int]
     sizes = [0] * len(tables)
     every = iter(places.values())
     while len(part := np.fromiter(islice(every, AT_ONCE), dtype=np.int64)):
-        numbers, rows = part >> _ROW_BITS, part & ((1 << _ROW_BITS) - 1)
+        numbers, rows = part >> _ROW_BITS, part & _ROW
         for number, table in enumerate(tables):
             sizes[number] += int(slot_sizes(table.rows["length"][rows[numbers == number]]).sum())
     return sizes
@@ -150,15 +151,14 @@ def _dead(table: Table, tombstones: Sequence[Tombstone]) -> npt.NDArray[np.bool_
     """Which rows are buried, as ``kvstore.tombstones.Graves`` judges them."""
     rows = table.rows
     until = np.full(len(table.labels), -np.inf)
+    below = np.zeros(len(rows), dtype=bool)
     for stone in tombstones:
+        meant = np.array([stone.covers(label.digest, label) for label in table.labels], dtype=bool)
         if not stone.prefix:
-            meant = np.array([stone.covers(label.digest, label) for label in table.labels], dtype=bool)
             until[meant] = np.maximum(until[meant], stone.time)
-    dead: npt.NDArray[np.bool_] = rows["created"] <= until[rows["namespace"]]
-    for stone in tombstones:
-        if stone.prefix and (heads := np.flatnonzero(_equal(rows, stone.prefix))).size:
-            meant = np.array([stone.covers(label.digest, label) for label in table.labels], dtype=bool)
-            dead |= _below(rows, heads) & meant[rows["namespace"]] & (rows["created"] <= stone.time)
+        elif (heads := np.flatnonzero(_equal(rows, stone.prefix))).size:
+            below |= _below(rows, heads) & meant[rows["namespace"]] & (rows["created"] <= stone.time)
+    dead: npt.NDArray[np.bool_] = below | (rows["created"] <= until[rows["namespace"]])
     return dead
 
 

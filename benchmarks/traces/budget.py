@@ -2,8 +2,8 @@
 
 A block that is sent ahead is asked for with a probability below one; a block that is read is always a hit. So a small budget is
 best kept. But requests can only read what the link brings, and long before it is full they wait for each other and had better
-compute. So the product keeps what the link brings in half a minute, which is half of its load in a cluster's first
-minute, when most is asked for, and sends the rest ahead. Where the planner would not even read a usual prompt over an idle
+compute. So docs/regions.md advises to keep what the link brings in half a minute, which is half of its load in a cluster's first
+minute, when most is asked for, and to send the rest ahead. Where the planner would not even read a usual prompt over an idle
 link nothing is kept.
 """
 
@@ -25,7 +25,7 @@ KEPT_SECONDS = 30
 """Of the link, kept for reads on demand."""
 HEADROOM_POINTS = 1.0
 
-PRODUCT, COUNT, COUNT_READING, EVERYTHING = "product", "count", "count_with_reads", "everything"
+ADVISED, COUNT, COUNT_READING, EVERYTHING = "advised", "count", "count_with_reads", "everything"
 SENT_AHEAD = "share_100"
 
 
@@ -45,7 +45,7 @@ DIVISIONS: Mapping[str, Callable[[int, float], int]] = {
 
 
 def division(birth: Birth, link: Link = WAN, model: Model = MLA) -> str:
-    """The product's."""
+    """As docs/regions.md advises: the product bounds what is sent ahead, and an operator says how much that is."""
     usual = int(np.median([len(request.blocks) for request in birth.before]))
     pay = reads_pay(link, model, birth.source.trace.block_tokens, usual)
     return f"kept_{KEPT_SECONDS}s" if pay else SENT_AHEAD
@@ -66,11 +66,11 @@ class Point:
     window: float
     served: Mapping[str, Served]
 
-    def gain(self, choice: str = PRODUCT) -> float:
+    def gain(self, choice: str = ADVISED) -> float:
         """Hits over those of the count, in percent of tokens."""
         return self.served[choice].percent - self.served[COUNT].percent
 
-    def seconds_gained(self, choice: str = PRODUCT) -> float:
+    def seconds_gained(self, choice: str = ADVISED) -> float:
         """Prefill seconds saved beyond the count's."""
         return self.served[choice].seconds - self.served[COUNT].seconds
 
@@ -94,7 +94,7 @@ def points_of(birth: Birth, windows: Sequence[float], link: Link = WAN, model: M
         budget = len(often)
         results = {name: spent(birth.learnt, budget, name) for name in DIVISIONS}
         results |= {
-            PRODUCT: results[chosen],
+            ADVISED: results[chosen],
             COUNT: birth.serve(often, windows, model=model),
             COUNT_READING: spent(by_count, budget, chosen),
             EVERYTHING: everything,

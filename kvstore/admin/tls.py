@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.config.schema import ApiSection
-from kvstore.errors import ConfigError
+from kvstore.tls import believe, show
 
 
 def listening(api: ApiSection) -> dict[str, Any]:
@@ -15,10 +15,10 @@ def listening(api: ApiSection) -> dict[str, Any]:
     if api.tls_certificate is None or api.tls_key is None:
         return {}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _show(context, "api.tls_certificate", api.tls_certificate, api.tls_key)
+    show(context, "api.tls_certificate", api.tls_certificate, api.tls_key)
     options: dict[str, Any] = {"ssl_certfile": api.tls_certificate, "ssl_keyfile": api.tls_key}
     if api.client_ca is not None:
-        _believe(context, "api.client_ca", api.client_ca)
+        believe(context, "api.client_ca", api.client_ca)
         options |= {"ssl_ca_certs": api.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return options
 
@@ -29,8 +29,8 @@ def towards_peers(api: ApiSection) -> ssl.SSLContext | None:
     if api.client_ca is None or api.tls_certificate is None:
         return None
     context = ssl.create_default_context()
-    _believe(context, "api.client_ca", api.client_ca)
-    _show(context, "api.tls_certificate", api.tls_certificate, api.tls_key)
+    believe(context, "api.client_ca", api.client_ca)
+    show(context, "api.tls_certificate", api.tls_certificate, api.tls_key)
     return context
 
 
@@ -41,22 +41,7 @@ def towards_api(authority: str, certificate: str) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context()
     if authority:
-        _believe(context, "KVSTORE_API_CA", Path(authority))
+        believe(context, "KVSTORE_API_CA", Path(authority))
     if certificate:
-        _show(context, "KVSTORE_API_CERTIFICATE", Path(certificate))
+        show(context, "KVSTORE_API_CERTIFICATE", Path(certificate))
     return context
-
-
-def _show(context: ssl.SSLContext, setting: str, certificate: Path, key: Path | None = None) -> None:
-    try:
-        context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks the terminal for an encrypted key's
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        remedy = "Name PEM files with a certificate and its key, the key without a password."
-        raise ConfigError(setting, str(certificate), str(error), remedy) from error
-
-
-def _believe(context: ssl.SSLContext, setting: str, authority: Path) -> None:
-    try:
-        context.load_verify_locations(authority)
-    except OSError as error:
-        raise ConfigError(setting, str(authority), str(error), "Name a PEM file.") from error

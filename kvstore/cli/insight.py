@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.cli import options, output, prompts
 from kvstore.cli.groups import grouped
-from kvstore.cli.output import note, number, print_table
+from kvstore.cli.output import note, number, print_table, size
 from kvstore.cli.overhttp import Api
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def models(api: Api, json: options.Json = False) -> None:
             str(space.fields.get("tenant", "-")),
             str(space.fields.get("dtype", "-")),
             number(space.block_tokens),
-            "-" if space.block_bytes is None else _size(space.block_bytes),
+            size(space.block_bytes),
         )
         for space in spaces
     ]
@@ -83,9 +83,3 @@ def _rows(branch: Branch, depth: int) -> Iterator[tuple[str, ...]]:
     yield f"{mark}{'  ' * depth}{branch.start}-{branch.end - 1}", prompts, where or "nowhere", branch.key, ends or "-"
     for child in branch.children:
         yield from _rows(child, depth + 1)
-
-
-def _size(nbytes: int) -> str:
-    from kvstore.units import human_bytes
-
-    return human_bytes(nbytes)

@@ -30,6 +30,13 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+def size(nbytes: int | None) -> str:
+    """For a cell of a table."""
+    from kvstore.units import human_bytes
+
+    return "-" if nbytes is None else human_bytes(nbytes)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """A table; a column whose name starts with '>' is aligned right. Nothing is cut when the output is not a terminal."""
     from rich import box

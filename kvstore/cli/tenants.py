@@ -12,7 +12,7 @@ import typer
 from kvstore.cli import options, output
 from kvstore.cli.groups import grouped
 from kvstore.cli.jobs import follow_job, show_job
-from kvstore.cli.output import note, number, print_table
+from kvstore.cli.output import note, number, print_table, size
 from kvstore.cli.overhttp import Api, given
 from kvstore.errors import ConfigError
 
@@ -223,7 +223,7 @@ def _awaited(client: AdminClient, tombstone: str, seconds: float) -> PurgeProof:
 def _row(tenant: TenantInfo) -> tuple[str, ...]:
     tiers = {tier.medium.value: tier for tier in tenant.tiers}
     room = [
-        _size(getattr(tiers[medium], field)) if medium in tiers else "-"
+        size(getattr(tiers[medium], field)) if medium in tiers else "-"
         for medium in ("host", "disk")
         for field in ("used_bytes", "capacity_bytes")
     ]
@@ -237,7 +237,7 @@ def _print(tenant: TenantInfo) -> None:
     print(f"{tenant.name}: {state}" + (f", shares the blocks of {tenant.shares}" if tenant.shares else ""))
     print(f"users: {', '.join(map(str, tenant.uids)) or 'none; by token only'}")
     rows = [
-        (tier.medium.value, number(tier.blocks), _size(tier.used_bytes), _size(tier.capacity_bytes),
+        (tier.medium.value, number(tier.blocks), size(tier.used_bytes), size(tier.capacity_bytes),
          number(tier.evicted), number(tier.refused))
         for tier in tenant.tiers
     ]  # fmt: skip
@@ -277,9 +277,3 @@ def _quota(host: str, disk: str, bucket: str) -> dict[str, int | None]:
 
 def _text(file: typer.FileText | None) -> str:
     return "" if file is None else file.read(4096).strip().lower()
-
-
-def _size(nbytes: int | None) -> str:
-    from kvstore.units import human_bytes
-
-    return "-" if nbytes is None else human_bytes(nbytes)

@@ -310,8 +310,8 @@ class Tenants:
             probe=shared.probe,
             admission=admission,
             history=history,
-            afar=afar if config.remote.mode == "enforce" else (),
-            observed=afar if config.remote.mode == "observe" else (),
+            afar=afar,
+            only_observed=config.remote.mode == "observe",
         )
         planning = Planning.of(config.policy, store, demand)
         verbs = Verbs(store, namespaces, demand, planning, name, tenant.secret_bytes(), arena.epoch)

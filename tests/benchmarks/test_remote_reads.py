@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.planner import Model
 from benchmarks.traces.birth import Birth
-from benchmarks.traces.budget import PRODUCT, SENT_AHEAD, blocks_ahead, division, points_of
+from benchmarks.traces.budget import ADVISED, SENT_AHEAD, blocks_ahead, division, points_of
 from benchmarks.traces.remote import Link, Reader, Remote, reads_pay
 from benchmarks.traces.replay import keyed
 from benchmarks.traces.trace import Request, build
@@ -137,6 +137,6 @@ def test_a_budget_is_divided_only_where_reads_pay() -> None:
     assert division(born, SLOW, MODEL) == SENT_AHEAD
     for point in points_of(born, (60.0, 300.0), LINK, MODEL):
         ahead = blocks_ahead(born, point.blocks, "kept_30s", LINK, MODEL)
-        assert 0 < point.served[PRODUCT].fetched <= point.blocks - ahead
+        assert 0 < point.served[ADVISED].fetched <= point.blocks - ahead
     for point in points_of(born, (60.0, 300.0), SLOW, MODEL):
-        assert point.served[PRODUCT] == point.served[SENT_AHEAD]
+        assert point.served[ADVISED] == point.served[SENT_AHEAD]

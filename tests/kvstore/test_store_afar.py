@@ -59,7 +59,7 @@ class Rig:
         self.probed: list[BlockKey] = []
         self.store = Store(
             self.host, [self.disk, self.bucket], StoreMetrics(), SLOTS * SLOT // 4, probe=self._probe,
-            admission=admission, afar=() if observed else [self.far], observed=[self.far] if observed else (),
+            admission=admission, afar=[self.far], only_observed=observed,
         )  # fmt: skip
         self.session = Session()
 

@@ -12,10 +12,10 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import bucket_on
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 from region_cases import EU_KEY, KEY
+from region_pair import bucket_on
 
 from kvstore import burials, demand
 from kvstore.admin.client import AdminClient

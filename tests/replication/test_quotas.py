@@ -11,10 +11,10 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import Pair
 from hypothesis import given
 from hypothesis import strategies as st
 from region_cases import LLAMA, chain, store, stored
+from region_pair import Pair
 
 from kvstore.catalog import open_catalog
 from kvstore.catalog.base import Entry

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Pair
 from region_cases import KEY, LLAMA, PAYLOAD_BYTES, chain, store, stored
+from region_pair import Pair
 from typer.testing import CliRunner, Result
 
 from kvstore.admin.client import AdminClient

@@ -10,8 +10,8 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Pair
 from region_cases import LLAMA, chain, store, stored
+from region_pair import Pair
 
 from kvstore.catalog import Catalog, open_catalog
 from kvstore.catalog.base import Entry

@@ -7,8 +7,8 @@ import random
 
 import obstore
 import pytest
-from conftest import Pair
 from region_cases import KEY, LLAMA, hot, manifest_of
+from region_pair import Pair
 from test_remote_tier import buffer_for, offer, opened
 
 from kvstore.errors import BlockCorrupt, BlockNotFound

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import Pair
 from region_cases import LLAMA, PAYLOAD_BYTES, stored
+from region_pair import Pair
 from test_remote_tier import NOTHING_AHEAD, offer
 
 from kvstore.encryption import new_key

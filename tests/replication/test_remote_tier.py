@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 import obstore
 import pytest
-from conftest import Pair
 from prometheus_client import CollectorRegistry
 from region_cases import KEY, LLAMA, chain, hot, manifest_of, store, stored
+from region_pair import Pair
 
 from kvstore.config import Config, load
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Pair
+from region_pair import Pair
 from test_remote_node import PATIENCE, keys_of, node_in_eu, runs
 from test_remote_tier import offer
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import obstore
 import pytest
-from conftest import Pair, bucket_on
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from region_cases import KEY, LLAMA, chain, hot, manifest_of, store, stored
+from region_pair import Pair, bucket_on
 from typer.testing import CliRunner, Result
 
 from kvstore.cli import app

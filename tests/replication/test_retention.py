@@ -12,10 +12,10 @@ from pathlib import Path
 import msgpack
 import pytest
 import pytest_asyncio
-from conftest import Pair
 from hypothesis import given
 from hypothesis import strategies as st
 from region_cases import LLAMA, chain, store, stored
+from region_pair import Pair
 
 from kvstore.catalog.base import Entry
 from kvstore.errors import ConfigError, ProtocolError, TierUnavailable

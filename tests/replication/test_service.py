@@ -15,11 +15,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Pair
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from region_cases import KEY, LLAMA, chain, store, stored
+from region_pair import Pair
 from typer.testing import CliRunner
 
 from kvstore import burials

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import Pair
+from region_pair import Pair
 from typer.testing import CliRunner
 
 from kvstore.catalog import open_catalog

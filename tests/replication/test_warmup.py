@@ -15,8 +15,8 @@ from typing import Any
 
 import obstore
 import pytest
-from conftest import Pair
 from region_cases import KEY, LLAMA
+from region_pair import Pair
 from typer.testing import CliRunner
 
 from kvstore.cli import app
