@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvstore.audit import FILE, AuditLog
 from kvstore.cli import options, output
 from kvstore.cli.groups import grouped
 from kvstore.cli.output import ago, note, print_json, print_table
@@ -15,6 +18,7 @@ from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvstore.admin.tokens import TokenBook
+    from kvstore.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Tokens of the admin API, in the file that api.tokens names.")
 
@@ -44,7 +48,9 @@ def create(
         raise ConfigError("--role", role, "no such role", "Choose viewer, operator or admin.")
     if tenant and not re.fullmatch(NAME, tenant):
         raise ConfigError("--tenant", tenant, "not the name of a tenant", "See kvstore tenants list.")
-    token, text = _book(source).create(name, Role(role), days * 86400 if days else None, tenant)
+    config = source.load().config
+    token, text = _book(config).create(name, Role(role), days * 86400 if days else None, tenant)
+    _record(config, "create token", token.id, name=token.name, role=token.role, tenant=token.tenant or None)
     if json:
         print_json({**token.model_dump(include={"id", "name", "role", "tenant", "expires"}), "token": text})
     else:
@@ -56,7 +62,7 @@ def create(
 @grouped
 def list_tokens(source: options.Settings, json: options.Json = False) -> None:
     """Show which tokens there are."""
-    tokens = _book(source).tokens()
+    tokens = _book(source.load().config).tokens()
     if json:
         print_json([token.model_dump(exclude={"sha256"}) for token in tokens])
         return
@@ -89,20 +95,30 @@ def revoke(
     json: options.Json = False,
 ) -> None:
     """End a token at once."""
-    if not _book(source).revoke(id):
+    config = source.load().config
+    if not _book(config).revoke(id):
         raise ConfigError("ID", id, "no such token", "See kvstore token list.")
+    _record(config, "revoke token", id)
     output.show(json, {"revoked": id}, lambda: print(f"{id} revoked"))
 
 
-def _book(source: options.Settings) -> TokenBook:
+def _book(config: Config) -> TokenBook:
     from kvstore.admin.tokens import TokenBook
 
-    path = source.load().config.api.tokens
+    path = config.api.tokens
     if path is None:
         raise ConfigError(
             "api.tokens", "", "no token file is configured", "Set it to a path, as /var/lib/kvstore/tokens.json."
         )
     return TokenBook(path)
+
+
+def _record(config: Config, verb: str, token: str, **about: str | None) -> None:
+    """A line in the audit log of the node whose settings these are; it may not have run yet."""
+    with suppress(OSError):  # the log then says that it lacks a line; the token was made, and is shown
+        config.node.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entry = {"who": f"user {os.geteuid()}", "from": "command line", "pid": os.getpid(), "verb": verb, "token": token}
+    AuditLog(config.node.directory / FILE).write({**entry, **about}, known=True)
 
 
 @grouped

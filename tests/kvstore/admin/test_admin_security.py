@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import ssl
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -132,16 +130,3 @@ def test_over_tls_a_client_without_a_certificate_is_not_heard(authority: trustme
         client.configure_cert(trusting)
         with httpx.Client(base_url=api.url, verify=trusting) as known:
             assert known.get("/healthz").status_code == 200
-
-
-def test_the_command_line_makes_lists_and_ends_tokens(tmp_path: Path) -> None:
-    def kvstore(*words: str) -> str:
-        argv = [sys.executable, "-m", "kvstore", "token", *words, "--set", f"api.tokens={tmp_path / 'tokens.json'}"]
-        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-
-    text = kvstore("create", "night shift", "--role", "operator", "--days", "1").strip()
-    token = TokenBook(tmp_path / "tokens.json").check(text)
-    assert token is not None
-    assert "night shift" in kvstore("list")
-    kvstore("revoke", token.id)
-    assert TokenBook(tmp_path / "tokens.json").check(text) is None

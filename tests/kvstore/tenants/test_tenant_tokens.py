@@ -117,10 +117,11 @@ def test_a_token_of_a_tenant_that_is_not_served_opens_nothing(served: tuple[Book
 
 def test_the_command_makes_them(served: tuple[Book, dict[str, list[str]]]) -> None:
     file = served[0].tokens._path
-    arguments = ["token", "create", "acme's own", "--tenant", "acme", "--json", "--set", f"api.tokens={file}"]
+    settings = ("--set", f"api.tokens={file}", "--set", f"node.directory={file.parent}")
+    arguments = ["token", "create", "acme's own", "--tenant", "acme", "--json", *settings]
     made = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert made["tenant"] == "acme"
     answer = httpx.get(f"{served[0].url}/v1/whoami", headers={"Authorization": f"Bearer {made['token']}"})
     assert answer.json()["tenant"] == "acme"
-    refused = CliRunner().invoke(app, ["token", "create", "x", "--tenant", "a/b", "--set", f"api.tokens={file}"])
+    refused = CliRunner().invoke(app, ["token", "create", "x", "--tenant", "a/b", *settings])
     assert refused.exit_code != 0
