@@ -132,12 +132,11 @@ class Store:
         return runs_of(((tier.medium, contained(keys, tier.keys())) for tier in self.tiers), len(keys))
 
     def beyond(self, keys: Sequence[BlockKey]) -> list[tuple[Medium, int]]:
-        """What the observed tiers would add to the longest prefix of ``keys``, as runs."""
+        """What the observed tiers would add to the longest prefix of a chain, as runs; ``keys`` are the blocks behind it."""
         if not self._observed:
             return []
         tiers = (*self.tiers, *self._observed)
-        runs = runs_of(((tier.medium, contained(keys, tier.keys())) for tier in tiers), len(keys))
-        return runs[len(self.peek(keys)) :]
+        return runs_of(((tier.medium, contained(keys, tier.keys())) for tier in tiers), len(keys))
 
     def estimate(self, keys: Sequence[BlockKey], runs: Sequence[tuple[Medium, int]]) -> float:
         """Seconds until ``keys``, which are in ``runs``, are in the arena."""

@@ -138,9 +138,9 @@ class Verbs:
             known = self._namespaces.get(digest_of(args, "namespace"))
             self._observe(caller, keys, known)
             if known is not None and self._usage.first(caller, "", keys):
-                blocks = sum(held)
-                self._usage.count_request(len(keys), self._store.peek(keys), blocks, known.fields.block_tokens, 0.0)
-                self._usage.count_observed(self._store.beyond(keys), known.fields.block_tokens)
+                size, runs = known.fields.block_tokens, self._store.peek(keys)
+                self._usage.count_request(len(keys), runs, sum(held), size, 0.0)
+                self._usage.count_observed(self._store.beyond(keys[sum(count for _, count in runs) :]), size)
         return bytes(held)
 
     async def acquire(self, caller: Caller, args: Arguments) -> Any:
@@ -233,7 +233,7 @@ class Verbs:
         size = known.fields.block_tokens
         spared = self._planning.prefill_seconds(known, start * size, offered * size)
         self._usage.count_request(max(len(keys) - start, 0), found.runs, offered, size, spared)
-        self._usage.count_observed(self._store.beyond(keys[start:]), size)
+        self._usage.count_observed(self._store.beyond(keys[start + found.blocks :]), size)
 
     def _observe(self, caller: Caller, keys: list[BlockKey], known: KnownNamespace | None) -> None:
         if known is not None and known.block_bytes is not None:
