@@ -19,6 +19,7 @@ from connectors.lmcache.chunks import Chunks
 from connectors.lmcache.connector import flat
 from connectors.lmcache.names import Names
 from connectors.lmcache.options import Options
+from kvstore import tracing
 
 BATCH = 1000
 """Names of which the node is asked at a time, for a listing."""
@@ -86,10 +87,11 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
         names = _names(keys)
 
         def work() -> Bitmap:
-            found = self._chunks.contains(names)
-            here = [name for name, held in zip(names, found, strict=True) if held]
-            unsure = [name for name, leased in zip(here, self._chunks.lease(here), strict=True) if not leased]
-            gone = {name for name, held in zip(unsure, self._chunks.holds(unsure), strict=True) if not held}
+            with tracing.span("connector lock", blocks=len(names)):
+                found = self._chunks.contains(names)
+                here = [name for name, held in zip(names, found, strict=True) if held]
+                unsure = [name for name, leased in zip(here, self._chunks.lease(here), strict=True) if not leased]
+                gone = {name for name, held in zip(unsure, self._chunks.holds(unsure), strict=True) if not held}
             return _bitmap([held and name not in gone for name, held in zip(names, found, strict=True)])
 
         return self._submit(work, lambda: Bitmap(len(keys)), self._lookups, self._looked_up)

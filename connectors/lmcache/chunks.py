@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from connectors.exchange import Bytes, Exchange
 from connectors.lmcache.options import Options
+from kvstore import tracing
 from kvstore.config import default_socket
 from kvstore.errors import IdentityError, KVStoreError
 from kvstore.identity import Namespace
@@ -52,6 +53,8 @@ class Chunks:
     """Chunks by LMCache's key. Thread-safe, blocking; nothing raises, see ``Exchange``."""
 
     def __init__(self, options: Options) -> None:
+        """Raises ConfigError when traces are asked for and OpenTelemetry is not installed."""
+        tracing.start("kvstore-lmcache", options.otlp_endpoint, options.trace_sample_ratio)
         self._options = options
         self._socket = options.socket or str(default_socket())
         self._lock = threading.Lock()
@@ -73,7 +76,10 @@ class Chunks:
             return sum((exchange.misses for exchange in exchanges), Counter(self._refused))
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        return self._of_known_size(keys, Exchange.contains)
+        with tracing.span("connector lookup", blocks=len(keys)) as span:
+            found = self._of_known_size(keys, Exchange.contains)
+            span.set(found=sum(found))
+        return found
 
     def lease(self, keys: Sequence[str]) -> list[bool]:
         """Bring chunks to host memory and hold them there, the first ones, as far as ``LEASED_SHARE`` goes.
@@ -121,10 +127,16 @@ class Chunks:
         return self._of_known_size(keys, Exchange.holds)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Bytes]) -> list[bool]:
-        return self._of_buffer_size(keys, buffers, Exchange.load)
+        with tracing.span("connector load", blocks=len(keys)) as span:
+            loaded = self._of_buffer_size(keys, buffers, Exchange.load)
+            span.set(loaded=sum(loaded))
+        return loaded
 
     def save(self, keys: Sequence[str], buffers: Sequence[Bytes]) -> list[bool]:
-        return self._of_buffer_size(keys, buffers, Exchange.save)
+        with tracing.span("connector save", blocks=len(keys)) as span:
+            saved = self._of_buffer_size(keys, buffers, Exchange.save)
+            span.set(saved=sum(saved))
+        return saved
 
     def delete(self, keys: Sequence[str]) -> list[bool]:
         """Delete chunks of any size, leased ones with their last lease; True unless the node did not answer."""
@@ -150,6 +162,7 @@ class Chunks:
 
     def close(self) -> None:
         self._client.close()
+        tracing.stop()
 
     def _of_known_size(self, keys: Sequence[str], ask: Callable[[Exchange, Sequence[bytes]], list[bool]]) -> list[bool]:
         found = [False] * len(keys)

@@ -29,6 +29,10 @@ class Options:
     """LMCache's ``--chunk-size``."""
     workers: int = 4
     """Threads that copy."""
+    otlp_endpoint: str = ""
+    """Send spans of lookups, loads and saves to this OpenTelemetry collector, as ``http://127.0.0.1:4318``; empty: none."""
+    trace_sample_ratio: float = 0.01
+    """Share of them that are traced: LMCache hands no trace headers on."""
     names: str = ""
     """File with the names of chunks, for listings; empty for ``lmcache-names.db`` in the default of ``node.directory``."""
 
@@ -43,4 +47,7 @@ class Options:
         for name in ("chunk_tokens", "workers"):
             if getattr(options, name) < 1:
                 raise ConfigError(f"adapter_params.{name}", getattr(options, name), "not positive", "Use 1 or more.")
+        if not 0 <= options.trace_sample_ratio <= 1:
+            name, value = "adapter_params.trace_sample_ratio", options.trace_sample_ratio
+            raise ConfigError(name, value, "not from 0 to 1", "Give it about 0.01.")
         return options
