@@ -19,11 +19,12 @@ from kvstore.errors import KVStoreError
 from kvstore.node.client import Client
 from kvstore.tenants.credentials import operator_token
 from replication.copier import Outcome
+from replication.cycle import Cycle, FlowReport
 from replication.hotset import read_namespaces, usual_hot_set
 from replication.lease import LeaseTaken, hold
 from replication.manifest import HotBlock
 from replication.rate import RateLimit
-from replication.replicator import Cycle, FlowReport, Replicator
+from replication.replicator import Replicator
 from replication.site import Site
 from replication.warmfile import WarmthFile
 from replication.warmup import Warmer, WarmReport

@@ -16,15 +16,16 @@ from typing import Any, Protocol
 import structlog
 
 from kvstore import tracing
+from kvstore.catalog.base import Entry
 from kvstore.envelope import HEADER_BYTES, Header, verify
 from kvstore.errors import BlockCorrupt, BlockTooLarge, TierUnavailable
-from kvstore.identity import BlockKey
+from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.budget import ByteBudget
 from kvstore.tiers.object.names import block_name
 from kvstore.tiers.object.objects import Found
 from replication.links import Links
-from replication.manifest import HotBlock
+from replication.manifest import HotBlock, Manifest
 
 log = structlog.get_logger(__name__)
 
@@ -238,6 +239,35 @@ class ServerSide:
         except botocore.exceptions.BotoCoreError as error:
             raise TierUnavailable(f"server-side copy: {error}") from error
         return Outcome.COPIED
+
+
+class Recorded:
+    """Tells what a transfer brought, as an entry of the catalog: nodes then find it without listing the bucket."""
+
+    def __init__(self, transfer: Transfer, manifest: Manifest, tell: Callable[[Entry], None]) -> None:
+        """``manifest`` says where in its chain a block is."""
+        self._transfer = transfer
+        self._labels = manifest.labels
+        self._tell = tell
+        self._depths: dict[BlockKey, int] = {NO_PARENT: -1}
+        for block in manifest.blocks:
+            self._depths[block.key] = self._depths[block.parent] + 1
+
+    async def __call__(self, block: HotBlock, parent: Awaitable[bool]) -> Outcome:
+        outcome = await self._transfer(block, parent)
+        if outcome in (Outcome.COPIED, Outcome.PRESENT):
+            self._tell(
+                Entry(
+                    key=block.key,
+                    length=block.length,
+                    namespace=block.namespace,
+                    tokens=self._labels[block.namespace].block_tokens,
+                    depth=self._depths[block.key],
+                    parent=block.parent,
+                    stored=int(block.created),
+                )
+            )
+        return outcome
 
 
 def _known(answer: bool) -> asyncio.Future[bool]:

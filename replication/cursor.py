@@ -51,6 +51,8 @@ class Cursor:
     updated: float = 0.0
     problem: str = ""
     """Why the last cycle fell short; empty when it did not."""
+    away_since: float = 0.0
+    """When its bucket was first found not to answer; 0: it answers."""
 
     def lag(self, now: float) -> float | None:
         """Seconds by which the destination is behind; None before it was ever level."""

@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
 import structlog
@@ -50,6 +50,8 @@ class Duty:
     work: Callable[[], Awaitable[Round]]
     standing_by: Callable[[], None] = lambda: None
     """Told while another process does it."""
+    at_work: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Entered with the lease and left with it: around what goes on between rounds."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ class Keeper:
         standing_by = ""
         while True:
             try:
-                async with hold(self._bucket, self._duty.role):
+                async with hold(self._bucket, self._duty.role), self._duty.at_work():
                     with self._metrics.active.labels(self._duty.role).track_inprogress():
                         while True:
                             await self._round()

@@ -9,10 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from replication.cycle import Cycle
 from replication.links import Links
 from replication.manifest import Manifest
 from replication.planner import GB
-from replication.replicator import Cycle
 
 
 class RegionMetrics(Collector):
@@ -23,8 +23,9 @@ class RegionMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._links: dict[str, Links] = {}
-        self._caught_up: dict[str, float] = {}
+        self._caught_up: dict[str, float | None] = {}
         self._problems: dict[str, bool] = {}
+        self._away_since: dict[str, float] = {}
         self._copied_bytes = Counter(
             "kvstore_region_copied_bytes", "Bytes of blocks created from a source", ("source",), registry=registry
         )
@@ -63,8 +64,9 @@ class RegionMetrics(Collector):
     def cycled(self, cycle: Cycle) -> None:
         """A round of the replicator that copied."""
         now = time.time()
-        self._caught_up = {source: now - lag for source, lag in cycle.lag.items() if lag is not None}
-        self._problems = {source: source in cycle.problems for source in cycle.lag}
+        self._caught_up |= {source: None if lag is None else now - lag for source, lag in cycle.lag.items()}
+        self._problems |= {source: source in cycle.problems for source in cycle.lag}
+        self._away_since |= cycle.away_since
         for report in cycle.flows:
             copied = report.copied
             self._copied_bytes.labels(report.source).inc(copied.nbytes)
@@ -75,7 +77,7 @@ class RegionMetrics(Collector):
 
     def standing_by(self) -> None:
         """Another process replicates: what this one knew of the sources grows old."""
-        self._caught_up, self._problems = {}, {}
+        self._caught_up, self._problems, self._away_since = {}, {}, {}
 
     def published(self, manifest: Manifest) -> None:
         """The region's own manifest."""
@@ -94,7 +96,8 @@ class RegionMetrics(Collector):
         now = time.time()
         lag = GaugeMetricFamily("kvstore_region_lag_seconds", "How far behind a source", labels=("source",))
         for source, caught_up in self._caught_up.items():
-            lag.add_metric((source,), max(now - caught_up, 0.0))
+            if caught_up is not None:
+                lag.add_metric((source,), max(now - caught_up, 0.0))
         yield lag
         problem = GaugeMetricFamily(
             "kvstore_region_source_problem", "1 while rounds with a source fall short", labels=("source",)
@@ -102,6 +105,14 @@ class RegionMetrics(Collector):
         for source, falls_short in self._problems.items():
             problem.add_metric((source,), float(falls_short))
         yield problem
+        away = GaugeMetricFamily(
+            "kvstore_region_source_away_seconds",
+            "For how long a source's bucket has not answered; 0 while it does",
+            labels=("source",),
+        )
+        for source, since in self._away_since.items():
+            away.add_metric((source,), max(now - since, 0.0) if since else 0.0)
+        yield away
         up = GaugeMetricFamily("kvstore_region_link_up", "1 while the link answers", labels=("region", "link"))
         for region, links in list(self._links.items()):
             for link in links.links:

@@ -23,11 +23,12 @@ from kvstore.units import human_bytes
 from replication import evictor
 from replication.contents import Contents
 from replication.copier import Outcome
+from replication.cycle import Cycle
 from replication.duties import Duty, DutyMetrics, Keeper, Round
 from replication.metrics import RegionMetrics
 from replication.publisher import publish
 from replication.quotas import keep_quotas
-from replication.replicator import Cycle, Replicator
+from replication.replicator import Replicator
 from replication.retiring import retire
 from replication.site import Site
 from replication.topology import Topology
@@ -39,6 +40,8 @@ REPLICATE_SECONDS = 30.0
 EVICT_SECONDS = 5.0
 QUOTA_SECONDS = 30.0
 RETIRE_SECONDS = 600.0
+HOLD_UP_SECONDS = 10.0
+"""How much later a slow source may make the next round for the others."""
 STOP_SECONDS = 15.0
 """How long a service that is to stop may take: leases that it does not give back run out."""
 
@@ -125,6 +128,8 @@ class _Duties:
         self.replicator: Replicator | None = None
         self._site = site
         self._contents = contents
+        self._problems: dict[str, str] = {}
+        """With each source, when it was visited last."""
         self._metrics = RegionMetrics(registry)
         self._metrics.watch(site.region, contents.bucket)
 
@@ -139,7 +144,9 @@ class _Duties:
         if key is not None:
             yield Duty("publisher", pace.publish, lambda: self._publish(key))
         if self.replicator is not None and self.replicator.sources:
-            yield Duty("replicator", pace.replicate, self._replicate, self._metrics.standing_by)
+            yield Duty(
+                "replicator", pace.replicate, self._replicate, self._metrics.standing_by, self.replicator.at_work
+            )
         if self._site.capacity is not None and self._contents.catalog is not None:
             yield Duty("evictor", pace.evict, self._evict)
 
@@ -158,10 +165,12 @@ class _Duties:
     async def _replicate(self) -> Round:
         assert self.replicator is not None
         enforce = self.replicator.topology.mode == "enforce"
-        cycle = await (self.replicator.cycle() if enforce else self.replicator.plan())
+        cycle = await (self.replicator.round(seconds=HOLD_UP_SECONDS) if enforce else self.replicator.plan())
         if enforce:
             self._metrics.cycled(cycle)
-        return Round(_told(cycle, enforce), "; ".join(f"{source}: {text}" for source, text in cycle.problems.items()))
+        self._problems |= {source: cycle.problems.get(source, "") for source in cycle.away_since}
+        problems = (f"{source}: {text}" for source, text in self._problems.items() if text)
+        return Round(_told(cycle, enforce), "; ".join(problems))
 
     async def _evict(self) -> Round:
         assert self._site.capacity is not None

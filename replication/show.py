@@ -10,8 +10,8 @@ from kvstore.cli.output import ago, note, number, print_json, print_table
 
 if TYPE_CHECKING:
     from replication.copier import Outcome
+    from replication.cycle import Cycle, FlowReport, Progress
     from replication.manifest import HotBlock
-    from replication.replicator import Cycle, FlowReport, Progress
 
 
 @contextmanager

@@ -64,4 +64,5 @@ async def _source(bucket: Links, topology: Topology, region: str, source: str, n
         "month_cost": sum(nbytes / GB * flow.price_per_gb for flow, nbytes in spent.items()),
         "updated": cursor.updated,
         "problem": cursor.problem,
+        "away_since": cursor.away_since or None,
     }

@@ -12,11 +12,12 @@ from kvstore.testing.servers import S3Server
 from kvstore.testing.shaping import ShapedLink
 from kvstore.tiers.object import Bucket, ObjectSettings
 from replication.contents import Contents
+from replication.cycle import Cycle
 from replication.keys import public_text
 from replication.links import Links
 from replication.manifest import Manifest
 from replication.publisher import publish
-from replication.replicator import Cycle, Replicator
+from replication.replicator import Replicator
 from replication.topology import Topology, load_topology
 
 

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from replication import metrics as module
 from replication.copier import Copied, Outcome
+from replication.cycle import Cycle, FlowReport
 from replication.metrics import RegionMetrics
-from replication.replicator import Cycle, FlowReport
 
 
 @pytest.fixture

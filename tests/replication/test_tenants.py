@@ -23,8 +23,8 @@ from kvstore.testing.node import RunningNode, wait_for
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import NAMESPACES, parse_block_name
 from kvstore.tiers.object.objects import Objects
+from replication.cycle import Cycle
 from replication.manifest import Manifest
-from replication.replicator import Cycle
 
 pytestmark = pytest.mark.s3
 
