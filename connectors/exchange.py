@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ logger = logging.getLogger("kvstore")
 LOOKUP_SECONDS = 1.0
 RESERVE_SECONDS = 5.0
 COMMIT_SECONDS = 10.0
+ASKED_SHARE = 0.25
+"""Of the node's host memory that a load asks for at a time: all of it may be more than there is room for."""
 
 Bytes = npt.NDArray[np.uint8]
 """A flat, contiguous buffer of the caller."""
@@ -75,7 +78,7 @@ class Exchange:
         """Bring payloads to the arena and keep them there until ``unlease``, which is owed for each that is True."""
         leased = [False] * len(digests)
         try:
-            for start, _, offsets in self._runs(self._keys(digests)):
+            for start, _, offsets in self._runs(self._keys(digests), held=True):
                 leased[start : start + len(offsets)] = [True] * len(offsets)
         except KVStoreError as error:
             self._lost(error, leased.count(False))
@@ -89,7 +92,10 @@ class Exchange:
             self._lost(error, 0)
 
     def load(self, digests: Sequence[bytes], buffers: Sequence[Bytes]) -> list[bool]:
-        """Fill each buffer (of ``block_bytes``) whose payload is there and whole; the others are left alone."""
+        """Fill each buffer (of ``block_bytes``) whose payload is there and whole; the others are left alone.
+
+        Together they may be more than the arena holds: what was copied makes room for the rest.
+        """
         loaded = [False] * len(digests)
         try:
             keys = self._keys(digests)
@@ -132,21 +138,23 @@ class Exchange:
         assert offset is not None
         return np.frombuffer(arena.slot(offset, self.block_bytes), np.uint8)
 
-    def _runs(self, keys: Sequence[BlockKey]) -> list[tuple[int, Arena, tuple[int, ...]]]:
-        """Acquire every key that can be had: leased runs as (first position, arena, offsets)."""
-        runs = []
-        start = 0
+    def _runs(self, keys: Sequence[BlockKey], held: bool = False) -> Iterator[tuple[int, Arena, tuple[int, ...]]]:
+        """Acquire every key that can be had: leased runs as (first position, arena, offsets).
+
+        Unless they are ``held``, each is released before the next is asked for.
+        """
+        most = len(keys) if held else max(int(self._client.arena.nbytes * ASKED_SHARE) // self.block_bytes, 1)
+        start, deadline = 0, time.monotonic() + self._load_seconds
         while start < len(keys):
-            acquired = self._client.acquire(keys[start:], self._load_seconds)
-            runs.append((start, acquired.arena, acquired.offsets))
+            acquired = self._client.acquire(keys[start : start + most], max(deadline - time.monotonic(), 0.0))
+            yield start, acquired.arena, acquired.offsets
             start += len(acquired.offsets)
             if acquired.miss is None:
-                break
+                continue
             self.misses[acquired.miss.value] += 1
             if acquired.miss in (Miss.DEADLINE, Miss.UNAVAILABLE):
                 break
             start += 1  # one payload is not there: those behind it may be
-        return runs
 
     def _keys(self, digests: Sequence[bytes]) -> list[BlockKey]:
         """Block keys, under the secret of the node that runs now. Raises NodeUnavailable, ConfigError, IdentityError."""

@@ -17,6 +17,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
@@ -36,7 +38,9 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.version import __version_tuple__ as _VLLM
 
+from connectors import settings
 from connectors.exchange import Bytes, Exchange
+from connectors.modelid import model_name
 from connectors.weights import weights_digest
 from kvstore.config import default_socket
 from kvstore.errors import ConfigError
@@ -46,6 +50,24 @@ from kvstore.node.launch import launch
 
 WORKERS = 4
 """Threads that copy rows; each copy releases the interpreter lock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierOptions:
+    """What the tier's entry in ``secondary_tiers`` may hold beside vLLM's own ``type``, ``module_path`` and ``backpressure``."""
+
+    socket: str = ""
+    """Where the node listens; empty for the default."""
+    autostart: bool = True
+    """Start a node when none answers."""
+    load_timeout_s: float = 10.0
+    """A load that takes longer ends, and what it has not brought is computed."""
+    weights: str = ""
+    """Revision of the weights; may be empty when the model is a local folder."""
+    locality: str = ""
+    """Where vLLM's filters and KV events take the tier to be: LOCAL or REMOTE; empty for nowhere."""
+    enable_kv_events: bool = False
+    """Name in vLLM's own KV events (``--kv-events-config``) what is stored here, and what a load did not find any more."""
 
 
 class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]
@@ -59,34 +81,28 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]
         primary_kv_view: memoryview,
         tier_type: str,
         backpressure_detector: Any = None,
-        *,
-        socket: str = "",
-        autostart: bool = True,
-        load_timeout_s: float = 10.0,
-        weights: str = "",
-        locality: str | None = None,
+        **extra: Any,
     ) -> None:
-        """Raises ConfigError.
-
-        ``socket``: where the node listens. ``autostart``: start one when none answers. ``load_timeout_s``: after that, what has
-        not come is computed. ``weights``: their revision, needed unless the model is a local folder.
-        """
+        """``extra``: see ``TierOptions``. Raises ConfigError."""
+        options = settings.parse(TierOptions, extra, "secondary_tiers")
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        self.locality = Locality(locality) if locality else None
-        path = socket or str(default_socket())
+        self.locality = _locality(options.locality)
+        path = options.socket or str(default_socket())
         self._client = Client(path, name="vllm offloading")
         self._exchange = Exchange(
             self._client,
-            namespace_of(offloading_spec, self.block_size_bytes, weights),
+            namespace_of(offloading_spec, self.block_size_bytes, options.weights),
             self.block_size_bytes,
-            load_timeout_s,
-            partial(launch, path) if autostart else None,
+            options.load_timeout_s,
+            partial(launch, path) if options.autostart else None,
         )
         self._rows = np.frombuffer(primary_kv_view.cast("B"), np.uint8).reshape(-1, self.block_size_bytes)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvstore-tier")
         self._jobs: set[Future[None]] = set()
         self._finished: queue.SimpleQueue[tuple[TransferJob, list[bool], float]] = queue.SimpleQueue()
         self._lookups = _Lookups(tier_type, self._exchange)
+        self._events: list[OffloadingEvent] = []
+        self._tells = options.enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -114,19 +130,26 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]
         results = []
         while not self._finished.empty():
             job, moved, seconds = self._finished.get()
-            keys = list(job.keys)
-            if job.is_promotion:
-                self._lookups.mark_miss([key for key, well in zip(keys, moved, strict=True) if not well])
+            here = [key for key, well in zip(job.keys, moved, strict=True) if well]
+            gone = [key for key, well in zip(job.keys, moved, strict=True) if not well] if job.is_promotion else []
+            self._lookups.mark_miss(gone)
+            self._tell([] if job.is_promotion else here, removed=False)
+            self._tell(gone, removed=True)
             results.append(
                 JobResult(
                     job_id=job.job_id,
                     success=all(moved),
-                    successful_keys=[key for key, well in zip(keys, moved, strict=True) if well] or None,
+                    successful_keys=here or None,
                     transfer_time=seconds,
                     transfer_bytes=sum(moved) * self.block_size_bytes,
                 )
             )
         return results
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """What the node gives up by itself is told of when a load misses it, not before."""
+        events, self._events = self._events, []
+        return events
 
     def has_pending_work(self) -> bool:
         return bool(self._jobs) or not self._finished.empty()
@@ -140,6 +163,10 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
         del self._rows
+
+    def _tell(self, keys: list[OffloadKey], removed: bool) -> None:
+        if keys and self._tells:
+            self._events.append(OffloadingEvent(keys, self.medium, removed, self.locality))
 
     def _submit(self, job: TransferJob, move: Callable[[Sequence[bytes], Sequence[Bytes]], list[bool]]) -> None:
         keys, rows = list(job.keys), [self._rows[int(chunk)] for chunk in job.chunk_ids]
@@ -168,6 +195,14 @@ class _Lookups(AsyncLookupManager):  # type: ignore[misc]
         return self._exchange.contains(keys)
 
 
+def _locality(text: str) -> Locality | None:
+    try:
+        return Locality(text) if text else None
+    except ValueError:
+        known = ", ".join(each.value for each in Locality)
+        raise ConfigError("secondary_tiers.locality", text, "no such locality", f"Known: {known}.") from None
+
+
 def namespace_of(spec: Any, row_bytes: int, weights: str) -> Namespace:
     """All that shapes a row: what vLLM's own file tier tells rows apart by, and what that leaves out. Raises ConfigError."""
     model = spec.config.model
@@ -183,7 +218,7 @@ def namespace_of(spec: Any, row_bytes: int, weights: str) -> Namespace:
     fields |= {"model_name": "", "row_bytes": row_bytes, "kv_cache_layout": spec.config.kv_cache_layout}
     shape = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     return Namespace(
-        model=Path(model.name).name,
+        model=model_name(model.name),
         weights=revision,
         dtype=str(model.dtype),
         layers=1,
