@@ -96,6 +96,8 @@ async def open_store(
                     shared.heed_pins = heed_pins
             _share_namespaces(namespaces, bucket)
             demand.publish = _reporter(config, demand, bucket, sharing, shared)
+            if sharing is not None:
+                _report_when_asked(config, sharing, demand.publish)
             if (remote := await open_remote(config, metrics.registry)) is not None:
                 if shared is not None:
                     shared.remote = remote
@@ -160,6 +162,13 @@ def _hear_of_purges(sharing: Sharing, undertaker: Undertaker) -> None:
     from kvstore.catalog.purges import Bell
 
     sharing.also(Bell(sharing.documents, undertaker.wake).round)
+
+
+def _report_when_asked(config: Config, sharing: Sharing, report: Reporter) -> None:
+    """At once, instead of at the next regular time."""
+    from kvstore.catalog.asking import Answering
+
+    sharing.also(Answering(sharing.documents, node_name(config.node.directory), report).round)
 
 
 def _reporter(

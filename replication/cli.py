@@ -57,7 +57,12 @@ def publish(
     overrides: options.Overrides = None,
     json: options.Json = False,
 ) -> None:
-    """Publish what is hot in the region's bucket, signed, for the other regions to pull."""
+    """Publish what is hot in the region's bucket, signed, for the other regions to pull.
+
+    With a catalog (--config) the region's nodes are asked first what is hot now.
+    """
+    from dataclasses import asdict
+
     from replication.lease import hold
     from replication.publisher import publish as publish_once
 
@@ -66,13 +71,24 @@ def publish(
 
     async def once() -> int:
         async with site.open_contents() as contents, hold(contents.bucket, "publisher"):
+            heard = await contents.ask_nodes()
             manifest = await publish_once(contents, region, private)
         size = sum(block.nbytes for block in manifest.blocks)
         show(
             json,
-            {"sequence": manifest.sequence, "blocks": len(manifest.blocks), "bytes": size},
+            {
+                "sequence": manifest.sequence,
+                "blocks": len(manifest.blocks),
+                "bytes": size,
+                "nodes": heard and asdict(heard),
+            },
             lambda: f"Published {number(len(manifest.blocks))} blocks ({human(size)}), sequence {manifest.sequence}.",
         )
+        if heard is None:
+            note("No catalog to ask the nodes by: what they saved since their last report, every 15 s, may be missing.")
+        elif heard.silent:
+            named = ", ".join(heard.silent)
+            note(f"Did not report in time, so what they saved in the last 15 s may be missing: {named}.")
         return 0
 
     _repeat(once, watch, interval)

@@ -14,6 +14,7 @@ from typing import Self
 
 import structlog
 
+from kvstore.catalog.asking import Heard, ask_nodes
 from kvstore.catalog.base import START, Catalog, Entry
 from kvstore.catalog.cursors import SourceCursor
 from kvstore.catalog.hotness import reports
@@ -112,6 +113,13 @@ class Contents:
         for start in range(0, len(others), READS_AT_ONCE):
             read += await asyncio.gather(*map(self._read_report, others[start : start + READS_AT_ONCE]))
         return [report for report in read if report is not None]
+
+    async def ask_nodes(self) -> Heard | None:
+        """Have the region's nodes report now, and wait for it; None: there is no catalog to ask them by, or it is away."""
+        if self.catalog is not None:
+            with suppress(CatalogUnavailable):
+                return await ask_nodes(self.catalog.documents)
+        return None
 
     async def pinned(self) -> set[BlockKey]:
         """Blocks that somebody wants kept, by what the catalog told last."""

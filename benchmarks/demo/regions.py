@@ -76,7 +76,8 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> Birth:
         regions = stack.enter_context(LocalRegions(folder))
         secret = f"identity.secret={os.urandom(32).hex()}"
         for name in ("na", "eu"):
-            stack.enter_context(regions.add(name, stack.enter_context(ministack()), *NODE, secret).node)
+            catalog = f"catalog.url=sqlite://{folder}/{name}.db"
+            stack.enter_context(regions.add(name, stack.enter_context(ministack()), *NODE, secret, catalog).node)
         link = regions.flow("na", "eu", Shape(ROUND_TRIP / 2, BYTES_PER_SECOND))
         na, eu = regions.regions["na"], regions.regions["eu"]
         with step("made a small Llama of random weights, with a tokenizer trained on the prompts"):
@@ -84,7 +85,6 @@ def tell(say: Say = lambda _: None, size: ModelSize = MEDIUM) -> Birth:
         with step("na: an engine computed every prompt and saved it; na published what is hot"):
             computed = _ask_all(folder, model, na, list(asked.values()))
             na.node.drain()
-            na.node.stop()  # a node that ends tells what is hot; else it does so every 15 s
             na.publish()
         with step("eu, an empty region, pulled it over the WAN"):
             started = time.perf_counter()

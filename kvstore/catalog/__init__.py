@@ -9,6 +9,7 @@ sharing     a node's part in its region: joins an object tier to a catalog
 └── rebuild     fills it from the bucket
 cursors     how far the region has come with others
 purges      rings when something was purged
+asking      has all nodes report now
 hottest     what a whole region asks for most
 base        the interface and what it speaks of; documents: what else the region's processes tell each other
 ├── sqlite      one file, for one machine
