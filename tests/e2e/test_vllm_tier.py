@@ -6,10 +6,15 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm.v1.kv_offload.tiering")
+
+import msgspec
+import zmq
+from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from connectors.vllm.process import Answer, EngineProcess
 from connectors.vllm.testing import cpu_engine
@@ -28,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def engine(model: Path, log: Path, node: NodeProcess) -> Iterator[EngineProcess]:
-    tier = {"type": "KVStoreTier", "module_path": "connectors.vllm.tier", "autostart": False}
+def engine(model: Path, log: Path, node: NodeProcess, **more: Any) -> Iterator[EngineProcess]:
+    tier = {"type": "KVStoreTier", "module_path": "connectors.vllm.tier", "autostart": False, "enable_kv_events": True}
     offloading = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -38,13 +43,37 @@ def engine(model: Path, log: Path, node: NodeProcess) -> Iterator[EngineProcess]
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "tests.e2e.cpu_tiering",
             "cpu_bytes_to_use": 64 << 20,
+            "self_describing_kv_events": True,
             "secondary_tiers": [{**tier, "socket": str(node.socket)}],
         },
     }
     sizes = {"max_model_len": 2048, "num_gpu_blocks_override": 200}
-    with cpu_engine(model, log, **sizes, kv_transfer_config=offloading) as process:
+    with cpu_engine(model, log, **sizes, **more, kv_transfer_config=offloading) as process:
         process.ready()
         yield process
+
+
+class Router:
+    """A subscriber to vLLM's own KV events, as existing routers are."""
+
+    def __init__(self, address: str) -> None:
+        self.publisher = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.connect(address)
+        self._socket.subscribe(b"")
+        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
+
+    def stored(self, medium: str) -> dict[bytes, list[int]]:
+        """Hashes that some event so far says are stored there, with the event's tokens."""
+        found = {}
+        while self._socket.poll(1000):
+            for event in self._decoder.decode(self._socket.recv_multipart()[2]).events:
+                if isinstance(event, BlockStored) and event.medium == medium:
+                    found |= dict.fromkeys(event.block_hashes, event.token_ids)
+        return found
+
+    def close(self) -> None:
+        self._socket.close(0)
 
 
 def tokens(answers: list[Answer]) -> list[list[int]]:
@@ -54,9 +83,11 @@ def tokens(answers: list[Answer]) -> list[list[int]]:
 def test_what_one_engine_saved_the_next_loads(model: Path, tmp_path: Path) -> None:
     sizes = ("host.bytes=128MiB", "disk.bytes=256MiB", "disk.segment_bytes=32MiB")
     log = tmp_path / "engines.log"
+    router = Router(f"ipc://{tmp_path / 'events'}")
     with NodeProcess(tmp_path, *sizes) as node:
-        with engine(model, log, node) as first:
+        with engine(model, log, node, kv_events_config=router.publisher) as first:
             computed = tokens(first.generate(PROMPTS, 16))
+            assert any(router.stored("STORAGE").values()), "a router that matches prompts learns of the store"
             wait_for(lambda: node.blocks()["host"] > 0)
             node.drain()
         saved = node.blocks()
@@ -78,3 +109,4 @@ def test_what_one_engine_saved_the_next_loads(model: Path, tmp_path: Path) -> No
         with engine(model, log, node) as orphan:
             node.kill()
             assert tokens(orphan.generate(PROMPTS, 16)) == computed, "computed without a store"
+    router.close()
