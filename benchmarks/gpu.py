@@ -187,6 +187,16 @@ class Decode:
             hidden = hidden @ weight
             torch.nn.functional.scaled_dot_product_attention(self.queries, self.keys[0], self.keys[1])
 
+    def captured(self) -> None:
+        """From now on a step is one CUDA graph, as vLLM decodes unless told not to."""
+        import torch
+
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.step = graph.replay  # type: ignore[method-assign]
+
     def seconds(self, busy: Callable[[], bool]) -> float:
         """Mean seconds of a step, stepping while ``busy`` says so."""
         import torch
@@ -233,7 +243,15 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in samples.items()}
 
 
-def decode_slowdown(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
+def decode_slowdown(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
+    """An eager decode loop beside three kinds of traffic, and one of CUDA graphs beside the first two."""
+    eager = beside(rig, decode := Decode(), memcpy)
+    decode.captured()
+    graphs = beside(rig, decode, memcpy)
+    return eager | {f"{name}_with_graphs": figure for name, figure in graphs.items() if "prefill" not in name}
+
+
+def beside(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
     """A decode loop beside three kinds of traffic, each against the loop alone just before.
 
     At full rate offloading, and plain memcpy as the least that any offloading costs; and at the rate at which a prefill of this
@@ -307,7 +325,7 @@ def run(args: Any) -> Mapping[str, float]:
         print(geometry.name, {name: round(value, 1) for name, value in gbps.items()}, file=sys.stderr)
         figures |= {f"{name}_gbps_{geometry.name}": value for name, value in gbps.items()}
         if geometry is GEOMETRIES[0]:
-            figures |= decode_slowdown(rig, Decode(), memcpy)
+            figures |= decode_slowdown(rig, memcpy)
             torch.cuda.empty_cache()
         rig.close()
 

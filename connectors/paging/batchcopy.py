@@ -10,10 +10,9 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from cupy.cuda import runtime
 
-Column = npt.NDArray[np.int64]
+from connectors.paging.pieces import Column
 
 
 class _Attributes(ctypes.Structure):
@@ -49,13 +48,20 @@ def _driver_function() -> Any:
 _batch = _driver_function()
 
 
-def copy_batch(targets: Column, sources: Column, sizes: Column, stream: int) -> None:
-    """Enqueue copies between these addresses, of these bytes, on a stream of our own; in no particular order."""
-    if _batch is None:
-        for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
-            runtime.memcpyAsync(target, source, size, runtime.memcpyDefault, stream)
-        return
-    columns = [np.ascontiguousarray(column) for column in (targets, sources, sizes)]
-    status = _batch(*(c.ctypes.data for c in columns), len(sizes), _ATTRIBUTES_AT, _FROM_FIRST_AT, 1, stream)
-    if status:
-        raise RuntimeError(f"cuMemcpyBatchAsync failed with CUDA error {status}")
+class CopyBatch:
+    """Copies between addresses, handed over part by part. The columns must stay as they are until that is done."""
+
+    def __init__(self, targets: Column, sources: Column, sizes: Column) -> None:
+        self._columns = [np.ascontiguousarray(column) for column in (targets, sources, sizes)]
+        self._at = [column.ctypes.data for column in self._columns]
+
+    def enqueue(self, first: int, stop: int, stream: int) -> None:
+        """Enqueue copies ``first:stop`` on a stream of our own; in no particular order among themselves."""
+        if _batch is None:
+            for target, source, size in zip(*(c[first:stop].tolist() for c in self._columns), strict=True):
+                runtime.memcpyAsync(target, source, size, runtime.memcpyDefault, stream)
+            return
+        part = (at + 8 * first for at in self._at)
+        status = _batch(*part, stop - first, _ATTRIBUTES_AT, _FROM_FIRST_AT, 1, stream)
+        if status:
+            raise RuntimeError(f"cuMemcpyBatchAsync failed with CUDA error {status}")

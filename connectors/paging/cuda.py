@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 
 from connectors.paging.base import BlockCopy, Pager
 from connectors.paging.geometry import PagedKV, Share
+from connectors.paging.pieces import Column
 from kvstore.errors import ConfigError, IdentityError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
@@ -29,52 +29,54 @@ try:
     import cupy
     from cupy.cuda import runtime
 
-    from connectors.paging.batchcopy import Column
     from connectors.paging.pinned import PinnedArena, pin
-    from connectors.paging.routes import Kernels, Streams, choose
+    from connectors.paging.routes import Direction, Streams, choose
 except ImportError as _missing:
     raise ConfigError(
         "cupy", None, f"GPU pages need CuPy, which does not import: {_missing}", "pip install 'llm-kvstore[gpu]'"
     ) from _missing
 
-STAGING_BUFFERS = 2
-"""Per direction: one on the bus, one under the kernel, which is several times as fast."""
 ALIGNMENT = 16
 """Bytes, of payloads: the widest access of a kernel. Slots are aligned to 4 KiB."""
-MAX_AHEAD = 32
-"""Groups handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
-
-
-class Direction(Enum):
-    SAVE = "save"
-    LOAD = "load"
+MAX_AHEAD = 4
+"""Windows handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
 
 
 class CudaTransfer:
     """A batch on its way; done when the last byte has arrived or the copy failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: int) -> None:
+        """``engine`` is the engine's stream."""
+        self._engine = engine
         self._handed_over = threading.Event()
-        self._events: Sequence[Any] = ()
+        self._end: Any = None
         self._error: Exception | None = None
 
     def done(self) -> bool:
-        return self._handed_over.is_set() and all(event.done for event in self._events)
+        return self._handed_over.is_set() and (self._end is None or bool(self._end.done))
 
     def wait(self) -> None:
-        self._handed_over.wait()
-        if self._error is not None:
-            raise self._error
-        for event in self._events:
-            event.synchronize()
+        if (end := self._ended()) is not None:
+            end.synchronize()
 
-    def handed_over(self, events: Sequence[Any]) -> None:
-        self._events = events
+    def precede(self) -> None:
+        if (end := self._ended()) is not None:
+            runtime.streamWaitEvent(self._engine, end.ptr)
+
+    def handed_over(self, end: Any) -> None:
+        """``end`` is the event behind all of it."""
+        self._end = end
         self._handed_over.set()
 
     def fail(self, error: Exception) -> None:
         self._error = error
         self._handed_over.set()
+
+    def _ended(self) -> Any:
+        self._handed_over.wait()
+        if self._error is not None:
+            raise self._error
+        return self._end
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class _Job:
 class CudaPager(Pager):
     """One rank's pager for pages on one GPU.
 
-    ``save`` and ``load`` only record an event and return; two threads, one a direction, hand the work to CUDA, and wait there
-    until the slots in question are pinned. An empty batch starts the pinning of a new arena early.
+    ``save`` records an event and returns; a thread hands the work to CUDA. ``load`` hands it over itself, since a request waits
+    for it. Either waits, there, until the slots in question are pinned. An empty load starts the pinning of a new arena early.
     """
 
     def __init__(self, pages: PagedKV, block: BlockLayout, heads: tuple[int, int], sharers: int = 1) -> None:
@@ -104,45 +106,44 @@ class CudaPager(Pager):
         self._device = pages.sample.device
         share = Share.of(pages, block, heads)
         with cupy.cuda.Device(self._device.index):
-            moves = Kernels(pages, share)
-            self._lanes = {direction: _Lane(direction, pages, share, moves, sharers) for direction in Direction}
+            self._saves, self._loads = (_Lane(direction, pages, share, sharers) for direction in Direction)
+        self._saving = _Background(self._saves)
+        self.follow()
+
+    def follow(self) -> None:
+        """vLLM may change its stream once, when it first captures a CUDA graph or makes a communicator."""
+        self._engine = int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
-        return self._submit(Direction.SAVE, arena, copies)
+        job = self._job(arena, copies)
+        self._saving.submit(job)
+        return job.transfer
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
         """Ordered after the engine's work enqueued so far: it may still use the pages for what they held before."""
-        return self._submit(Direction.LOAD, arena, copies)
+        job = self._job(arena, copies)
+        self._loads.run(job)
+        return job.transfer
 
     def close(self) -> None:
-        for lane in self._lanes.values():
+        self._saving.close()
+        for lane in (self._saves, self._loads):
             lane.close()
 
-    def _submit(self, direction: Direction, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
-        transfer = CudaTransfer()
+    def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
         with cupy.cuda.Device(self._device.index):
             engine = cupy.cuda.Event(disable_timing=True)
-            runtime.eventRecord(engine.ptr, torch.cuda.current_stream(self._device).cuda_stream)
-        self._lanes[direction].submit(_Job(arena, tuple(copies), engine, transfer))
-        return transfer
+            runtime.eventRecord(engine.ptr, self._engine)
+        return _Job(arena, tuple(copies), engine, CudaTransfer(self._engine))
 
 
-class _Lane:
-    """One direction: a thread, a queue of jobs, and the staging buffers with their streams."""
+class _Background:
+    """Runs a lane's jobs in a thread of its own."""
 
-    def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels, sharers: int) -> None:
-        self._device = pages.sample.device
-        self._pages = pages
-        self._block = share.block
-        self._whole = direction is Direction.SAVE
-        self._pinned: PinnedArena | None = None
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        routes = [choose(share, moves, sharers) for _ in range(STAGING_BUFFERS)]
-        self._group = routes[0].blocks
-        self._ring = deque(route.save if direction is Direction.SAVE else route.load for route in routes)
-        self._streams = Streams(*(cupy.cuda.Stream(non_blocking=True) for _ in range(2)))
-        self._marks = deque(cupy.cuda.Event(block=True, disable_timing=True) for _ in range(MAX_AHEAD))
-        self._thread = threading.Thread(target=self._serve, name=f"kv-{direction.value}", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="kv-save", daemon=True)
         self._thread.start()
 
     def submit(self, job: _Job) -> None:
@@ -153,35 +154,56 @@ class _Lane:
         self._thread.join()
 
     def _serve(self) -> None:
-        with cupy.cuda.Device(self._device.index):
-            while (job := self._jobs.get()) is not None:
-                try:
-                    job.transfer.handed_over(self._hand_over(job))
-                except Exception as error:  # whatever it is, the engine recomputes
-                    with suppress(Exception):
-                        self._drain()  # the pages and slots may be used again once the transfer is done
-                    job.transfer.fail(error)
+        while (job := self._jobs.get()) is not None:
+            self._lane.run(job)
+
+
+class _Lane:
+    """One direction: its streams, its route, and the registration of the arena it goes to. One thread at a time."""
+
+    def __init__(self, direction: Direction, pages: PagedKV, share: Share, sharers: int) -> None:
+        self._device = pages.sample.device.index
+        self._pages = pages
+        self._block = share.block
+        self._whole = direction is Direction.SAVE
+        self._pinned: PinnedArena | None = None
+        self._streams = Streams(*(cupy.cuda.Stream(non_blocking=True) for _ in range(2)))
+        self._route = choose(direction, pages, share, self._streams, sharers)
+        self._marks = deque(cupy.cuda.Event(block=True, disable_timing=True) for _ in range(MAX_AHEAD))
+
+    def run(self, job: _Job) -> None:
+        """Hand a whole job to CUDA. Never raises."""
+        with cupy.cuda.Device(self._device):
+            try:
+                job.transfer.handed_over(self._hand_over(job))
+            except Exception as error:  # whatever it is, the engine recomputes
+                with suppress(Exception):
+                    self._drain()  # the pages and slots may be used again once the transfer is done
+                job.transfer.fail(error)
+
+    def close(self) -> None:
+        with cupy.cuda.Device(self._device):
             self._drain()
             if self._pinned is not None:
                 self._pinned.close()
 
-    def _hand_over(self, job: _Job) -> list[Any]:
-        """Enqueue a whole job; returns the events behind it."""
+    def _hand_over(self, job: _Job) -> Any:
+        """Enqueue a whole job; the event behind it."""
         pinned = self._pin(job.arena)
-        # Group by group from the start: were all of a large job prepared first, the bus would stand idle for a millisecond.
-        for start in range(0, len(job.copies), self._group):
-            copies = job.copies[start : start + self._group]
+        self._streams.kernels.wait_event(job.engine)
+        start, count = 0, self._route.first
+        while start < len(job.copies):
+            copies = job.copies[start : start + count]
+            start, count = start + count, self._route.window
             pages = self._pages.view_pages(copies, self._block.tokens, self._whole)
             offsets = self._offsets(job.arena, copies)
             pinned.wait(int(offsets.max()) + self._block.nbytes)
             mark = self._marks[0]
             mark.synchronize()
-            self._ring[0](self._streams, pinned, offsets, pages, job.engine)
-            self._streams.kernels.record(mark)
+            self._route.move(pinned, offsets, pages)
+            self._route.tail.record(mark)
             self._marks.rotate(-1)
-            self._ring.rotate(-1)
-        streams = (self._streams.kernels, self._streams.copies)
-        return [stream.record(cupy.cuda.Event(disable_timing=True)) for stream in streams]
+        return self._route.tail.record(cupy.cuda.Event(disable_timing=True))
 
     def _offsets(self, arena: Arena, copies: Sequence[BlockCopy]) -> Column:
         """Of each block in the arena. Checked: a kernel that leaves the arena, or is misaligned, costs the engine its GPU."""
@@ -198,7 +220,7 @@ class _Lane:
             self._drain()
             if self._pinned is not None:
                 self._pinned.close()
-            self._pinned = pin(arena, self._device.index)
+            self._pinned = pin(arena, self._device)
         return self._pinned
 
     def _drain(self) -> None:

@@ -6,13 +6,13 @@ or a rank's part of a slot in registered host memory.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from connectors.paging.geometry import PagedKV, Share, Strides
+from connectors.paging.geometry import PagedKV, Pages, Share, Strides
+from connectors.paging.pieces import Column
 
 THREADS = 128
 UNROLL = 4
@@ -51,10 +51,11 @@ __device__ __forceinline__ bool locate(
     return page >= 0;
 }
 
-// All loads are issued before the first store, or one load's latency would be paid per vector. The bytes read are not read
-// again: they stream past the cache that the engine's own kernels live on.
+// Moves vectors from ``origin`` on: a launch need not begin where a block does. All loads are issued before the first store,
+// or one load's latency would be paid per vector. The bytes read are not read again: they stream past the cache that the
+// engine's own kernels live on.
 template <bool GATHER>
-__device__ __forceinline__ void move(const long long* planes, unsigned vectors, const Batch& batch)
+__device__ __forceinline__ void move(const long long* planes, unsigned origin, unsigned vectors, const Batch& batch)
 {
     const unsigned chunk = blockDim.x * UNROLL;
     for (unsigned first = blockIdx.x * chunk + threadIdx.x; first < vectors; first += gridDim.x * chunk) {
@@ -65,7 +66,7 @@ __device__ __forceinline__ void move(const long long* planes, unsigned vectors, 
             const unsigned i = first + u * blockDim.x;
             Vector *engine, *stored;
             target[u] = 0;
-            if (i < vectors && locate(i, planes, batch, engine, stored)) {
+            if (i < vectors && locate(origin + i, planes, batch, engine, stored)) {
                 value[u] = __ldcs(GATHER ? engine : stored);
                 target[u] = GATHER ? stored : engine;
             }
@@ -78,15 +79,15 @@ __device__ __forceinline__ void move(const long long* planes, unsigned vectors, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-gather(const long long* planes, unsigned vectors, const __grid_constant__ Batch batch)
+gather(const long long* planes, unsigned origin, unsigned vectors, const __grid_constant__ Batch batch)
 {
-    move<true>(planes, vectors, batch);
+    move<true>(planes, origin, vectors, batch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-scatter(const long long* planes, unsigned vectors, const __grid_constant__ Batch batch)
+scatter(const long long* planes, unsigned origin, unsigned vectors, const __grid_constant__ Batch batch)
 {
-    move<false>(planes, vectors, batch);
+    move<false>(planes, origin, vectors, batch);
 }
 """
 
@@ -138,12 +139,30 @@ def directory(pages: PagedKV) -> list[int]:
     return [*addresses(pages), *pages.tables]
 
 
-def batch(steps: Strides, payloads: Sequence[int]) -> np.ndarray[Any, Any]:
-    """The kernel argument for blocks at ``payloads``; their pages go to its field ``page``, block after block."""
-    out = np.zeros((), BATCH)
-    out["step"] = (steps.kv, steps.head, steps.token, steps.layer)
-    out["payload"][: len(payloads)] = payloads
-    return out
+class Arguments:
+    """A kernel's arguments; a launch copies them, so the next one may use them again."""
+
+    def __init__(self, directory: int, steps: Strides) -> None:
+        """``directory`` is the address of ``directory()`` on the device."""
+        self._batch = np.zeros((), BATCH)
+        self._batch["step"] = (steps.kv, steps.head, steps.token, steps.layer)
+        self._directory = ctypes.c_longlong(directory)
+        self._origin, self._vectors = ctypes.c_uint(), ctypes.c_uint()
+        self._pointers = (ctypes.c_void_p * 4)(
+            ctypes.addressof(self._directory),
+            ctypes.addressof(self._origin),
+            ctypes.addressof(self._vectors),
+            self._batch.ctypes.data,
+        )
+        self.address = ctypes.addressof(self._pointers)
+        self._payloads, self._pages = self._batch["payload"], self._batch["page"]
+
+    def fill(self, payloads: Column, pages: Pages, origin: int, vectors: int) -> None:
+        """Blocks whose payloads are at these addresses and whose pages are these, ``[block, page]``; so many vectors of them,
+        from ``origin`` on."""
+        self._payloads[: len(payloads)] = payloads
+        self._pages[: pages.size] = pages.ravel()
+        self._origin.value, self._vectors.value = origin, vectors
 
 
 def max_blocks(pages: PagedKV, share: Share) -> int:

@@ -36,6 +36,10 @@ class PartedPager(Pager):
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
         return self._each(arena, copies, to_arena=False)
 
+    def follow(self) -> None:
+        for part in self._parts:
+            part.pager.follow()
+
     def close(self) -> None:
         for part in self._parts:
             part.pager.close()
@@ -73,6 +77,10 @@ class Together:
 
     def done(self) -> bool:
         return all(transfer.done() for transfer in self._transfers)
+
+    def precede(self) -> None:
+        for transfer in self._transfers:
+            transfer.precede()
 
     def wait(self) -> None:
         failed: Exception | None = None

@@ -8,7 +8,6 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-from connectors.paging.batchcopy import Column
 from kvstore.errors import ConfigError
 from kvstore.node.arena import Arena
 
@@ -40,6 +39,8 @@ class PinnedArena:
 
     def wait(self, stop: int) -> None:
         """Block until all bytes before ``stop`` are registered. Raises ConfigError when CUDA refuses the arena."""
+        if self._registered >= stop:
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._registered >= stop or self._error)
             if self._error is not None:
@@ -79,19 +80,6 @@ class PinnedArena:
                     self._changed.notify_all()
                     if error or self._closing:
                         return
-
-
-def cut(offsets: Column, others: Column, sizes: Column) -> tuple[Column, Column, Column]:
-    """Copies between the arena, at ``offsets``, and elsewhere, cut where slices meet: CUDA refuses one that spans two
-    registrations. Sizes are in bytes.
-    """
-    room = SLICE_BYTES - offsets % SLICE_BYTES
-    if (sizes <= room).all():
-        return offsets, others, sizes
-    over = sizes > room
-    rest = cut((offsets + room)[over], (others + room)[over], (sizes - room)[over])
-    first = (offsets, others, np.minimum(sizes, room))
-    return tuple(np.concatenate(pair) for pair in zip(first, rest, strict=True))
 
 
 def pin(arena: Arena, device: int) -> PinnedArena:

@@ -1,29 +1,43 @@
-"""The two ways of a group of blocks between engine pages and the pinned arena."""
+"""The two ways of blocks between engine pages and the pinned arena."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
 import torch
+from cupy.cuda import driver
 
-from connectors.paging import kernels
-from connectors.paging.batchcopy import Column, copy_batch
+from connectors.paging import kernels, l2, pinned
+from connectors.paging.batchcopy import CopyBatch
 from connectors.paging.geometry import PagedKV, Pages, Share, strides
-from connectors.paging.pinned import PinnedArena, cut
+from connectors.paging.kernels import Arguments
+from connectors.paging.pieces import Column, Cutter
+from connectors.paging.pinned import PinnedArena
 from kvstore.errors import IdentityError
 
+BUFFERS = 2
+"""Of a direction: one on the bus, one under the kernel, which is over twenty times as fast."""
 STAGING_BYTES = 32 << 20
-"""Of one buffer at most: four of them (two a direction) are 128 MiB of device memory. Larger groups: fewer CUDA calls."""
+"""Of one buffer at most. Larger groups: fewer CUDA calls."""
+KEPT_BYTES = 12 << 20
+"""Of a buffer that is to stay in L2: both are half of an H100's. Smaller groups cost more CUDA calls, and no less memory."""
+LEAST_KEPT = 4 << 20
+"""A GPU that keeps less of a buffer than this had better pass it through memory in large groups."""
+WINDOW_BYTES = 64 << 20
+"""Prepared at a time: were all of a large transfer prepared first, the bus would stand idle for a millisecond."""
 DIRECT_BELOW = 128 << 10
 """Runs shorter than this go between pages and arena in the kernel: the copy engine would be no faster, and cost the CPU more."""
 DIRECT_THREAD_BLOCKS = 32
 """Of a kernel that is held up by the bus: enough to keep that busy, and no more, since they stay as long as the copy."""
 
-Batch = np.ndarray[Any, Any]
-"""An argument of the kernels, see ``kernels.batch``."""
+
+class Direction(Enum):
+    SAVE = "save"
+    LOAD = "load"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,121 +50,154 @@ class Streams:
 
 
 class Route(Protocol):
-    """Moves up to ``blocks`` blocks at a time. Only enqueues; never blocks."""
+    """Moves windows of blocks in one direction. Only enqueues; never blocks."""
 
-    blocks: int
+    first: int
+    """Blocks to begin with: the sooner something is on the bus the better."""
+    window: int
+    """Blocks of one ``move`` at most."""
+    tail: Any
+    """The stream on which a transfer ends."""
 
-    def save(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        """``pages`` ``[block, page]`` to ``offsets`` ``[block]`` of the arena, once the event ``engine`` has come."""
-
-    def load(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        """The reverse; ``engine`` holds up only what touches pages."""
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
+        """Between ``pages`` ``[block, page]`` and ``offsets`` ``[block]`` of the arena."""
 
 
-class Kernels:
-    """Gather and scatter for one geometry, compiled on construction (or taken from CuPy's cache on disk)."""
+class Kernel:
+    """Gather or scatter for one geometry, compiled on construction (or taken from CuPy's cache on disk)."""
 
-    def __init__(self, pages: PagedKV, share: Share) -> None:
+    def __init__(self, direction: Direction, pages: PagedKV, share: Share) -> None:
         self.max_blocks = kernels.max_blocks(pages, share)
         """Of one launch."""
         if not self.max_blocks:
             raise IdentityError(f"a block of {share.block.tokens} tokens has more than {kernels.MAX_PAGES} pages")
         constants = kernels.defines(pages, share)
         module = cupy.RawModule(code=kernels.SOURCE, options=tuple(f"-D{k}={v}" for k, v in constants.items()))
-        self._gather = module.get_function("gather")
-        self._scatter = module.get_function("scatter")
-        self._planes = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
-        self._planes_at = self._planes.data_ptr()
-        self._vectors = share.nbytes // kernels.vector_bytes(pages)
+        self._function = module.get_function("gather" if direction is Direction.SAVE else "scatter").kernel
+        self._directory = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
+        self.directory = self._directory.data_ptr()
         self.device = pages.sample.device
+        self.vector_bytes = kernels.vector_bytes(pages)
+        units = len(pages.planes) * pages.heads * (share.block.tokens // pages.page_tokens)
+        self.unit_bytes = share.nbytes // units
+        """Of one page of one head of K or V: what lies in one piece both in a payload and in the kernel's count of vectors."""
 
-    def gather(self, stream: Any, batch: Batch, blocks: int, most: int | None = None) -> None:
-        """Pages to payloads, with at most ``most`` thread blocks."""
-        self._launch(self._gather, stream, batch, blocks, most)
-
-    def scatter(self, stream: Any, batch: Batch, blocks: int, most: int | None = None) -> None:
-        """Payloads to pages, with at most ``most`` thread blocks."""
-        self._launch(self._scatter, stream, batch, blocks, most)
-
-    def _launch(self, kernel: Any, stream: Any, batch: Batch, blocks: int, most: int | None) -> None:
-        vectors = blocks * self._vectors
+    def launch(self, arguments: Arguments, vectors: int, stream: Any, most: int | None = None) -> None:
+        """With at most ``most`` thread blocks."""
         chunks = -(-vectors // (kernels.THREADS * kernels.UNROLL))
         grid = min(most or chunks, chunks)
-        with stream:
-            kernel((grid,), (kernels.THREADS,), (self._planes_at, np.uint32(vectors), batch))
+        driver.launchKernel(self._function.ptr, grid, 1, 1, kernels.THREADS, 1, 1, 0, stream.ptr, arguments.address, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    address: int
+    full: Any
+    """Event: what a kernel or a copy put there has arrived."""
+    empty: Any
+    """Event: it has been taken out."""
 
 
 class Staged:
-    """Through a buffer in device memory that holds the shares of a group of blocks, one behind the other."""
+    """Through buffers in device memory, which hold the shares of the blocks one behind the other, group by group."""
 
-    def __init__(self, share: Share, moves: Kernels, staging_bytes: int) -> None:
-        nbytes, runs = share.nbytes, np.array(share.runs, np.int64)
-        self.blocks = min(moves.max_blocks, staging_bytes // nbytes)
-        self._moves = moves
-        self._buffer = torch.empty(self.blocks * nbytes, dtype=torch.uint8, device=moves.device)
-        payloads = self._buffer.data_ptr() + nbytes * np.arange(self.blocks)
-        self._batch = kernels.batch(strides(share.compact), payloads.tolist())
-        self._runs, sizes = runs[:, 0], runs[:, 1]
-        self._sizes = np.tile(sizes, self.blocks)
-        self._staged = (payloads[:, None] + (np.cumsum(sizes) - sizes)).ravel()
-        """Where in the buffer each run of each block is."""
-        self._full, self._empty = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+    def __init__(self, direction: Direction, share: Share, kernel: Kernel, streams: Streams, group_bytes: int) -> None:
+        """``group_bytes`` is the size of a buffer."""
+        self._save = direction is Direction.SAVE
+        self._kernel, self._streams = kernel, streams
+        self.tail = streams.copies if self._save else streams.kernels
+        self._share, self._group = share.nbytes, group_bytes
+        self.first = max(group_bytes // share.nbytes, 1)
+        self.window = max(WINDOW_BYTES // share.nbytes, 1)
+        self._cut = Cutter(share.runs, group_bytes, pinned.SLICE_BYTES)
+        self._arguments = Arguments(kernel.directory, strides(share.compact))
+        self._shares = share.nbytes * np.arange(kernel.max_blocks)
+        self._memory = torch.empty(BUFFERS * group_bytes, dtype=torch.uint8, device=kernel.device)
+        self._addresses = self._memory.data_ptr() + group_bytes * np.arange(BUFFERS)
+        self._buffers = [_Buffer(int(at), _event(), _event()) for at in self._addresses]
+        self._turn = 0
+        if self._save:
+            l2.keep(self._memory.data_ptr(), self._memory.numel(), streams.kernels.ptr)
 
-    def save(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        host, device, sizes = self._copies(arena, offsets)
-        streams.kernels.wait_event(engine)
-        streams.kernels.wait_event(self._empty)
-        self._batch["page"][: pages.size] = pages.ravel()
-        self._moves.gather(streams.kernels, self._batch, len(offsets))
-        streams.kernels.record(self._full)
-        streams.copies.wait_event(self._full)
-        copy_batch(host, device, sizes, streams.copies.ptr)
-        streams.copies.record(self._empty)
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
+        pieces = self._cut(offsets)
+        staged = pieces.staged + self._addresses[(self._turn + pieces.groups) % BUFFERS]
+        host = pieces.arena + arena.address
+        copies = CopyBatch(host, staged, pieces.sizes) if self._save else CopyBatch(staged, host, pieces.sizes)
+        total = len(offsets) * self._share
+        for start, first, stop in zip(range(0, total, self._group), pieces.bounds, pieces.bounds[1:], strict=False):
+            buffer = self._buffers[self._turn % BUFFERS]
+            self._turn += 1
+            vectors = self._fill(buffer, pages, start, min(start + self._group, total))
+            if self._save:
+                self._gather(buffer, vectors)
+                self._copy(copies, first, stop, buffer.full, buffer.empty)
+            else:
+                self._copy(copies, first, stop, buffer.empty, buffer.full)
+                self._scatter(buffer, vectors)
 
-    def load(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        host, device, sizes = self._copies(arena, offsets)
-        streams.copies.wait_event(self._empty)
-        copy_batch(device, host, sizes, streams.copies.ptr)
-        streams.copies.record(self._full)
-        streams.kernels.wait_event(engine)
-        streams.kernels.wait_event(self._full)
-        self._batch["page"][: pages.size] = pages.ravel()
-        self._moves.scatter(streams.kernels, self._batch, len(offsets))
-        streams.kernels.record(self._empty)
+    def _fill(self, buffer: _Buffer, pages: Pages, start: int, stop: int) -> int:
+        """Set the kernel's arguments for these bytes of the window; how many vectors they are."""
+        first, skipped = divmod(start, self._share)
+        last = -(-stop // self._share)
+        payloads = self._shares[: last - first] + (buffer.address - skipped)
+        width = self._kernel.vector_bytes
+        vectors = (stop - start) // width
+        self._arguments.fill(payloads, pages[first:last], skipped // width, vectors)
+        return vectors
 
-    def _copies(self, arena: PinnedArena, offsets: Column) -> tuple[Column, Column, Column]:
-        """Addresses in the arena, addresses in the buffer, bytes."""
-        count = len(offsets) * len(self._runs)
-        runs = (offsets[:, None] + self._runs).ravel()
-        runs, staged, sizes = cut(runs, self._staged[:count], self._sizes[:count])
-        return runs + arena.address, staged, sizes
+    def _gather(self, buffer: _Buffer, vectors: int) -> None:
+        stream = self._streams.kernels
+        stream.wait_event(buffer.empty)
+        self._kernel.launch(self._arguments, vectors, stream)
+        stream.record(buffer.full)
+
+    def _scatter(self, buffer: _Buffer, vectors: int) -> None:
+        stream = self._streams.kernels
+        stream.wait_event(buffer.full)
+        self._kernel.launch(self._arguments, vectors, stream)
+        stream.record(buffer.empty)
+
+    def _copy(self, copies: CopyBatch, first: int, stop: int, before: Any, after: Any) -> None:
+        stream = self._streams.copies
+        stream.wait_event(before)
+        copies.enqueue(first, stop, stream.ptr)
+        stream.record(after)
 
 
 class Direct:
     """Straight between pages and the registered arena, over the bus, in the kernel."""
 
-    def __init__(self, share: Share, moves: Kernels) -> None:
-        self.blocks = max(1, min(moves.max_blocks, STAGING_BYTES // share.nbytes))
-        self._moves = moves
-        self._first = share.heads[0] * strides(share.block).head
-        self._batch = kernels.batch(strides(share.block), ())
+    def __init__(self, share: Share, kernel: Kernel, streams: Streams) -> None:
+        self._kernel, self.tail = kernel, streams.kernels
+        self.first = self.window = max(1, min(kernel.max_blocks, STAGING_BYTES // share.nbytes))
+        self._vectors = share.nbytes // kernel.vector_bytes
+        self._head = share.heads[0] * strides(share.block).head
+        self._arguments = Arguments(kernel.directory, strides(share.block))
 
-    def save(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        streams.kernels.wait_event(engine)
-        self._moves.gather(streams.kernels, self._filled(arena, offsets, pages), len(offsets), DIRECT_THREAD_BLOCKS)
-
-    def load(self, streams: Streams, arena: PinnedArena, offsets: Column, pages: Pages, engine: Any) -> None:
-        streams.kernels.wait_event(engine)
-        self._moves.scatter(streams.kernels, self._filled(arena, offsets, pages), len(offsets), DIRECT_THREAD_BLOCKS)
-
-    def _filled(self, arena: PinnedArena, offsets: Column, pages: Pages) -> Batch:
-        self._batch["payload"][: len(offsets)] = offsets + (arena.address + self._first)
-        self._batch["page"][: pages.size] = pages.ravel()
-        return self._batch
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
+        vectors = len(offsets) * self._vectors
+        self._arguments.fill(offsets + (arena.address + self._head), pages, 0, vectors)
+        self._kernel.launch(self._arguments, vectors, self.tail, DIRECT_THREAD_BLOCKS)
 
 
-def choose(share: Share, moves: Kernels, sharers: int = 1) -> Route:
-    """The better one for a share; with its own buffer if it needs one, as one of ``sharers`` pagers of an engine."""
-    staging_bytes = STAGING_BYTES // sharers
-    short = min(run.length for run in share.runs) < DIRECT_BELOW
-    return Direct(share, moves) if short or share.nbytes > staging_bytes else Staged(share, moves, staging_bytes)
+def choose(direction: Direction, pages: PagedKV, share: Share, streams: Streams, sharers: int = 1) -> Route:
+    """The better one for a share; with its own buffers if it needs them, as one of ``sharers`` pagers of an engine."""
+    kernel = Kernel(direction, pages, share)
+    group = _group_bytes(direction, share, kernel, sharers)
+    if group and min(run.length for run in share.runs) >= DIRECT_BELOW:
+        return Staged(direction, share, kernel, streams, group)
+    return Direct(share, kernel, streams)
+
+
+def _group_bytes(direction: Direction, share: Share, kernel: Kernel, sharers: int) -> int:
+    """How much to stage at a time; 0 where not even one unit fits."""
+    most = STAGING_BYTES
+    if direction is Direction.SAVE and (kept := min(KEPT_BYTES, l2.room(kernel.device.index) // BUFFERS)) >= LEAST_KEPT:
+        most = min(most, kept)
+    most = min(most // sharers, (kernel.max_blocks - 1) * share.nbytes)  # a group may begin and end within a block
+    return most // kernel.unit_bytes * kernel.unit_bytes
+
+
+def _event() -> Any:
+    return cupy.cuda.Event(disable_timing=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from connectors.paging.base import BlockCopy, Pager, Transfer
+from connectors.paging.base import Pager
 from connectors.paging.parted import Part, PartedPager
 from connectors.vllm.keys import Geometry
 from kvstore.errors import ConfigError
-from kvstore.node.arena import Arena
 
 
 def make_pager(kv_caches: Mapping[str, torch.Tensor], pages: int, geometry: Geometry, rank: int) -> Pager:
@@ -21,7 +20,7 @@ def make_pager(kv_caches: Mapping[str, torch.Tensor], pages: int, geometry: Geom
     device = next(iter(kv_caches.values())).device
     pager: Pager
     if geometry.layouts:
-        pager = EngineStreamPager(_cuda_pager(kv_caches, geometry, rank), device)
+        pager = _cuda_pager(kv_caches, geometry, rank)
     elif device.type == "cpu":
         from connectors.paging.torch import OpaquePager
 
@@ -50,30 +49,3 @@ def _cuda_pager(kv_caches: Mapping[str, torch.Tensor], geometry: Geometry, rank:
         pager = CudaPager(views, layout, heads, len(geometry.layouts))
         parts.append(Part(pager, tuple(used)))
     return parts[0].pager if len(parts) == 1 else PartedPager(parts)
-
-
-class EngineStreamPager(Pager):
-    """Makes a CUDA pager order its copies after the engine's stream, whichever thread asks: a thread has its own.
-
-    vLLM may change its stream once, when it first captures a CUDA graph or makes a communicator.
-    """
-
-    def __init__(self, pager: Pager, device: torch.device) -> None:
-        self._pager = pager
-        self._device = device
-        self.block_bytes = pager.block_bytes
-        self.follow()
-
-    def follow(self) -> None:
-        self._stream = torch.cuda.current_stream(self._device)
-
-    def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
-        with torch.cuda.stream(self._stream):
-            return self._pager.save(arena, copies)
-
-    def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
-        with torch.cuda.stream(self._stream):
-            return self._pager.load(arena, copies)
-
-    def close(self) -> None:
-        self._pager.close()

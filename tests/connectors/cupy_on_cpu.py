@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import subprocess
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 PRELUDE = r"""
@@ -26,13 +26,13 @@ static Dim gridDim, blockDim, blockIdx, threadIdx;
 template <class T> T __ldcs(const T* address) { return *address; }
 """
 LAUNCH = r"""
-extern "C" void launch(int forward, unsigned grid, unsigned threads, const long long* planes, unsigned vectors,
-                       const Batch* batch)
+extern "C" void launch(int forward, unsigned grid, unsigned threads, void** arguments)
 {
     gridDim.x = grid, blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
-            (forward ? gather : scatter)(planes, vectors, *batch);
+            (forward ? gather : scatter)(*(const long long**)arguments[0], *(unsigned*)arguments[1],
+                                         *(unsigned*)arguments[2], *(const Batch*)arguments[3]);
 }
 """
 
@@ -51,15 +51,9 @@ class Launcher:
             subprocess.run(["g++", *options, "-o", str(library), str(file)], check=True, capture_output=True)
         self._launch = ctypes.CDLL(str(library)).launch
 
-    def __call__(self, gather: bool, grid: int, threads: int, planes: int, vectors: int, batch: Any) -> None:
-        self._launch(
-            int(gather),
-            grid,
-            threads,
-            ctypes.c_void_p(planes),
-            ctypes.c_uint(vectors),
-            ctypes.c_void_p(batch.ctypes.data),
-        )
+    def __call__(self, gather: bool, grid: int, threads: int, arguments: int) -> None:
+        """``arguments`` is the address of as many pointers, as CUDA takes it."""
+        self._launch(int(gather), grid, threads, ctypes.c_void_p(arguments))
 
 
 class Registry:
@@ -88,7 +82,8 @@ class Registry:
 
 def modules(registry: Registry, folder: Path) -> dict[str, ModuleType]:
     """What to put in ``sys.modules``."""
-    cupy, cuda, runtime = ModuleType("cupy"), ModuleType("cupy.cuda"), ModuleType("cupy.cuda.runtime")
+    cupy, cuda, runtime, driver = (ModuleType(f"cupy{name}") for name in ("", ".cuda", ".cuda.runtime", ".cuda.driver"))
+    launchers: list[tuple[Launcher, bool]] = []
     runtime.__dict__.update(
         CUDARuntimeError=RuntimeError,
         memcpyDefault=4,
@@ -98,6 +93,10 @@ def modules(registry: Registry, folder: Path) -> dict[str, ModuleType]:
         eventRecord=lambda event, stream: None,
         runtimeGetVersion=lambda: 13000,
         driverGetVersion=lambda: 13000,
+        deviceGetAttribute=lambda attribute, device: 24 << 20,
+        deviceGetLimit=lambda limit: 0,
+        deviceSetLimit=lambda limit, value: None,
+        streamWaitEvent=lambda stream, event: None,
     )
 
     class Idle:
@@ -125,10 +124,14 @@ def modules(registry: Registry, folder: Path) -> dict[str, ModuleType]:
             self._launcher = Launcher(code, defines, folder)
 
         def get_function(self, name: str) -> Any:
-            return lambda grid, threads, arguments: self._launcher(
-                name == "gather", grid[0], threads[0], arguments[0], int(arguments[1]), arguments[2]
-            )
+            launchers.append((self._launcher, name == "gather"))
+            return SimpleNamespace(kernel=SimpleNamespace(ptr=len(launchers) - 1))
 
-    cuda.__dict__.update(runtime=runtime, Device=Idle, Event=Idle, Stream=Idle)
+    def launch(function: int, grid: int, *dimensions: int) -> None:
+        launcher, gather = launchers[function]
+        launcher(gather, grid, dimensions[2], dimensions[-2])
+
+    driver.launchKernel = launch
+    cuda.__dict__.update(runtime=runtime, driver=driver, Device=Idle, Event=Idle, Stream=Idle)
     cupy.__dict__.update(cuda=cuda, RawModule=RawModule, __version__="0")
-    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime}
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime, "cupy.cuda.driver": driver}

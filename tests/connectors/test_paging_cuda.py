@@ -37,7 +37,8 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     monkeypatch.setattr(routes, "DIRECT_BELOW", 1 << 40 if name == "direct" else 0)
     if name == "one_by_one":  # as with a driver that knows no batches
         monkeypatch.setattr(batchcopy, "_batch", None)
-    monkeypatch.setattr(routes, "STAGING_BYTES", 200_000)
+    monkeypatch.setattr(routes, "STAGING_BYTES", 20_000)
+    monkeypatch.setattr(routes, "WINDOW_BYTES", 50_000)
     monkeypatch.setattr(pinned, "SLICE_BYTES", 12 << 10)
     return name
 

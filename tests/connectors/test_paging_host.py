@@ -24,7 +24,7 @@ from kvstore.node.arena import Arena
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
-OURS = ("batchcopy", "pinned", "routes", "cuda")
+OURS = ("batchcopy", "l2", "pinned", "routes", "cuda")
 SMALL = Case(BlockLayout(4, 2, 2, 8, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=2, pages=4)
 
 
@@ -53,7 +53,8 @@ def cuda(
         loaded = {name: importlib.import_module(f"connectors.paging.{name}") for name in OURS}
         patch.setattr(loaded["batchcopy"], "_batch", None)
         patch.setattr(loaded["routes"], "DIRECT_BELOW", 0 if request.param == "staged" else 1 << 40)
-        patch.setattr(loaded["routes"], "STAGING_BYTES", 200_000)
+        patch.setattr(loaded["routes"], "STAGING_BYTES", 20_000)
+        patch.setattr(loaded["routes"], "WINDOW_BYTES", 50_000)
         patch.setattr(loaded["pinned"], "SLICE_BYTES", 12 << 10)
         yield loaded["cuda"]
         for name in OURS:
@@ -114,6 +115,41 @@ def test_a_place_outside_the_arena_fails_the_transfer(cuda: ModuleType, arena: A
         with pytest.raises(IdentityError, match="inside the arena"):
             move(arena, [BlockCopy((0, 1), offset)]).wait()
     pager.close()
+
+
+def test_a_group_begins_and_ends_within_a_block(cuda: ModuleType, arena: Arena) -> None:
+    """Blocks of 12 KiB through buffers of 20,000 bytes."""
+    case = Case(BlockLayout(16, 6, 2, 16, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=4, pages=40)
+    pages = random_fill(case.build("cpu"), 3)
+    copies = [BlockCopy(tuple(range(at, at + 4)), 24 * 1024 * at // 4) for at in range(0, 40, 4)]
+    pager = cuda.CudaPager(pages, case.block, case.heads)
+    pager.save(arena, copies).wait()
+    saved = bytes(arena.buffer)
+    before = engine_bytes(pages)
+    random_fill(pages, 4)
+    pager.load(arena, copies).wait()
+    pager.close()
+    assert torch.equal(engine_bytes(pages), before)
+    arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
+    ReferencePager(pages, case.block, case.heads).save(arena, copies).wait()
+    assert bytes(arena.buffer) == saved
+
+
+def test_copies_follow_the_engine_to_another_stream(
+    cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM changes its stream when it captures its first CUDA graph, after the caches were registered."""
+    streams: list[int] = []
+    pager = cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads)
+    runtime = sys.modules["cupy.cuda.runtime"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(runtime, "eventRecord", lambda event, stream: streams.append(stream))
+    monkeypatch.setattr(runtime, "streamWaitEvent", lambda stream, event: streams.append(stream))
+    pager.save(arena, [BlockCopy((0, 1), 0)]).wait()
+    pager.follow()
+    pager.load(arena, [BlockCopy((2, 3), 0)]).precede()
+    pager.close()
+    assert streams == [0, 7, 7], "ordered behind the engine's work, and the engine's next work behind the load"
 
 
 def test_pagers_share_a_registration_and_the_last_one_ends_it(

@@ -30,11 +30,6 @@ def compiled(pages: PagedKV, share: Share, folder: Path) -> Launcher:
     return Launcher(kernels.SOURCE, kernels.defines(pages, share), folder)
 
 
-def with_pages(batch: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    batch["page"][: rows.size] = rows.ravel()
-    return batch
-
-
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     arena = Arena.create(1 << 20, epoch=1)
@@ -54,10 +49,13 @@ def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, s
     planes = torch.tensor(kernels.addresses(pages))
     vectors = len(copies) * share.nbytes // kernels.vector_bytes(pages)
     launch = compiled(pages, share, tmp_path)
+    arguments = kernels.Arguments(planes.data_ptr(), strides(case.block))
 
     def run(forward: bool, copies: list[BlockCopy]) -> None:
-        batch = with_pages(kernels.batch(strides(case.block), payloads), pages.view_pages(copies, case.block.tokens))
-        launch(forward, grid, 64, planes.data_ptr(), vectors, batch)
+        rows = pages.view_pages(copies, case.block.tokens)
+        for begin, end in ((0, vectors // 3), (vectors // 3, vectors)):  # a launch may begin anywhere
+            arguments.fill(np.array(payloads), rows, begin, end - begin)
+            launch(forward, grid, 64, arguments.address)
 
     reference = ReferencePager(pages, case.block, case.heads)
     arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
@@ -89,10 +87,10 @@ def test_a_compact_share_is_the_runs_of_the_slot(arena: Arena, tmp_path: Path) -
 
     staging = np.zeros(share.nbytes, np.uint8)
     rows = pages.view_pages([copy], case.block.tokens)
-    batch = with_pages(kernels.batch(strides(share.compact), [staging.ctypes.data]), rows)
     planes = torch.tensor(kernels.addresses(pages))
-    vectors = share.nbytes // kernels.vector_bytes(pages)
-    compiled(pages, share, tmp_path)(True, 2, 64, planes.data_ptr(), vectors, batch)
+    arguments = kernels.Arguments(planes.data_ptr(), strides(share.compact))
+    arguments.fill(np.array([staging.ctypes.data]), rows, 0, share.nbytes // kernels.vector_bytes(pages))
+    compiled(pages, share, tmp_path)(True, 2, 64, arguments.address)
     assert staging.tobytes() == b"".join(slot[run.offset : run.offset + run.length] for run in share.runs)
 
 

@@ -82,11 +82,11 @@ def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path) -> None:
     copies = [BlockCopy(rows(choice), OFFSET), BlockCopy(rows(choice), 2 * OFFSET)]
 
     def run(forward: bool, copies: list[BlockCopy]) -> None:
-        batch = kernels.batch(strides(BLOCK), [address + copy.offset for copy in copies])
-        wanted = pages.view_pages(copies, BLOCK.tokens)
-        batch["page"][: wanted.size] = wanted.ravel()
+        arguments = kernels.Arguments(directory.data_ptr(), strides(BLOCK))
+        payloads = np.array([address + copy.offset for copy in copies])
         vectors = len(copies) * share.nbytes // kernels.vector_bytes(pages)
-        launch(forward, 2, 64, directory.data_ptr(), vectors, batch)
+        arguments.fill(payloads, pages.view_pages(copies, BLOCK.tokens), 0, vectors)
+        launch(forward, 2, 64, arguments.address)
 
     reference = ReferencePager(pages, BLOCK, (0, 2))
     reference.save(arena, copies).wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from connectors.paging.torch import Finished, OpaquePager
 from connectors.vllm.groups import PageTables
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
-from connectors.vllm.pagers import EngineStreamPager
 from connectors.vllm.plan import Load, Save
 from connectors.weights import weights_digest
 from kvstore.errors import NodeUnavailable
@@ -286,32 +284,3 @@ def test_an_idle_step_does_not_wait_right_after_a_load_ended(rigs: Any) -> None:
     threading.Timer(0.5, rig.node.go.set).start()
     assert rig.mover.take_ended(30.0).received == set()
     assert rig.mover.take_ended(30.0).received == {"second"}
-
-
-def test_copies_follow_the_engine_to_another_stream(rigs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM changes its stream when it captures its first CUDA graph, after the caches were registered."""
-    engine, used = ["default"], []
-    chosen: list[str] = []
-
-    @contextmanager
-    def stream(of: str) -> Iterator[None]:
-        chosen.append(of)
-        yield
-
-    class Recording(OpaquePager):
-        def load(self, *arguments: Any) -> Any:
-            used.append(chosen[-1])
-            return super().load(*arguments)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: engine[0])
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    cache = torch.zeros(PAGES, 64, dtype=torch.uint8)
-    pager = EngineStreamPager(Recording({"layer": cache}, PAGES, 1), torch.device("cpu"))
-    rig = rigs(InProcessNode(1 << 20), pager=pager)
-    rig.save(1)
-    wait(lambda: rig.node.keys == {key(1)})
-    used.clear()
-    engine[0] = "graphs"
-    rig.mover.begin_saves([])
-    rig.mover.load(Load("r", (key(1),), (2,), 0)).result()
-    assert used == ["graphs"]
