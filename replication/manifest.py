@@ -55,6 +55,11 @@ Rows = npt.NDArray[np.void]
 class ManifestRefused(KVStoreError):
     """A manifest that must not be believed; the message says why."""
 
+    def __init__(self, reason: str, detail: str) -> None:
+        """``reason`` is one of a few words, for counting."""
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
 
 @dataclass(frozen=True, slots=True)
 class Label:
@@ -121,7 +126,7 @@ class Manifest:
         )
         text: bytes = _PREFIX.pack(_MAGIC, len(body)) + body
         if len(text) + _SIGNATURE_BYTES > MAX_MANIFEST_BYTES:
-            raise ManifestRefused(f"{len(text)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
+            raise ManifestRefused("oversize", f"{len(text)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
         return text + key.sign(text)
 
 
@@ -144,45 +149,44 @@ def open_manifest(raw: bytes, region: str, key: Ed25519PublicKey, newest: int = 
     ``newest`` is the highest sequence seen from there. Raises ManifestRefused: truncated, oversize, forged, of another
     region, replayed, or not well-formed.
     """
+    return _manifest(open_table(raw, region, key, newest))
+
+
+def open_table(raw: bytes, region: str, key: Ed25519PublicKey, newest: int = 0) -> Table:
+    """The same, as arrays."""
     body = _body(raw)
     try:
         key.verify(raw[-_SIGNATURE_BYTES:], raw[:-_SIGNATURE_BYTES])
     except InvalidSignature:
-        raise ManifestRefused(f"forged: the signature is not that of region {region!r}") from None
-    manifest = _parse(body)
-    if manifest.region != region:
-        raise ManifestRefused(f"it speaks for region {manifest.region!r}, not {region!r}")
-    if manifest.sequence < newest:
-        raise ManifestRefused(f"replayed: its sequence {manifest.sequence} is older than {newest}")
-    return manifest
+        raise ManifestRefused("forged", f"the signature is not that of region {region!r}") from None
+    table = _table(body)
+    if table.region != region:
+        raise ManifestRefused("misplaced", f"it speaks for region {table.region!r}, not {region!r}")
+    if table.sequence < newest:
+        raise ManifestRefused("replayed", f"its sequence {table.sequence} is older than {newest}")
+    return table
 
 
 def read_trusted(raw: bytes) -> Manifest:
     """Read a manifest from a bucket that is ours, where it was checked before it was kept. Raises ManifestRefused."""
-    return _parse(_body(raw))
-
-
-def read_table(raw: bytes) -> Table:
-    """The same, as arrays. Raises ManifestRefused."""
-    return _table(_body(raw))
+    return _manifest(_table(_body(raw)))
 
 
 def _body(raw: bytes) -> memoryview:
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise ManifestRefused(f"oversize: {len(raw)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
+        raise ManifestRefused("oversize", f"{len(raw)} bytes are more than the bound of {MAX_MANIFEST_BYTES}")
     if len(raw) < _PREFIX.size + _SIGNATURE_BYTES:
-        raise ManifestRefused(f"truncated: only {len(raw)} bytes")
+        raise ManifestRefused("truncated", f"only {len(raw)} bytes")
     magic, length = _PREFIX.unpack_from(raw)
     if magic != _MAGIC:
-        raise ManifestRefused("not a manifest, or of another version")
+        raise ManifestRefused("unknown", "not a manifest, or of another version")
     expected = _PREFIX.size + length + _SIGNATURE_BYTES
     if len(raw) != expected:
-        raise ManifestRefused(f"truncated: {len(raw)} bytes where {expected} were announced")
+        raise ManifestRefused("truncated", f"{len(raw)} bytes where {expected} were announced")
     return memoryview(raw)[_PREFIX.size : -_SIGNATURE_BYTES]
 
 
-def _parse(body: memoryview) -> Manifest:
-    table = _table(body)
+def _manifest(table: Table) -> Manifest:
     return Manifest(
         region=table.region,
         sequence=table.sequence,
@@ -200,26 +204,26 @@ def _table(body: memoryview) -> Table:
                 labels = [_label(name) for name in names]
                 return Table(region, sequence, published, labels, _rows(rows, labels), _tombstones(stones))
     except (ValueError, TypeError, OverflowError, IdentityError, msgpack.UnpackException) as error:
-        raise ManifestRefused(f"malformed: {error}") from None
-    raise ManifestRefused("malformed: not the fields of a manifest")
+        raise ManifestRefused("malformed", str(error)) from None
+    raise ManifestRefused("malformed", "not the fields of a manifest")
 
 
 def _label(fields: Any) -> Label:
     match fields:
         case [bytes(digest), str(model), str(tenant), int(block_tokens)] if len(digest) == KEY_BYTES:
             return Label(digest, model, tenant, block_tokens)
-    raise ManifestRefused("malformed: not a namespace")
+    raise ManifestRefused("malformed", "not a namespace")
 
 
 def _tombstones(texts: list[Any]) -> list[Tombstone]:
     if len(texts) > MAX_TOMBSTONES:
-        raise ManifestRefused(f"malformed: {len(texts)} tombstones")
+        raise ManifestRefused("malformed", f"{len(texts)} tombstones")
     return [Tombstone.from_json(text) for text in texts]
 
 
 def _rows(raw: bytes, labels: Sequence[Label]) -> Rows:
     if len(labels) > MAX_NAMESPACES:
-        raise ManifestRefused(f"malformed: {len(labels)} namespaces")
+        raise ManifestRefused("malformed", f"{len(labels)} namespaces")
     table = np.frombuffer(raw, dtype=_ROW)
     parents = table["parent"]
     sound = (
@@ -230,14 +234,14 @@ def _rows(raw: bytes, labels: Sequence[Label]) -> Rows:
         and np.all(np.isfinite(table["score"]) & (table["score"] >= 0))
     )
     if not sound:
-        raise ManifestRefused("malformed: a block that cannot be")
+        raise ManifestRefused("malformed", "a block that cannot be")
     return table
 
 
 def _blocks(table: Rows, labels: Sequence[Label]) -> list[HotBlock]:
     keys = [BlockKey(key.tobytes()) for key in table["key"]]
     if len(set(keys)) != len(keys):
-        raise ManifestRefused("malformed: a block is listed twice")
+        raise ManifestRefused("malformed", "a block is listed twice")
     columns = (table[name].tolist() for name in ("parent", "namespace", "length", "created", "score"))
     return [
         HotBlock(key, keys[parent] if parent >= 0 else NO_PARENT, labels[place].digest, length, created, score)

@@ -1,7 +1,8 @@
 """Reads blocks from other regions on demand: a tier that keeps nothing and writes nothing.
 
 What it offers is in the manifests of other regions that this region's replicator has verified and kept in its own bucket, less
-what rules, pauses and tombstones forbid (``replication.remoteindex``). Looked at again every minute; a region that does not
+what rules, pauses and tombstones forbid (``replication.remoteindex``). Their signatures are checked again here: many can write
+to a bucket. Looked at again every minute; a region that does not
 answer is not offered until it does. What turns out damaged or gone is offered no more until the other region has stored it
 anew; there, nothing is ever changed.
 """
@@ -40,7 +41,7 @@ from kvstore.tiers.object.objects import Found
 from replication.contents import Contents
 from replication.copier import checked
 from replication.links import Links
-from replication.manifest import MAX_MANIFEST_BYTES, ManifestRefused, Table, read_table
+from replication.manifest import MAX_MANIFEST_BYTES, ManifestRefused, Table, open_table
 from replication.names import manifest_name
 from replication.pause import read_pauses
 from replication.rate import RateLimit
@@ -88,6 +89,12 @@ class Regions:
         self._rates = {flow.identity: RateLimit(flow.bytes_per_second) for flow in topology.flows_to(region)}
         self._nbytes = Metric(
             "kvstore_remote_bytes", "Bytes read from other regions on demand", ("region",), registry=registry
+        )
+        self._refused = Metric(
+            "kvstore_remote_refused_manifests",
+            "Manifests of other regions in the own bucket that were not believed, by reason",
+            ("region", "reason"),
+            registry=registry,
         )
         self._woken = asyncio.Event()
         self._refreshing: asyncio.Task[None] | None = None
@@ -197,9 +204,11 @@ class Regions:
             raw = await self._contents.bucket.read(manifest_name(source), MAX_MANIFEST_BYTES)
             if raw is None:
                 return None
-            table = await asyncio.to_thread(read_table, raw)
+            table = await asyncio.to_thread(open_table, raw, source, self._topology.key_of(source))
         except (ManifestRefused, BlockTooLarge) as error:
-            log.warning("unreadable manifest", source=source, error=str(error))
+            reason = error.reason if isinstance(error, ManifestRefused) else "oversize"
+            self._refused.labels(source, reason).inc()
+            log.warning("nothing is read from a region: its manifest is refused", region=source, error=str(error))
             return None
         self._tables[source] = etag, table
         return table

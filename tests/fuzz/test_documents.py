@@ -36,7 +36,7 @@ from replication.manifest import (
     Manifest,
     ManifestRefused,
     open_manifest,
-    read_table,
+    open_table,
 )
 from replication.pause import read_pauses
 from replication.receipts import _read_receipt
@@ -180,6 +180,6 @@ def test_a_manifest_is_read_or_refused(data: Any) -> None:
     for raw in (whole, text + key.sign(text)):
         try:
             open_manifest(raw, "na", key.public_key())
-            read_table(raw)
+            open_table(raw, "na", key.public_key())
         except ManifestRefused:
             assert raw is not whole

@@ -12,7 +12,7 @@ from region_cases import EU_KEY, KEY
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tombstones import Tombstone, buried
 from replication.keys import public_text
-from replication.manifest import HotBlock, Label, Manifest, Table, read_table
+from replication.manifest import HotBlock, Label, Manifest, Table, open_table
 from replication.remoteindex import compile_offer
 from replication.topology import Topology
 
@@ -47,7 +47,7 @@ stones = st.builds(
 
 
 def table(manifest: Manifest) -> Table:
-    return read_table(manifest.sealed(KEY))
+    return open_table(manifest.sealed(KEY), manifest.region, KEY.public_key())
 
 
 def topology(**more: object) -> Topology:
