@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,33 @@ class Answer:
     finish_reason: str | None
 
 
+class Process(Protocol):
+    """What is needed of ``subprocess.Popen``."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[int, int, str, Mapping[str, str], int], Process]
+"""Starts the child, with the descriptors of its pipes (requests, answers), vLLM's options as JSON, its environment, its log."""
+
+
+def spawn(requests: int, answers: int, options: str, environment: Mapping[str, str], log: int) -> Process:
+    """A new interpreter."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "connectors.vllm.process", str(requests), str(answers), options],
+        pass_fds=(requests, answers),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+    )
+
+
 class EngineProcess:
     """Context manager. Not thread-safe.
 
@@ -40,6 +69,7 @@ class EngineProcess:
         arguments: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         log: int | None = None,
+        start: Start = spawn,
     ) -> None:
         """``log`` is a descriptor for the engine's output; None drops it."""
         requests, self._write = os.pipe()
@@ -47,14 +77,10 @@ class EngineProcess:
         options = {"model": model, **(arguments or {})}
         if kv_connector is not None:
             options["kv_transfer_config"] = transfer_config(kv_connector)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "connectors.vllm.process", str(requests), str(answers), json.dumps(options)],
-            pass_fds=(requests, answers),
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if log is None else log,
-            stderr=subprocess.DEVNULL if log is None else log,
-        )
+        environment = {**os.environ, **OFFLINE, **(environment or {})}
+        with open(os.devnull, "wb") as nowhere:
+            out = nowhere.fileno() if log is None else log
+            self._process = start(requests, answers, json.dumps(options), environment, out)
         os.close(requests)
         os.close(answers)
         self._requests = os.fdopen(self._write, "w")
@@ -128,7 +154,7 @@ def transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _serve(requests: int, answers: int, options: dict[str, Any]) -> None:
+def serve(requests: int, answers: int, options: dict[str, Any]) -> None:
     """The child: one engine, until its standard input ends."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -187,4 +213,4 @@ def _counters(llm: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

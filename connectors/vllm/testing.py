@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from connectors.vllm.process import EngineProcess
+from connectors.vllm.preloaded import preloaded
+from connectors.vllm.process import OFFLINE, EngineProcess
 
 EXACT = {"dtype": "float32", "enforce_eager": True, "seed": 0, "max_num_seqs": 8, "block_size": 32}
 """In bfloat16 not even vLLM's own prefix cache gives the tokens of computing everything."""
@@ -36,8 +37,10 @@ def cpu_engine(
     """
     store = {"socket": str(socket), "autostart": False, **PATIENT, **(options or {})} if socket else None
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)} if threads else {}
+    environment = {**_ENVIRONMENT, **bound}
+    start = preloaded(tuple((OFFLINE | environment).items())).start
     with log.open("ab") as out:
-        process = EngineProcess(str(model), store, {**EXACT, **arguments}, {**_ENVIRONMENT, **bound}, out.fileno())
+        process = EngineProcess(str(model), store, {**EXACT, **arguments}, environment, out.fileno(), start)
     with process:
         try:
             yield process
