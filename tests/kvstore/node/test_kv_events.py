@@ -98,12 +98,31 @@ def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
         subscriber = Subscriber(address)
         save(client)
         client.delete(KEYS)
-        subscriber.until(lambda seen: any(event["type"] == "BlockRemoved" for event in seen))
+        subscriber.until(lambda seen: sum(event["type"] == "BlockRemoved" for event in seen) == 2)
         subscriber.close()
     decoder = msgspec.msgpack.Decoder(kv_events.KVEventBatch)
-    events = [event for payload in subscriber.payloads for event in decoder.decode(payload).events]
-    assert {type(event) for event in events} == {kv_events.BlockStored, kv_events.BlockRemoved}
-    assert all(isinstance(key, bytes) for event in events for key in event.block_hashes)
+    events = []
+    for payload in subscriber.payloads:
+        batch = decoder.decode(payload)
+        events += batch.events
+        assert batch.data_parallel_rank == 0
+        assert abs(time.time() - batch.ts) < 60
+        assert msgpack.unpackb(msgspec.msgpack.encode(batch)) == msgpack.unpackb(payload), (
+            "vLLM would send just these fields"
+        )
+    stored = [event for event in events if type(event) is kv_events.BlockStored]
+    removed = [event for event in events if type(event) is kv_events.BlockRemoved]
+    assert len(stored) + len(removed) == len(events)
+    in_host = [event for event in stored if event.medium == kv_events.MEDIUM_CPU]
+    assert [event.block_hashes for event in in_host] == [[key] for key in KEYS]
+    assert [event.parent_block_hash for event in in_host] == [None, *KEYS[:2]]
+    assert {event.medium for event in stored} == {kv_events.MEDIUM_CPU, kv_events.MEDIUM_STORAGE}
+    assert {(event.block_size, *event.token_ids, event.lora_id, event.lora_name) for event in stored} == {
+        (16, None, None)
+    }
+    assert {event.locality for event in events} == {"LOCAL"}
+    assert {(event.medium, event.ownership) for event in events} == {("CPU", "host"), ("STORAGE", "disk")}
+    assert all(event.block_hashes == KEYS for event in removed)
 
 
 @pytest.mark.parametrize("address", ["5557", "tcp://0.0.0.0:5557", "tcp://*:5557", "udp://127.0.0.1:1"])
