@@ -87,6 +87,7 @@ class KVStoreAdapter(L2AdapterInterface):  # type: ignore[misc]
         names = _names(keys)
 
         def work() -> Bitmap:
+            self._chunks.expect(names, {group: _bytes_of(layout) for group, layout in group_layout_descs.items()})
             with tracing.span("connector lock", blocks=len(names)):
                 found = self._chunks.contains(names)
                 here = [name for name, held in zip(names, found, strict=True) if held]
@@ -198,6 +199,10 @@ def _key(name: str) -> EncodedObjectKey:
     """What ``_names`` made the name from."""
     model, rank, group, digest, *salt = name.split("@")
     return EncodedObjectKey(digest, model, int(rank, 16), int(group, 16), "".join(salt))
+
+
+def _bytes_of(layout: MemoryLayoutDesc) -> int:
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True))
 
 
 def _bitmap(flags: Sequence[bool]) -> Bitmap:

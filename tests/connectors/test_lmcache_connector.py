@@ -277,6 +277,42 @@ def test_the_adapter_locks_lists_and_reports(node: RunningNode, tmp_path: Path) 
     adapter.close()
 
 
+def test_a_new_server_finds_what_another_machine_stored_meanwhile(tmp_path: Path) -> None:
+    """Its node learnt the bucket's namespaces before there were any; LMCache says which size it looks for."""
+    api = pytest.importorskip("lmcache.v1.distributed.api")
+    import torch
+
+    from connectors.lmcache import KVStoreAdapter
+
+    keys = [api.ObjectKey(bytes([number]) * 32, "org/model", 0x01000100) for number in range(3)]
+    layouts = {0: api.MemoryLayoutDesc([torch.Size([2, SIZE // 8]), torch.Size([SIZE // 4])], [torch.bfloat16] * 2)}
+
+    def adapter(node: RunningNode) -> KVStoreAdapter:
+        names = str(tmp_path / f"{node.socket.parent.name}.db")
+        return KVStoreAdapter({"socket": str(node.socket), "autostart": False, "names": names})
+
+    bucket = f"object.url=file://{tmp_path}/bucket"
+    with RunningNode(tmp_path / "a", bucket) as here, RunningNode(tmp_path / "b", bucket) as there:
+        first, second = adapter(here), adapter(there)
+        task = first.submit_store_task(keys, [Item(memoryview(buffer)) for buffer in payloads(3)])
+        wait_until(lambda: task in first.pop_completed_store_tasks())
+
+        def found() -> bool:
+            task = second.submit_lookup_and_lock_task(keys, layouts)
+            answers: list[object] = []
+
+            def answered() -> bool:
+                answers.append(second.query_lookup_and_lock_result(task))
+                return answers[-1] is not None
+
+            wait_until(answered)
+            return all(answers[-1].test(place) for place in range(3))  # type: ignore[attr-defined]
+
+        wait_until(found)
+        for each in (first, second):
+            each.close()
+
+
 def test_a_listing_shows_what_the_node_holds_whoever_stored_it_and_whenever(tmp_path: Path) -> None:
     api = pytest.importorskip("lmcache.v1.distributed.api")
     from connectors.lmcache import KVStoreAdapter

@@ -117,6 +117,7 @@ def test_what_vllm_computed_comes_back_through_lmcache_from_the_disk(stack: Stac
     stack.forget()
     assert stack.complete() == computed
     assert stack.loads() == {"disk": 2 * CHUNKS, "host": 2 * CHUNKS}, "brought to memory when found, then read"
+    assert len(stack.node.status()["namespaces"]) == 1, "the sizes that LMCache looks for are those that it stores"
 
 
 def test_altered_chunks_alter_the_answers(stack: Stack) -> None:
