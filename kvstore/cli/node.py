@@ -6,7 +6,7 @@ from typing import Any
 
 from kvstore.cli import options, output
 from kvstore.cli.groups import grouped
-from kvstore.cli.output import ago, note, number, print_table
+from kvstore.cli.output import ago, note, number, print_table, size
 
 
 @grouped
@@ -75,7 +75,7 @@ def _print(document: dict[str, Any]) -> None:
                     space["fields"].get("tenant", "?"),
                     space["fields"].get("dtype", "?"),
                     str(space["fields"].get("block_tokens", "?")),
-                    human_bytes(space["block_bytes"]),
+                    size(space["block_bytes"]),
                 )
                 for space in document["namespaces"]
             ],

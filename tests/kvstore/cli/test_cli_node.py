@@ -109,6 +109,14 @@ def test_verify_of_a_tier_that_the_node_lacks_is_bad_input(shared: Site) -> None
     assert shared.run("verify", "--tier", "object").exit_code == 2
 
 
+def test_status_of_a_node_that_no_engine_has_come_back_to(site: Site) -> None:
+    site.node.stop()
+    site.node.start()
+    result = site.run("status")
+    assert result.exit_code == 0, result.output
+    assert "tiny-llama" in result.stdout
+
+
 def test_no_node_is_status_3_and_says_how_to_start_one(site: Site) -> None:
     site.node.stop()
     for command in ("status", "ls"):
