@@ -39,13 +39,19 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Block until every byte has arrived. Raises what the copy raised."""
 
+    def precede(self) -> None:
+        """What the engine enqueues from now on waits for the copy. Called in the engine's thread.
+
+        Raises when the copy could not be handed over.
+        """
+
 
 class Pager(ABC):
     """Moves this rank's share of blocks between engine pages and arena slots.
 
-    Calls come from one thread at a time. An arena is prepared (pinned) when it is first seen; a restarted node brings another
-    one. The engine's pages must not be reused, and the arena slots stay leased or reserved,
-    until the returned transfer is done.
+    ``save`` and ``load`` may be called by two threads at a time, each by one. An arena is prepared (pinned) when it is first
+    seen; a restarted node brings another one. The engine's pages must not be reused, and the arena slots stay leased or
+    reserved, until the returned transfer is done.
     """
 
     block_bytes: int
@@ -58,6 +64,10 @@ class Pager(ABC):
     @abstractmethod
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Transfer:
         """Arena to engine pages."""
+
+    def ready(self, arena: Arena) -> bool:
+        """Whether all of the arena is prepared, so that no copy waits for that. Never blocks."""
+        return False
 
     def follow(self) -> None:  # noqa: B027 (a CPU has nothing to do)
         """The engine's thread begins a step: what is "enqueued so far" is on its present stream."""

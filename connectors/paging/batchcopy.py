@@ -49,19 +49,21 @@ _batch = _driver_function()
 
 
 class CopyBatch:
-    """Copies between addresses, handed over part by part. The columns must stay as they are until that is done."""
+    """Copies between addresses, handed over part by part."""
 
     def __init__(self, targets: Column, sources: Column, sizes: Column) -> None:
-        self._columns = [np.ascontiguousarray(column) for column in (targets, sources, sizes)]
-        self._at = [column.ctypes.data for column in self._columns]
+        self._table = np.array((targets, sources, sizes), np.int64)
+        self._at = self._table.ctypes.data
+        self._row = self._table.strides[0]
 
     def enqueue(self, first: int, stop: int, stream: int) -> None:
         """Enqueue copies ``first:stop`` on a stream of our own; in no particular order among themselves."""
         if _batch is None:
-            for target, source, size in zip(*(c[first:stop].tolist() for c in self._columns), strict=True):
+            for target, source, size in self._table[:, first:stop].T.tolist():
                 runtime.memcpyAsync(target, source, size, runtime.memcpyDefault, stream)
             return
-        part = (at + 8 * first for at in self._at)
+        at = self._at + first * self._table.itemsize
+        part = (at, at + self._row, at + 2 * self._row)
         status = _batch(*part, stop - first, _ATTRIBUTES_AT, _FROM_FIRST_AT, 1, stream)
         if status:
             raise RuntimeError(f"cuMemcpyBatchAsync failed with CUDA error {status}")

@@ -194,7 +194,7 @@ class _Lane:
         start, count = 0, self._route.first
         while start < len(job.copies):
             copies = job.copies[start : start + count]
-            start, count = start + count, self._route.window
+            start, count = start + count, min(2 * count, self._route.window)
             pages = self._pages.view_pages(copies, self._block.tokens, self._whole)
             offsets = self._offsets(job.arena, copies)
             pinned.wait(int(offsets.max()) + self._block.nbytes)
@@ -207,13 +207,11 @@ class _Lane:
 
     def _offsets(self, arena: Arena, copies: Sequence[BlockCopy]) -> Column:
         """Of each block in the arena. Checked: a kernel that leaves the arena, or is misaligned, costs the engine its GPU."""
-        offsets = np.array([copy.offset for copy in copies], np.int64)
-        outside = (offsets < 0) | (offsets > arena.nbytes - self._block.nbytes)
-        if outside.any() or (offsets % ALIGNMENT).any():
-            raise IdentityError(
-                f"not every block at {offsets.tolist()} is inside the arena and aligned to {ALIGNMENT} bytes"
-            )
-        return offsets
+        offsets = [copy.offset for copy in copies]
+        last = arena.nbytes - self._block.nbytes
+        if not all(0 <= offset <= last and not offset % ALIGNMENT for offset in offsets):
+            raise IdentityError(f"not every block at {offsets} is inside the arena and aligned to {ALIGNMENT} bytes")
+        return np.array(offsets, np.int64)
 
     def _pin(self, arena: Arena) -> PinnedArena:
         if self._pinned is None or self._pinned.arena is not arena:

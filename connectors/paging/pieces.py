@@ -8,7 +8,7 @@ one that spans two registrations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,26 +33,42 @@ class Pieces:
 
 
 class Cutter:
-    """For shares of these ``runs``, groups of ``group_bytes`` and slices of ``slice_bytes``."""
+    """For shares of these ``runs``, groups of ``group_bytes`` and slices of ``slice_bytes``.
+
+    What depends on the number of blocks alone is kept: little may lie between a transfer and its first copy.
+    """
 
     def __init__(self, runs: Sequence[Run], group_bytes: int, slice_bytes: int) -> None:
         self._offsets, self._sizes = np.array(runs, np.int64).T
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._share = int(self._sizes.sum())
         self._group, self._slice = group_bytes, slice_bytes
+        self._kept: dict[int, tuple[Column, Pieces]] = {}
 
     def __call__(self, blocks: Column) -> Pieces:
         """For blocks at these offsets of the arena."""
-        arena = (blocks[:, None] + self._offsets).ravel()
-        linear = (self._share * np.arange(len(blocks))[:, None] + self._starts).ravel()
-        sizes = np.tile(self._sizes, len(blocks))
-        linear, sizes, arena = _cut(linear, self._group, sizes, arena)
-        arena, sizes, linear = _cut(arena, self._slice, sizes, linear)
+        count = len(blocks)
+        if (kept := self._kept.get(count)) is None:
+            kept = self._kept[count] = self._within(count)
+        block, first = kept
+        arena = blocks[block] + first.arena
+        if not (arena % self._slice + first.sizes > self._slice).any():
+            return replace(first, arena=arena)
+        linear = first.groups * self._group + first.staged
+        return self._ordered(count, *_cut(arena, self._slice, first.sizes, linear))
+
+    def _within(self, count: int) -> tuple[Column, Pieces]:
+        """Cut where groups meet: the block of each piece, and the pieces, with places in the block for places in the arena."""
+        linear = (self._share * np.arange(count)[:, None] + self._starts).ravel()
+        linear, sizes, inside = _cut(linear, self._group, np.tile(self._sizes, count), np.tile(self._offsets, count))
+        pieces = self._ordered(count, inside, sizes, linear)
+        return (pieces.groups * self._group + pieces.staged) // self._share, pieces
+
+    def _ordered(self, count: int, arena: Column, sizes: Column, linear: Column) -> Pieces:
         order = np.argsort(linear)
-        linear, sizes, arena = linear[order], sizes[order], arena[order]
-        groups, staged = np.divmod(linear, self._group)
-        count = -(-len(blocks) * self._share // self._group)
-        return Pieces(arena, staged, sizes, groups, np.searchsorted(groups, np.arange(count + 1)).tolist())
+        groups, staged = np.divmod(linear[order], self._group)
+        bounds = np.searchsorted(groups, np.arange(-(-count * self._share // self._group) + 1))
+        return Pieces(arena[order], staged, sizes[order], groups, bounds.tolist())
 
 
 def _cut(at: Column, period: int, sizes: Column, others: Column) -> tuple[Column, Column, Column]:

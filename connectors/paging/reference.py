@@ -28,6 +28,9 @@ class ReferencePager(Pager):
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> Finished:
         return self._each(arena, copies, to_arena=False)
 
+    def ready(self, arena: Arena) -> bool:
+        return True
+
     def close(self) -> None:
         """Nothing is in flight and nothing is registered."""
 
@@ -77,3 +80,6 @@ class Finished:
     def wait(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def precede(self) -> None:
+        self.wait()

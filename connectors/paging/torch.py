@@ -29,6 +29,9 @@ class Finished:
     def wait(self) -> None:
         return
 
+    def precede(self) -> None:
+        return
+
 
 class OpaquePager(Pager):
     """Copies pages in the calling thread; numpy releases the GIL while it copies.
@@ -83,6 +86,9 @@ class OpaquePager(Pager):
                     elif page != ABSENT:
                         rows[page] = buffer[at:end]
                     at = end
+
+    def ready(self, arena: Arena) -> bool:
+        return True
 
     def close(self) -> None:
         self._layers = []
