@@ -29,6 +29,8 @@ class Why(Enum):
     LOAD_FAILED = "load_failed"
     DEADLINE = "deadline"
     RECOMPUTED = "recompute_preferred"
+    WITHHELD = "withheld"
+    """A tier has it and does not offer it now: it does not answer, or the month's money for reading there is spent."""
     LOST = "lost"
     """It was here, and nothing says what became of it."""
 

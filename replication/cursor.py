@@ -12,9 +12,16 @@ from kvstore.catalog.cursors import SourceCursor
 from kvstore.errors import BlockTooLarge
 from kvstore.parsing import parse_json
 from replication.links import Links
-from replication.names import cursor_name
+from replication.names import charges_folder, cursor_name
 
+STEP_BYTES = 64 << 20
+"""Charged at a time: what a kill may lose."""
 _MAX_BYTES = 1 << 20
+
+
+def month_of(now: float) -> str:
+    """``2026-11``, UTC."""
+    return time.strftime("%Y-%m", time.gmtime(now))
 
 
 @dataclass(slots=True)
@@ -27,7 +34,7 @@ class Spent:
 
     def roll(self, now: float) -> None:
         """Begin anew in a new month."""
-        month = time.strftime("%Y-%m", time.gmtime(now))
+        month = month_of(now)
         if self.month != month:
             self.month, self.nbytes = month, 0
 
@@ -97,17 +104,16 @@ class Cursor:
 class Ledger:
     """Charges a flow for bytes before they are sent, so that a killed replicator has never spent more than is written down.
 
-    What was charged and not sent is given back at the end; a kill loses at most ``STEP``.
+    What was charged and not sent is given back at the end; a kill loses at most ``STEP_BYTES``. Nodes that read on demand
+    charge the same flow (``replication.purse``).
     """
 
-    STEP = 64 << 20
-
     def __init__(self, bucket: Links, cursor: Cursor, flow: str, limit: int | None) -> None:
-        """``limit``: bytes that may still be charged."""
+        """``limit``: bytes that the month's money pays for."""
         self._bucket = bucket
         self._cursor = cursor
         self._flow = flow
-        self._left = limit
+        self._limit = limit
         self._prepaid = 0
         self._turn = asyncio.Lock()
 
@@ -120,14 +126,17 @@ class Ledger:
             return True
 
     async def _prepay(self, missing: int) -> bool:
-        step = max(missing, self.STEP)
-        if self._left is not None:
-            step = min(step, self._left)
+        step = max(missing, STEP_BYTES)
+        if self._limit is not None:
+            step = min(step, await uncharged(self._bucket, self._cursor, self._flow, self._limit))
             if step < missing:
                 return False
-            self._left -= step
         self._charge(step)
         await self._cursor.save(self._bucket)
+        if self._limit is not None and await uncharged(self._bucket, self._cursor, self._flow, self._limit) < 0:
+            self._charge(-step)  # a node charged at the same time
+            await self._cursor.save(self._bucket)
+            return False
         self._prepaid += step
         return True
 
@@ -139,3 +148,21 @@ class Ledger:
 
     def _charge(self, nbytes: int) -> None:
         self._cursor.spending(self._flow, time.time()).nbytes += nbytes
+
+
+async def charges(bucket: Links, flow: str, month: str) -> dict[str, int]:
+    """Bytes that nodes have charged a flow, by node. Raises TierUnavailable."""
+    found: dict[str, int] = {}
+    for one in await bucket.listing(charges_folder(flow, month)):
+        folder, _, nbytes = one.name.rpartition("/")
+        node = folder.rpartition("/")[2]
+        if nbytes.isdecimal() and len(nbytes) < 19:
+            found[node] = max(found.get(node, 0), int(nbytes))
+    return found
+
+
+async def uncharged(bucket: Links, cursor: Cursor, flow: str, limit: int) -> int:
+    """What neither replicator nor nodes have charged of the bytes that a month's money pays for. Raises TierUnavailable."""
+    now = time.time()
+    nodes = await charges(bucket, flow, month_of(now))
+    return limit - cursor.spending(flow, now).nbytes - sum(nodes.values())

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 
 import structlog
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client import Counter as Metric
 
-from kvstore.assembly import object_settings
+from kvstore.assembly import node_name, object_settings
 from kvstore.config import Config
 from kvstore.envelope import Header
 from kvstore.errors import (
@@ -44,10 +45,12 @@ from replication.links import Links
 from replication.manifest import MAX_MANIFEST_BYTES, ManifestRefused, Table, open_table
 from replication.names import manifest_name
 from replication.pause import read_pauses
+from replication.planner import GB
+from replication.purse import Purse
 from replication.rate import RateLimit
 from replication.remoteindex import Offer, Offered, compile_offer
 from replication.site import Site
-from replication.topology import Topology, load_topology
+from replication.topology import Flow, Topology, load_topology
 
 log = structlog.get_logger(__name__)
 
@@ -70,15 +73,16 @@ class Regions:
         region: str,
         registry: CollectorRegistry,
         bytes_in_flight: int,
+        node: str,
     ) -> None:
-        """``near`` leads to the bucket of ``region``, ``far`` to those of its sources."""
+        """``near`` leads to the bucket of ``region``, ``far`` to those of its sources; ``node`` is this one's name in it."""
         self._contents = Contents(near)
         self._far = far
         self._topology = topology
         self._region = region
         self._tenants: Counter[str] = Counter()
         """How many tiers each has open."""
-        self._offer = Offer((), ())
+        self._offer = self._withheld = Offer((), ())
         self._tables: dict[str, tuple[str | None, Table]] = {}
         """By source, with the etag of the manifest that it is."""
         self._seen: object = None
@@ -87,9 +91,28 @@ class Regions:
         """When blocks that are offered no more had been created."""
         self._budget = ByteBudget(bytes_in_flight)
         self._rates = {flow.identity: RateLimit(flow.bytes_per_second) for flow in topology.flows_to(region)}
+        self._purses = {
+            flow.identity: Purse(near, flow, node)
+            for flow in topology.flows_to(region)
+            if flow.money_per_month is not None
+        }
         self._nbytes = Metric(
             "kvstore_remote_bytes", "Bytes read from other regions on demand", ("region",), registry=registry
         )
+        self._cost = Metric(
+            "kvstore_remote_cost",
+            "Price of the bytes read on demand by the topology, in its currency",
+            ("region",),
+            registry=registry,
+        )
+        money = Gauge(
+            "kvstore_remote_money_spent",
+            "1 while nothing is read by some flow because its month's money is spent",
+            ("region",),
+            registry=registry,
+        )
+        for source in far:
+            money.labels(source).set_function(partial(self._spent_money, source))
         self._refused = Metric(
             "kvstore_remote_refused_manifests",
             "Manifests of other regions in the own bucket that were not believed, by reason",
@@ -120,7 +143,8 @@ class Regions:
                 name: await stack.enter_async_context(Links.open(_impatient(topology.links(name)), patience=0.0))
                 for name in sources
             }
-            regions = cls(near, far, topology, region, registry, config.remote.bytes_in_flight)
+            node = node_name(config.node.directory)
+            regions = cls(near, far, topology, region, registry, config.remote.bytes_in_flight, node)
             regions._stack = stack.pop_all()
         regions._refreshing = asyncio.create_task(regions._refresh_regularly())
         return regions
@@ -138,12 +162,23 @@ class Regions:
             if self._refreshing is not None:
                 self._refreshing.cancel()
                 await asyncio.wait([self._refreshing])
+            for purse in self._purses.values():
+                await purse.close()
             await self._stack.aclose()
 
     @property
     def offer(self) -> Offer:
         """What may be read now."""
         return self._offer
+
+    @property
+    def withheld(self) -> Offer:
+        """What could be read if its flow's money for the month were not spent."""
+        return self._withheld
+
+    def spent(self, flow: Flow) -> bool:
+        """Its money for this month is."""
+        return flow.identity in self._purses and self._purses[flow.identity].spent
 
     def forget(self, tenant: str, keys: Iterable[BlockKey]) -> int:
         """Offer blocks no more, until they were stored anew there; how many were offered."""
@@ -152,13 +187,19 @@ class Regions:
         return len(gone)
 
     async def read(self, offered: Offered, into: memoryview) -> Header | None:
-        """Fetch a block and verify it. None: it is gone. Raises BlockCorrupt, TierUnavailable."""
+        """Fetch a block and verify it. None: it is gone, or there is no money for it. Raises BlockCorrupt, TierUnavailable."""
         block, flow = offered.block, offered.flow
 
         def check(found: Found, envelope: memoryview) -> Header:
             self._nbytes.labels(flow.source).inc(len(envelope))
+            self._cost.labels(flow.source).inc(len(envelope) / GB * flow.price_per_gb)
             return checked(block, found, envelope)
 
+        purse = self._purses.get(flow.identity)
+        if purse is not None and not await purse.pay(block.nbytes):
+            log.warning("nothing more is read by a flow: its money is spent", flow=flow.identity)
+            self._woken.set()
+            return None
         async with self._budget.taken(block.nbytes):
             await self._rates[flow.identity].take(block.nbytes)
             name = block_name(block.namespace, block.key)
@@ -175,14 +216,26 @@ class Regions:
         kept = {source: await near.head(manifest_name(source)) for source in self._far if source not in paused}
         published = {source: manifest.etag for source, manifest in kept.items() if manifest is not None}
         found = {source: etag for source, etag in published.items() if await self._answers(source)}
-        seen = found, [stone.identity for stone in tombstones], sorted(self._tenants)
+        for purse in self._purses.values():
+            await purse.look()
+        spent = {flow for flow, purse in self._purses.items() if purse.spent}  # a new month begins with money
+        seen = found, [stone.identity for stone in tombstones], sorted(self._tenants), spent
         if seen == self._seen:
             return len(found) == len(kept)
         tables = [table for source, etag in found.items() if (table := await self._read_table(source, etag))]
-        offer = await asyncio.to_thread(compile_offer, tables, self._topology, self._region, seen[2], tombstones)
+        flows = list(self._topology.flows_to(self._region))
+
+        def compiled(out_of_money: bool) -> Offer:
+            wanted = [flow for flow in flows if (flow.identity in spent) is out_of_money]
+            return compile_offer(tables, self._topology, self._region, seen[2], tombstones, wanted)
+
+        offer, self._withheld = await asyncio.to_thread(compiled, False), await asyncio.to_thread(compiled, True)
         self._take(offer)
         self._seen = seen
         return len(found) == len(kept)
+
+    def _spent_money(self, source: str) -> float:
+        return float(any(self.spent(flow) for flow in self._topology.flows_to(self._region) if flow.source == source))
 
     def _take(self, offer: Offer) -> None:
         """Put a new offer in the old one's place, less what is forgotten."""
@@ -247,7 +300,9 @@ class RemoteTier(Tier):
         return self._regions.offer.keys(self._tenant)
 
     def stat(self, key: BlockKey) -> BlockStat | None:
-        return self._regions.offer.stat(self._tenant, key)
+        """Also of blocks that are withheld, which ``keys`` does not have."""
+        regions = self._regions
+        return regions.offer.stat(self._tenant, key) or regions.withheld.stat(self._tenant, key)
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Nothing: what is used here, the other region need not know."""
@@ -276,8 +331,9 @@ class RemoteTier(Tier):
             self._regions.forget(self._tenant, [key])
             log.warning("bad block in another region", region=offered.flow.source, block=key.hex(), problem=str(error))
             raise
-        if header is None:
+        if header is None and not self._regions.spent(offered.flow):
             self._regions.forget(self._tenant, [key])
+        if header is None:
             raise BlockNotFound(key.hex())
         return header
 

@@ -102,9 +102,9 @@ def compile_offer(
     region: str,
     tenants: Collection[str],
     tombstones: Sequence[Tombstone],
+    flows: Sequence[Flow],
 ) -> Offer:
-    """What ``region`` may read for ``tenants`` of the regions that published ``tables``. Any thread."""
-    flows = [flow for flow in topology.flows_to(region) if flow.money_per_month is None]
+    """What ``region`` may read by ``flows`` for ``tenants`` of the regions that published ``tables``. Any thread."""
     rank = {flow.source: -place for place, flow in reversed(list(enumerate(flows)))}
     tables = sorted((table for table in tables if table.region in rank), key=lambda table: rank[table.region])
     takers = [[_takers(label, table.region, flows, topology, region) for label in table.labels] for table in tables]

@@ -18,7 +18,7 @@ from kvstore.tiers.object import ObjectSettings
 from kvstore.tombstones import Tombstone
 from replication.contents import Contents
 from replication.copier import MEMORY_BYTES, Outcome, Recorded, ServerSide, Streamed, Transfer, Window, copy
-from replication.cursor import Cursor, Ledger
+from replication.cursor import Cursor, Ledger, uncharged
 from replication.cycle import Cycle, FlowReport, Progress
 from replication.evictor import known_scores, overflow
 from replication.hotset import share_namespaces
@@ -246,7 +246,6 @@ class Replicator:
         begun = len(reports)
         have: set[BlockKey] = {*held, *(block.key for report in reports for block in report.plan.blocks)}
         retired = await read_retired(self.near)
-        now = time.time()
         for flow in self.topology.flows_to(self.region):
             if flow.source not in pulled:
                 continue
@@ -254,7 +253,7 @@ class Replicator:
             limits = Limits(
                 min_score=flow.min_score,
                 held_bytes=_may_hold(flow, self._left, manifest, have),
-                copied_bytes=_affordable(flow, cursor, now),
+                copied_bytes=await self._affordable(flow, cursor),
             )
             report = FlowReport(flow.source, flow.identity, flow.price_per_gb)
             buried = [*stones, *retired.stones(manifest.blocks)]
@@ -272,6 +271,11 @@ class Replicator:
             self._left = None if self._left is None else self._left - report.plan.nbytes
             reports.append(report)
         return reports[begun:]
+
+    async def _affordable(self, flow: Flow, cursor: Cursor) -> int | None:
+        """Bytes that the rest of the month's money pays for."""
+        whole = affordable(flow.money_per_month, flow.price_per_gb)
+        return None if whole is None else max(0, await uncharged(self.near, cursor, flow.identity, whole))
 
     def _wants(self, flow: Flow, retired: Retired, label: Label) -> LeftOut | None:
         if not flow.takes(label):
@@ -317,7 +321,7 @@ class Replicator:
     async def _copy_flow(self, report: FlowReport, manifest: Manifest, cursor: Cursor, progress: Progress) -> None:
         flow = next(flow for flow in self.topology.flows_to(self.region) if flow.identity == report.flow)
         started = time.monotonic()
-        ledger = Ledger(self.near, cursor, flow.identity, _affordable(flow, cursor, time.time()))
+        ledger = Ledger(self.near, cursor, flow.identity, affordable(flow.money_per_month, flow.price_per_gb))
         far = self.far[flow.source]
         await share_namespaces(far, self.near, {block.namespace for block in report.plan.blocks})
 
@@ -365,12 +369,6 @@ def _may_hold(flow: Flow, left: int | None, manifest: Manifest, have: Collection
         return flow.max_bytes
     afterwards = left + sum(block.nbytes for block in manifest.blocks if block.key in have)
     return afterwards if flow.max_bytes is None else min(afterwards, flow.max_bytes)
-
-
-def _affordable(flow: Flow, cursor: Cursor, now: float) -> int | None:
-    """Bytes that the rest of the month's money pays for."""
-    whole = affordable(flow.money_per_month, flow.price_per_gb)
-    return None if whole is None else max(0, whole - cursor.spending(flow.identity, now).nbytes)
 
 
 def _same_provider(source: ObjectSettings, destination: ObjectSettings) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from replication import lease
-from replication.cursor import Cursor
+from replication.cursor import Cursor, charges, month_of
 from replication.duties import read_standing
 from replication.hotset import kept_manifest
 from replication.links import Links
@@ -53,7 +53,11 @@ async def look(bucket: Links, topology: Topology, region: str) -> dict[str, Any]
 async def _source(bucket: Links, topology: Topology, region: str, source: str, now: float) -> dict[str, Any]:
     cursor = await Cursor.load(bucket, source)
     flows = [flow for flow in topology.flows_to(region) if flow.source == source]
-    spent = {flow: cursor.spending(flow.identity, now).nbytes for flow in flows}
+    spent = {
+        flow: cursor.spending(flow.identity, now).nbytes
+        + sum((await charges(bucket, flow.identity, month_of(now))).values())
+        for flow in flows
+    }
     return {
         "sequence": cursor.sequence,
         "published": cursor.published,

@@ -23,6 +23,7 @@ _WORDS = {
     "load_failed": "load failed",
     "deadline": "deadline passed",
     "recompute_preferred": "planner preferred to compute",
+    "withheld": "elsewhere, and not offered now",
     "lost": "gone, for no reason on record",
 }
 

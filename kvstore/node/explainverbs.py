@@ -38,9 +38,13 @@ def explain_verbs(store: Store, namespaces: NamespaceBook, demand: Demand, chain
         keys, known = chain.keys[:MAX_BLOCKS], chain.namespace
         tiers = [(tier.medium.value, tier.keys()) for tier in store.tiers]
         places = [[medium for medium, there in tiers if key in there] for key in keys]
+        withheld = [
+            not where and any(tier.stat(key) for tier in store.tiers) for key, where in zip(keys, places, strict=True)
+        ]
         worth = _worth(demand, keys, known.fields.block_tokens if known else 0, known.block_bytes if known else None)
         history = store.history.copy()
-        return await asyncio.to_thread(_document, chain, elsewhere, places, worth, history, chains.requests.owners())
+        owners = chains.requests.owners()
+        return await asyncio.to_thread(_document, chain, elsewhere, places, withheld, worth, history, owners)
 
     return {"explain": explain}
 
@@ -70,6 +74,7 @@ def _document(
     chain: Chain,
     elsewhere: Sequence[tuple[KnownNamespace, str | None, int]],
     places: Sequence[Sequence[str]],
+    withheld: Sequence[bool],
     worth: Sequence[Mapping[str, Any]],
     history: History,
     owners_of: Callable[[Iterable[bytes]], dict[bytes, str]],
@@ -80,6 +85,9 @@ def _document(
     events = history.of(keys)
     owners = owners_of(event.newcomer for past in events for event in past if event.newcomer)
     verdicts = _verdicts(events, places, chain)
+    for index, kept_back in enumerate(withheld):
+        if kept_back and verdicts[index].why in (Why.NEVER_STORED, Why.LOAD_FAILED, Why.LOST):
+            verdicts[index] = Verdict(Why.WITHHELD)
     if elsewhere and elsewhere[0][2] >= per_block:
         for index in range(min(elsewhere[0][2] // per_block, len(keys))):
             if verdicts[index].why is Why.NEVER_STORED:

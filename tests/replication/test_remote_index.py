@@ -13,7 +13,7 @@ from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.tombstones import Tombstone, buried
 from replication.keys import public_text
 from replication.manifest import HotBlock, Label, Manifest, Table, open_table
-from replication.remoteindex import compile_offer
+from replication.remoteindex import Offer, compile_offer
 from replication.topology import Topology
 
 LABELS = [Label(bytes([number]) * 16, f"model-{number % 2}", f"tenant-{number // 2}", 16) for number in range(4)]
@@ -50,6 +50,10 @@ def table(manifest: Manifest) -> Table:
     return open_table(manifest.sealed(KEY), manifest.region, KEY.public_key())
 
 
+def offered(tables: Sequence[Table], rules: Topology, tenants: Sequence[str], dead: Sequence[Tombstone] = ()) -> Offer:
+    return compile_offer(tables, rules, "eu", tenants, dead, list(rules.flows_to("eu")))
+
+
 def topology(**more: object) -> Topology:
     public = public_text(EU_KEY.public_key())
     regions = {
@@ -63,38 +67,38 @@ def topology(**more: object) -> Topology:
 @settings(max_examples=40, deadline=None)
 @given(manifests("ap"), st.lists(stones, max_size=3))
 def test_tombstones_bury_what_they_bury_elsewhere(manifest: Manifest, dead: Sequence[Tombstone]) -> None:
-    offer = compile_offer([table(manifest)], topology(), "eu", ["tenant-0", "tenant-1"], dead)
+    offer = offered([table(manifest)], topology(), ["tenant-0", "tenant-1"], dead)
     gone = buried(manifest.blocks, manifest.labels, dead)
     for tenant in ("tenant-0", "tenant-1"):
         mine = [b for b in manifest.blocks if manifest.labels[b.namespace].tenant == tenant and b.key not in gone]
         assert offer.keys(tenant) == {block.key for block in mine}
         assert offer.share(tenant).nbytes == sum(block.nbytes for block in mine)
         for block in mine:
-            offered = offer.find(tenant, block.key)
-            assert offered is not None
-            assert (offered.block, offered.tokens, offered.flow.source) == (block, 16, "ap")
+            found = offer.find(tenant, block.key)
+            assert found is not None
+            assert (found.block, found.tokens, found.flow.source) == (block, 16, "ap")
 
 
 @settings(max_examples=40, deadline=None)
 @given(manifests("na"), manifests("ap"))
 def test_the_flow_that_is_named_first_brings_a_block(na: Manifest, ap: Manifest) -> None:
-    offer = compile_offer([table(na), table(ap)], topology(), "eu", ["tenant-0"], ())
+    offer = offered([table(na), table(ap)], topology(), ["tenant-0"])
     of_ap = {block.key for block in ap.blocks if ap.labels[block.namespace].tenant == "tenant-0"}
     of_na = {
         block.key for block in na.blocks if na.labels[block.namespace].digest == LABELS[1].digest and block.score >= 2
     }
     assert offer.keys("tenant-0") == of_ap | of_na
     for name in offer.keys("tenant-0"):
-        offered = offer.find("tenant-0", name)
-        assert offered is not None
-        assert offered.flow.source == ("ap" if name in of_ap else "na")
+        found = offer.find("tenant-0", name)
+        assert found is not None
+        assert found.flow.source == ("ap" if name in of_ap else "na")
 
 
 @settings(max_examples=40, deadline=None)
 @given(manifests("ap"))
 def test_residency_forbids(manifest: Manifest) -> None:
     strict = topology(residency=[{"models": ["model-0"], "forbidden": ["EU"]}])
-    offer = compile_offer([table(manifest)], strict, "eu", ["tenant-1"], ())
+    offer = offered([table(manifest)], strict, ["tenant-1"])
     allowed = {block.key for block in manifest.blocks if block.namespace == LABELS[3].digest}
     assert offer.keys("tenant-1") == allowed
     gone = offer.forget("tenant-1", list(allowed)[:1])

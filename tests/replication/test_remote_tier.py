@@ -142,7 +142,7 @@ async def test_rules_of_flows_and_residency_hold(pair: Pair, random_source: rand
         ('models = ["other-*"]', ""),
         ('tenants = ["other"]', ""),
         ("min_score = 1e9", ""),
-        ("price_per_gb = 0.02\nmoney_per_month = 100", ""),
+        ("price_per_gb = 0.02\nmoney_per_month = 0", ""),
         ("", '[[residency]]\nmodels = ["llama"]\nallowed = ["US"]'),
         ("", '[[residency]]\ntenants = ["def*"]\nforbidden = ["eu"]'),
     ):

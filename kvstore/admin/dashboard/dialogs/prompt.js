@@ -14,6 +14,7 @@ const WHY = {
   other_namespace: "stored in another namespace",
   recompute_preferred: "computing was faster",
   deadline: "came too late",
+  withheld: "elsewhere, and not offered now",
 };
 const words = (why) => WHY[why] ?? why.replaceAll("_", " ");
 const DURATIONS = { "1 hour": 3600, "8 hours": 8 * 3600, "24 hours": 24 * 3600 };
