@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import cupy
 import numpy as np
 import torch
-from cupy.cuda import driver
+from cupy.cuda import driver, runtime
 
 from connectors.paging import kernels, l2, pinned
 from connectors.paging.batchcopy import CopyBatch
@@ -27,12 +27,19 @@ KEPT_BYTES = 15 << 20
 """Of a buffer that is to stay in L2: an H100 sets 31 MiB aside. In smaller groups the bus stands still more often."""
 LEAST_KEPT = 4 << 20
 """A GPU that keeps less of a buffer than this had better pass it through memory in large groups."""
+GENTLE_BELOW = 4 << 20
+"""While a gather runs at full speed, copies of runs shorter than this come to the bus late. One thread block on each
+multiprocessor is fast enough, and leaves them be; but it stays longer, so long runs have the short gather that an engine's
+own kernels feel less."""
 WINDOW_BYTES = 64 << 20
 """Prepared at a time: were all of a large transfer prepared first, the bus would stand idle for a millisecond."""
 DIRECT_BELOW = 128 << 10
 """Runs shorter than this go between pages and arena in the kernel: the copy engine would be no faster, and cost the CPU more."""
 DIRECT_THREAD_BLOCKS = 32
 """Of a kernel that is held up by the bus: enough to keep that busy, and no more, since they stay as long as the copy."""
+
+_MULTIPROCESSORS = 16
+"""``cudaDevAttrMultiProcessorCount``."""
 
 
 class Direction(Enum):
@@ -77,6 +84,7 @@ class Kernel:
         self._directory = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
         self.directory = self._directory.data_ptr()
         self.device = pages.sample.device
+        self.processors = int(runtime.deviceGetAttribute(_MULTIPROCESSORS, self.device.index))
         self.vector_bytes = kernels.vector_bytes(pages)
         units = len(pages.planes) * pages.heads * (share.block.tokens // pages.page_tokens)
         self.unit_bytes = share.nbytes // units
@@ -116,6 +124,7 @@ class Staged:
         self._addresses = self._memory.data_ptr() + group_bytes * np.arange(BUFFERS)
         self._buffers = [_Buffer(int(at), _event(), _event()) for at in self._addresses]
         self._turn = 0
+        self._most = kernel.processors if min(run.length for run in share.runs) < GENTLE_BELOW else None
         if self._save:
             l2.keep(self._memory.data_ptr(), self._memory.numel(), streams.kernels.ptr)
 
@@ -149,7 +158,7 @@ class Staged:
     def _gather(self, buffer: _Buffer, vectors: int) -> None:
         stream = self._streams.kernels
         stream.wait_event(buffer.empty)
-        self._kernel.launch(self._arguments, vectors, stream)
+        self._kernel.launch(self._arguments, vectors, stream, self._most)
         stream.record(buffer.full)
 
     def _scatter(self, buffer: _Buffer, vectors: int) -> None:
