@@ -153,6 +153,21 @@ class TestOtherServers:
                 assert cycle.flows[0].copied.outcomes.get(Outcome.COPIED, 0) == copied
         assert stored(other) == stored(eu)
 
+    async def test_within_ceph_the_server_copies_every_byte(
+        self, radosgw_server: S3Server, tmp_path: Path, random_source: random.Random
+    ) -> None:
+        """The replicator sees headers only, so nobody but this test compares what arrived."""
+        na, eu = (bucket_on(radosgw_server, name) for name in ("na", "eu"))
+        blocks = chain(random_source, 4, 3 << 20)
+        store(na, blocks)
+        with shaped(radosgw_server.endpoint) as link:
+            pair = Pair(tmp_path / "regions.toml", na, replace(eu, endpoint=link.endpoint), link)
+            await pair.publish()
+            cycle = await pair.cycle(pair.write())
+            assert (cycle.problems, cycle.flows[0].copied.outcomes) == ({}, {Outcome.COPIED: 4})
+            assert link.bytes_up + link.bytes_down < 1 << 20, "of twelve"
+        assert stored(eu) == {b.key: bytes(b.envelope) for b in blocks}
+
     async def test_a_lease_in_ceph(self, radosgw_server: S3Server) -> None:
         async with Links.open([bucket_on(radosgw_server, "na")]) as bucket, lease.hold(bucket, "replicator"):
             with pytest.raises(lease.LeaseTaken):
