@@ -155,7 +155,8 @@ def connect(settings: ObjectSettings) -> Any:
         config=Config(
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.request_timeout,
-            retries={"total_max_attempts": settings.retries + 1},
+            # Not boto3's older mode: that one tries a refused checksum again, and waits up to three seconds between.
+            retries={"total_max_attempts": settings.retries + 1, "mode": "standard"},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": "path" if settings.path_style else "virtual"},

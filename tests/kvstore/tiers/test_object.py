@@ -475,14 +475,20 @@ class NaiveServer(BaseHTTPRequestHandler):
     objects: ClassVar[dict[str, bytes]] = {}
 
     read_only: ClassVar[bool] = False
+    verifies: ClassVar[bool] = False
+    refused: ClassVar[int] = 0
+    """Bodies that their checksum belies."""
 
     def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.read_only:
-            self.rfile.read(int(self.headers["Content-Length"]))
             self._answer(403)
-            return
-        self.objects[urlsplit(self.path).path] = self.rfile.read(int(self.headers["Content-Length"]))
-        self._answer(200)
+        elif self.verifies and self.headers["x-amz-checksum-crc32c"]:
+            NaiveServer.refused += 1
+            self._answer(400, b"<Error><Code>BadDigest</Code></Error>")
+        else:
+            self.objects[urlsplit(self.path).path] = body
+            self._answer(200)
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -556,6 +562,16 @@ class TestNaiveServer:
         monkeypatch.setattr(NaiveServer, "read_only", True)
         with pytest.raises(ConfigError, match=r"object\.access_key_id"):
             await ObjectTier.open(settings)
+
+    async def test_a_checksum_that_is_refused_is_tried_once(
+        self, settings: ObjectSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(NaiveServer, "verifies", True)
+        monkeypatch.setattr(NaiveServer, "refused", 0)
+        async with listed(settings) as tier:
+            assert tier.features is not None
+            assert tier.features.checksums
+        assert NaiveServer.refused == 1, "each other try waits longer, at every start of a node"
 
     async def test_a_present_block_is_not_written_again(self, settings: ObjectSettings, source: random.Random) -> None:
         block = random_block(source, PAYLOAD_BYTES)
