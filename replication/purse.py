@@ -13,12 +13,16 @@ from __future__ import annotations
 import asyncio
 import time
 
+import structlog
+
 from kvstore.errors import TierUnavailable
 from replication.cursor import STEP_BYTES, Cursor, charges, month_of, uncharged
 from replication.links import Links
 from replication.names import charges_folder
 from replication.planner import affordable
 from replication.topology import Flow
+
+log = structlog.get_logger(__name__)
 
 
 class Purse:
@@ -55,11 +59,16 @@ class Purse:
             self._refused = 0 if here >= wanted or here + await self._left() >= wanted else wanted
 
     async def pay(self, nbytes: int) -> bool:
-        """Charge before bytes are sent; False when the money is gone. Raises TierUnavailable."""
+        """Charge before bytes are sent; False when the money is gone, until ``look`` finds some. Raises TierUnavailable."""
         async with self._turn:
             await self._roll()
+            if self._refused and nbytes >= self._refused:
+                return False
             missing = self._used + nbytes - self._charged
             if missing > 0 and not await self._charge(missing):
+                log.warning(
+                    "nothing more is read by a flow: its money is spent", flow=self._flow.identity, month=self._month
+                )
                 self._refused = nbytes
                 return False
             self._used += nbytes
@@ -69,7 +78,7 @@ class Purse:
         """Give back what was not used, if the bucket answers."""
         async with self._turn:
             try:
-                if self._used < self._charged:
+                if self._names != {self._used}:
                     await self._write(self._used)
             except TierUnavailable:
                 pass  # it counts as spent
@@ -83,6 +92,8 @@ class Purse:
             self._names = {charged}
 
     async def _charge(self, missing: int) -> bool:
+        if self._names != {self._charged}:  # the bucket went away in the middle of a charge
+            await self._write(self._charged)
         step = min(max(missing, STEP_BYTES), await self._left())
         if step < missing:
             return False

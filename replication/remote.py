@@ -197,7 +197,6 @@ class Regions:
 
         purse = self._purses.get(flow.identity)
         if purse is not None and not await purse.pay(block.nbytes):
-            log.warning("nothing more is read by a flow: its money is spent", flow=flow.identity)
             self._woken.set()
             return None
         async with self._budget.taken(block.nbytes):

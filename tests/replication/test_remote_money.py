@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -93,19 +94,32 @@ async def test_a_restarted_node_goes_on_and_one_that_was_killed_loses_a_step(
     assert again.spent
 
 
-async def test_what_cannot_be_written_down_is_not_paid_for(bucket: Links, monkeypatch: pytest.MonkeyPatch) -> None:
-    purse = Purse(bucket, FLOW, "node")
+@pytest.mark.parametrize("answers", [0, 1])
+async def test_a_charge_that_could_not_be_checked_pays_for_nothing(
+    bucket: Links, monkeypatch: pytest.MonkeyPatch, answers: int
+) -> None:
+    """The bucket goes away before the charge is written, or just after it."""
+    monkeypatch.setattr("replication.purse.STEP_BYTES", 1)
+    sound, purse = module.uncharged, Purse(bucket, FLOW, "node")
 
-    async def away(*_: object) -> int:
-        raise TierUnavailable("away")
+    async def breaks(*of: Any) -> int:
+        nonlocal answers
+        answers -= 1
+        if answers < 0:
+            raise TierUnavailable("away")
+        return await sound(*of)
 
-    sound = module.uncharged
-    monkeypatch.setattr("replication.purse.uncharged", away)
+    monkeypatch.setattr("replication.purse.uncharged", breaks)
     with pytest.raises(TierUnavailable):
         await purse.pay(600)
     monkeypatch.setattr("replication.purse.uncharged", sound)
-    assert await Purse(bucket, FLOW, "other").pay(600)
-    assert not await purse.pay(600)
+    assert await Purse(bucket, FLOW, "other").pay(300)
+    assert await purse.pay(600)
+    assert not await purse.pay(200)
+    monkeypatch.setattr("replication.purse.uncharged", breaks)
+    assert not await purse.pay(200), "and nobody is asked again for every block"
+    await purse.close()
+    assert (await charged(bucket))["node"] == 600
 
 
 async def test_a_new_month_has_money_again(bucket: Links, monkeypatch: pytest.MonkeyPatch) -> None:
