@@ -38,7 +38,7 @@ except ImportError as _missing:
 
 ALIGNMENT = 16
 """Bytes, of payloads: the widest access of a kernel. Slots are aligned to 4 KiB."""
-MAX_AHEAD = 4
+MAX_AHEAD = 3
 """Windows handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
 
 
@@ -105,7 +105,8 @@ class CudaPager(Pager):
         self.block_bytes = block.nbytes
         self._device = pages.sample.device
         share = Share.of(pages, block, heads)
-        with cupy.cuda.Device(self._device.index):
+        self._cuda = cupy.cuda.Device(self._device.index)
+        with self._cuda:
             self._saves, self._loads = (_Lane(direction, pages, share, sharers) for direction in Direction)
         self._saving = _Background(self._saves)
         self.follow()
@@ -131,7 +132,7 @@ class CudaPager(Pager):
             lane.close()
 
     def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
-        with cupy.cuda.Device(self._device.index):
+        with self._cuda:
             engine = cupy.cuda.Event(disable_timing=True)
             runtime.eventRecord(engine.ptr, self._engine)
         return _Job(arena, tuple(copies), engine, CudaTransfer(self._engine))

@@ -32,7 +32,7 @@ GENTLE_BELOW = 4 << 20
 multiprocessor is fast enough, and leaves them be; but it stays longer, so long runs have the short gather that an engine's
 own kernels feel less."""
 WINDOW_BYTES = 64 << 20
-"""Prepared at a time: were all of a large transfer prepared first, the bus would stand idle for a millisecond."""
+"""Prepared at a time, or up to twice that: were all of a large transfer prepared first, the bus would stand idle meanwhile."""
 DIRECT_BELOW = 128 << 10
 """Runs shorter than this go between pages and arena in the kernel: the copy engine would be no faster, and cost the CPU more."""
 DIRECT_THREAD_BLOCKS = 32
@@ -116,7 +116,7 @@ class Staged:
         self.tail = streams.copies if self._save else streams.kernels
         self._share, self._group = share.nbytes, group_bytes
         self.first = max(group_bytes // share.nbytes, 1)
-        self.window = max(WINDOW_BYTES // share.nbytes, 1)
+        self.window = _window(share.nbytes, group_bytes)
         self._cut = Cutter(share.runs, group_bytes, pinned.SLICE_BYTES)
         self._arguments = Arguments(kernel.directory, strides(share.compact))
         self._shares = share.nbytes * np.arange(kernel.max_blocks)
@@ -206,6 +206,12 @@ def _group_bytes(direction: Direction, share: Share, kernel: Kernel, sharers: in
         most = min(most, kept)
     most = min(most // sharers, (kernel.max_blocks - 1) * share.nbytes)  # a group may begin and end within a block
     return most // kernel.unit_bytes * kernel.unit_bytes
+
+
+def _window(share_bytes: int, group_bytes: int) -> int:
+    """Blocks to prepare at a time: so many that the last group of them is as full as can be."""
+    least = max(WINDOW_BYTES // share_bytes, 1)
+    return max(range(least, 2 * least + 1), key=lambda blocks: blocks / -(-blocks * share_bytes // group_bytes))
 
 
 def _event() -> Any:
