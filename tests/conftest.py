@@ -5,11 +5,22 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 
 import pytest
 
 from kvstore.testing.servers import S3Server, ServerUnavailable, ministack, radosgw
 from kvstore.tiers.object import Bucket, ObjectSettings
+
+
+@pytest.fixture(scope="session")
+def _one_loader() -> Iterator[None]:
+    """boto3's descriptions of services are parsed once, not for each client: that takes longer than most tests."""
+    from botocore.loaders import create_loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", cache(create_loader))
+        yield
 
 
 def _serve(server: AbstractContextManager[S3Server]) -> Iterator[S3Server]:
@@ -24,12 +35,12 @@ def _serve(server: AbstractContextManager[S3Server]) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def ministack_server() -> Iterator[S3Server]:
+def ministack_server(_one_loader: None) -> Iterator[S3Server]:
     yield from _serve(ministack())
 
 
 @pytest.fixture(scope="session")
-def radosgw_server() -> Iterator[S3Server]:
+def radosgw_server(_one_loader: None) -> Iterator[S3Server]:
     yield from _serve(radosgw())
 
 
