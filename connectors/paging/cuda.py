@@ -105,8 +105,7 @@ class CudaPager(Pager):
         self.block_bytes = block.nbytes
         self._device = pages.sample.device
         share = Share.of(pages, block, heads)
-        self._cuda = cupy.cuda.Device(self._device.index)
-        with self._cuda:
+        with cupy.cuda.Device(self._device.index):
             self._saves, self._loads = (_Lane(direction, pages, share, sharers) for direction in Direction)
         self._saving = _Background(self._saves)
         self.follow()
@@ -132,7 +131,7 @@ class CudaPager(Pager):
             lane.close()
 
     def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
-        with self._cuda:
+        with cupy.cuda.Device(self._device.index):
             engine = cupy.cuda.Event(disable_timing=True)
             runtime.eventRecord(engine.ptr, self._engine)
         return _Job(arena, tuple(copies), engine, CudaTransfer(self._engine))
