@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,8 @@ class Choice:
 
 Tiers = Sequence[Mapping[str, Any]]
 
+logger = logging.getLogger("router")
+
 
 def choose(engines: Sequence[Engine], tokens: int, held: Mapping[str, Tiers], speed: float) -> list[Choice]:
     """Engines by how soon each would have a prompt of ``tokens`` ready, soonest first.
@@ -97,6 +101,7 @@ class Asking:
     def __init__(self, http: httpx.AsyncClient, apis: Sequence[str], patience: float, token: str = "") -> None:
         """``token``: for the APIs, if they ask for one."""
         self._http, self._apis, self._patience = http, apis, patience
+        self._strangers: set[str] = set()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def __call__(self, model: str, tokens: Tokens, salt: str) -> Mapping[str, Tiers]:
@@ -105,7 +110,13 @@ class Asking:
         for api in self._apis:
             found = await ask(self._http, api + "/v1/router/lookup", question, self._headers, self._patience)
             if found and found["prompts"][0]["nodes"]:
-                return {node["url"]: node["tiers"] for node in found["prompts"][0]["nodes"]}
+                held = {node["url"]: node["tiers"] for node in found["prompts"][0]["nodes"]}
+                for url in held.keys() - self._strangers - set(self._apis):
+                    self._strangers.add(url)
+                    logger.warning(
+                        "a node calls itself %s, which is the API of no --engine (%s)", url, ", ".join(self._apis)
+                    )
+                return held
         return {}
 
 
@@ -238,22 +249,32 @@ def create_app(router: Router) -> FastAPI:
     return app
 
 
+def pair(text: str) -> tuple[str, str]:
+    """Of two addresses, as ``http://127.0.0.1:8001=http://127.0.0.1:7071``."""
+    first, _, second = text.partition("=")
+    if not all(re.match(r"(http|https|tcp|ipc)://.", each) for each in (first, second)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two addresses with = between them")
+    return first.rstrip("/"), second.rstrip("/")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", action="append", required=True, metavar="ENGINE=API", help="may be repeated")
+    parser.add_argument(
+        "--engine", action="append", required=True, type=pair, metavar="ENGINE=API", help="may be repeated"
+    )
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--prefill-tokens-per-second", type=float, default=20_000, help="of one engine, about")
     parser.add_argument("--patience", type=float, default=0.5, help="seconds for tokenizing and for the lookup, each")
     parser.add_argument("--token-file", type=Path, help="with a token for the nodes' APIs, if they ask for one")
     parser.add_argument(
-        "--events", action="append", metavar="API=ADDRESS", help="follow a node's events; for every node"
+        "--events", action="append", type=pair, metavar="API=ADDRESS", help="follow a node's events; for every node"
     )
     parser.add_argument("--secret-file", type=Path, help="with the nodes' identity.secret, to follow events")
     options = parser.parse_args()
     if options.events and options.secret_file is None:
         parser.error("--events needs --secret-file: without the secret nobody can tell which blocks a prompt has")
     token = options.token_file.read_text().strip() if options.token_file else ""
-    engines = [Engine(*pair.partition("=")[::2]) for pair in options.engine]
+    engines = [Engine(*both) for both in options.engine]
     asyncio.run(serve(options, engines, token))
 
 
@@ -265,8 +286,7 @@ async def serve(options: argparse.Namespace, engines: Sequence[Engine], token: s
         following = []
         if options.events:
             held = Following(await namespaces(http, engines, token), options.secret_file.read_bytes().strip())
-            pairs = (pair.partition("=")[::2] for pair in options.events)
-            following = [asyncio.create_task(held.follow(api, address)) for api, address in pairs]
+            following = [asyncio.create_task(held.follow(api, address)) for api, address in options.events]
         router = Router(http, engines, options.prefill_tokens_per_second, options.patience, held)
         server = uvicorn.Server(uvicorn.Config(create_app(router), port=options.port, log_level="warning"))
         await server.serve()

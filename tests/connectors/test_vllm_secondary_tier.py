@@ -292,6 +292,16 @@ def test_whatever_shapes_a_row_is_in_its_namespace(changes: dict[str, Any]) -> N
     assert namespace_of(spec(**changes), ROW_BYTES, "w") != namespace_of(spec(), ROW_BYTES, "w")
 
 
+@pytest.mark.parametrize("portable", [True, False])
+def test_engines_of_another_degree_share_rows_that_vllm_says_do_not_depend_on_it(portable: bool) -> None:
+    def at(degree: int) -> Any:
+        parallel = replace(CONFIG.parallel, tp_size=degree, world_size=degree, is_parallelism_agnostic=portable)
+        return spec(parallel=parallel, canonical_layout=portable, kv_cache_layout="LBHNC")
+
+    two, four = (namespace_of(at(degree), ROW_BYTES, "w") for degree in (2, 4))
+    assert (two == four) is portable
+
+
 def test_weights_and_row_size_are_in_the_namespace() -> None:
     names = {namespace_of(spec(), *rest) for rest in ((ROW_BYTES, "w"), (ROW_BYTES, "v"), (2 * ROW_BYTES, "w"))}
     assert len(names) == 3

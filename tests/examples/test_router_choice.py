@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 
 import httpx
+import numpy as np
 import pytest
 
-from examples.router import Engine, Router, Tiers, Tokens, choose
+from examples.router import Asking, Engine, Router, Tiers, Tokens, choose, pair
 
 SPEED = 10_000.0
 ONE, TWO = "http://one", "http://two"
@@ -58,3 +60,23 @@ async def test_what_is_no_prompt_is_for_an_engine_to_refuse(body: str) -> None:
     async with nobody as http:
         router = Router(http, [Engine(ONE, ONE, requests=1), Engine(TWO, TWO)], SPEED, 1.0, held)
         assert [choice.engine.url for choice in await router.order(body.encode(), {})] == [TWO, ONE]
+
+
+async def test_a_node_under_another_name_than_an_engines_api_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = {"prompts": [{"nodes": [{"url": "http://vm-7:7070", "tiers": []}, {"url": ONE, "tiers": []}]}]}
+    api = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200, json=found)))
+    async with api as http:
+        asking = Asking(http, [ONE], 10.0)
+        for _ in range(2):
+            assert set(await asking("m", np.arange(3, dtype=np.uint32), "")) == {"http://vm-7:7070", ONE}
+    assert [record.getMessage() for record in caplog.records if record.name == "router"] == [
+        "a node calls itself http://vm-7:7070, which is the API of no --engine (http://one)"
+    ]
+
+
+def test_two_addresses_are_told_from_what_is_not() -> None:
+    assert pair("http://a:1/=http://b:2/") == ("http://a:1", "http://b:2")
+    assert pair("http://b:2=ipc:///run/events") == ("http://b:2", "ipc:///run/events")
+    for text in ("http://a:1", "http://a:1=", "a:1=b:2", "=http://b:2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="two addresses"):
+            pair(text)
