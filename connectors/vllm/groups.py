@@ -70,7 +70,7 @@ def page_tables(groups: Sequence[Any]) -> PageTables:
         if is_a(spec, "MambaSpec"):
             raise ConfigError(
                 "kv_cache_groups", type(spec).__name__, "the state of Mamba layers cannot be stored",
-                "Start vLLM without the KV store connector.",
+                "Put the store under vLLM's own offloading: docs/vllm.md says how.",
             )  # fmt: skip
         if not is_a(spec, "FullAttentionSpec") and type(spec).__name__ != "SlidingWindowSpec":
             raise ConfigError(
