@@ -20,7 +20,7 @@ from connectors.vllm.keys import Geometry, geometry
 from connectors.vllm.metrics import PromMetrics, Recorder, Stats
 from connectors.vllm.options import Options
 from connectors.vllm.pagers import make_pager
-from connectors.vllm.plan import StepPlan
+from connectors.vllm.plan import StepPlan, Told
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing
 from connectors.vllm.worker import Ended, Mover
@@ -63,8 +63,9 @@ def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Loads and saves prefix KV through the node of this machine. For vLLM 0.26 to 0.33.
 
-    Loads are asynchronous: a request waits for its own load only, and nothing is computed, let alone saved, from KV that may
-    yet turn out bad.
+    A request waits for its own load only, and nothing is computed, let alone saved, from KV that may yet turn out bad: loads are
+    asynchronous, but for blocks in the node's memory, which were verified when they entered it and are held there. When nobody
+    else is being computed on, those are loaded within the step (``in_step.py``).
 
     Options go into ``kv_connector_extra_config``; see ``Options``. Set ``kv_load_failure_policy`` to ``recompute``: vLLM's
     default fails a request whose load fails.
@@ -116,7 +117,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self.planner.offer(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, tokens > 0 and not self.planner.in_step(request)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self.planner.admit(request, blocks.get_block_ids(), num_external_tokens)
@@ -136,7 +137,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.planner.step(scheduler_output, state.get_block_ids if state else None)
 
     def update_connector_output(self, connector_output: Any) -> None:
+        told = getattr(connector_output, "kv_connector_worker_meta", None)
         self._timing.ended(connector_output)
+        if isinstance(told, Told):
+            self.planner.heard(told)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         self.planner.finish(request)
@@ -174,11 +178,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.mover.begin_saves(self._plan.saves)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self.mover.load_in_step([load for load in self._plan.loads if load.slots])
         for load in self._plan.loads:
-            self.mover.load(load)
+            if not load.slots:
+                self.mover.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """A request is scheduled when its load has ended."""
+        """A request is scheduled when its load has ended, or the step waits for it as a whole."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Saves are made of whole blocks, after the forward pass."""
@@ -199,6 +205,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.mover.take_bad_pages()
+
+    def build_connector_worker_meta(self) -> Told | None:
+        return self.mover.take_told()
 
     # Both
 

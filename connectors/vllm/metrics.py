@@ -17,6 +17,7 @@ COUNTERS = {
     "tokens_offered": ("Prompt tokens that the store offered to the scheduler.", None),
     "tokens_loaded": ("Tokens whose KV was loaded instead of computed, by the medium it came from.", "medium"),
     "tokens_saved": ("Tokens whose KV was published in the store.", None),
+    "loads": ("Loads begun: within the step that computes with them, or beside the steps.", "way"),
     "bytes_loaded": ("KV bytes copied from the store, all ranks.", None),
     "bytes_saved": ("KV bytes copied to the store, all ranks.", None),
     "load_seconds": ("Seconds from the start of a load to its end, summed over loads and ranks.", None),

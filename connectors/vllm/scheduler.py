@@ -14,9 +14,10 @@ from connectors.link import Link
 from connectors.paging.base import ABSENT
 from connectors.vllm.about import about, traceparent
 from connectors.vllm.groups import NULL_PAGE
+from connectors.vllm.in_step import Holder, Situation, fits
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.metrics import Recorder
-from connectors.vllm.plan import Load, Save, StepPlan
+from connectors.vllm.plan import Load, Save, Slots, StepPlan, Told
 from connectors.vllm.timing import Timing
 from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
@@ -43,6 +44,8 @@ class _Offer:
     found: int
     miss: Miss
     plan: Plan
+    slots: Slots | None = None
+    """Set: to be loaded within the step."""
 
 
 @dataclass(slots=True)
@@ -78,6 +81,9 @@ class Planner:
         self._states: dict[str, _State] = {}
         self._waiting: set[str] = set()
         """Requests that have not been computed on yet and do not load."""
+        self._computing: set[str] = set()
+        """Requests that steps have computed on and may still be computing on."""
+        self._holder = Holder(link, geometry.ranks)
         self._loads: list[Load] = []
         self._stored: OrderedDict[BlockKey, None] = OrderedDict()
         """Blocks that we saved or saw in the store lately: not worth offering again."""
@@ -94,6 +100,8 @@ class Planner:
     def finish(self, request: Any) -> None:
         """The request is over; the node hears how long its answer was."""
         self._waiting.discard(request.request_id)
+        self._computing.discard(request.request_id)
+        self._holder.drop(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is not None and request.num_output_tokens:
             prompt = request.num_prompt_tokens // self._geometry.block_tokens
@@ -102,9 +110,12 @@ class Planner:
     def offer(self, request: Any, computed: int) -> int:
         """How many tokens beyond ``computed`` (a page boundary) the store can give. May cover the whole prompt.
 
-        May be asked any number of times before the request is admitted, so it only remembers the last answer. A request is
-        given something to load once, and again after each preemption: a load that failed is not tried in a loop.
+        May be asked any number of times before the request is admitted, so it only remembers the last answer, and holds what that
+        answer would load within the step. A request is given something to load once, and again after each preemption: a load that
+        failed is not tried in a loop.
         """
+        self._holder.drop(request.request_id)
+        self._computing.discard(request.request_id)  # it waits, also when it was preempted
         state = self._states.get(request.request_id)
         if state is None or getattr(request, "skip_reading_prefix_cache", False):
             return 0
@@ -127,7 +138,33 @@ class Planner:
             media[found.runs[0][0]] -= computed - first * size
         media = {medium: count for medium, count in media.items() if count}
         state.offer = _Offer(computed, tokens, media, limit - first, found.blocks, miss, plan)
-        return tokens
+        self._try_in_step(state, state.offer)
+        return state.offer.tokens
+
+    def in_step(self, request: Any) -> bool:
+        """Whether what was last offered to the request is loaded within the step."""
+        state = self._states.get(request.request_id)
+        return state is not None and state.offer is not None and state.offer.slots is not None
+
+    def _try_in_step(self, state: _State, offer: _Offer) -> None:
+        """Offer as much as a step can load that computes at least one token, if it may, and hold that."""
+        geometry, request = self._geometry, state.request
+        whole = (request.num_tokens - 1) // geometry.page_tokens * geometry.page_tokens
+        tokens = min(offer.tokens, whole - offer.start)
+        if tokens <= 0:
+            return
+        first, stop = offer.start // geometry.block_tokens, -(-(offer.start + tokens) // geometry.block_tokens)
+        loading = sum(len(load.keys) for load in self._loads if load.slots)
+        situation = Situation(
+            len(self._computing),
+            self._timing.load_seconds((loading + stop - first) * geometry.block_bytes),
+            self._holder.ready,
+            bool(geometry.tables.windowed) or len(geometry.tables.windows) > 1,
+        )
+        if fits(offer.media, situation):
+            offer.slots = self._holder.hold(request.request_id, state.chain.keys[first:stop], traceparent(request))
+            if offer.slots is not None:
+                offer.tokens, offer.media = tokens, {Medium.HOST: tokens}
 
     def admit(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
         """The request got its pages, and is to load ``tokens`` of those offered (maybe fewer)."""
@@ -156,9 +193,14 @@ class Planner:
                 pages.start - blocks.start * geometry.pages_per_block,
                 offer.plan.patience,
                 traceparent(request),
+                offer.slots and offer.slots.first(len(blocks)),
             )
         )
-        self._timing.loading(request.request_id, len(blocks) * geometry.block_bytes, offer.media)
+        self._recorder.count("loads", label="in_step" if offer.slots else "async")
+        if offer.slots is not None:
+            self._holder.admit(request.request_id)
+        else:
+            self._timing.loading(request.request_id, len(blocks) * geometry.block_bytes, offer.media)
         self._remember(keys)
         state.planned = max(state.planned, blocks.stop)
 
@@ -170,6 +212,7 @@ class Planner:
     def step(self, output: Any, tables_of: Callable[[str], Sequence[Sequence[int]]] | None) -> StepPlan:
         """The plan of an engine step. ``tables_of`` gives a scheduled request's pages; None: take them from ``output``."""
         loads, self._loads = self._loads, []
+        self._holder.step()
         if (epoch := self._link.client.epoch) != self._epoch:  # another run of the node: who knows what it holds
             self._epoch = epoch
             self._stored.clear()
@@ -188,8 +231,17 @@ class Planner:
             scheduled = computed + output.num_scheduled_tokens.get(request_id, 0)
             plan.saves += self._saves(state, computed, scheduled, tables_of)
         plan.overwritten = frozenset(overwritten - {NULL_PAGE, ABSENT})
-        self._timing.scheduled(chunks)
+        self._computing.update(output.num_scheduled_tokens)
+        self._timing.scheduled(chunks, any(load.slots for load in loads))
         return plan
+
+    def heard(self, told: Told) -> None:
+        """What the workers told with a step's results."""
+        self._holder.heard(told)
+        for (
+            request_id
+        ) in told.failed:  # of what is computed for it from here on vLLM is not sure: nothing of it is saved
+            self._states.pop(request_id, None)
 
     def _saves(
         self,

@@ -1,7 +1,8 @@
 """The worker's side: moves the bytes of one rank, following the scheduler's plan.
 
 Threads: the engine's thread makes all calls. Loads run in threads of their own, one acquiring ahead while another copies;
-reserving and publishing saves have one thread each. The pager is used under a lock.
+reserving and publishing saves have one thread each. The pager loads under a lock. Loads within a step are
+``step_loads.py``.
 
 What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it; one that is late
 is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted.
@@ -21,10 +22,12 @@ from contextvars import copy_context
 from dataclasses import dataclass
 
 from connectors.link import Link
-from connectors.paging.base import ABSENT, BlockCopy, Pager, Transfer
+from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
-from connectors.vllm.plan import Load, Save
+from connectors.vllm.plan import Load, Save, Told
+from connectors.vllm.step_loads import StepLoads
+from connectors.vllm.tally import Tally
 from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
@@ -84,12 +87,13 @@ class Mover:
         self._client = link.client
         self._pager = pager
         self._geometry = geometry
-        self._rank = rank
         self._part = geometry.part(rank)
-        self._page_bytes = [geometry.page_bytes(table) for table in range(len(geometry.tables.windows))]
+        self._tables = len(geometry.tables.windows)
+        self._tally = Tally(geometry, rank, recorder)
         self._recorder = recorder
         self._load_timeout = load_timeout
         self._pager_lock = threading.Lock()
+        self._in_step = StepLoads(pager, self._pager_lock, geometry, recorder, self._tally)
         self._loads = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-load")
         self._acquires = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-acquire")
         self._reserves = ThreadPoolExecutor(1, "kvstore-reserve")
@@ -111,6 +115,7 @@ class Mover:
         arena = self._client.acquire([], PREPARE_TIMEOUT).arena
         with self._pager_lock:
             self._pager.load(arena, [])
+        self._in_step.prepared(arena)
 
     # Saves
 
@@ -147,11 +152,27 @@ class Mover:
             answer.add_done_callback(lambda late: self._give_up(late.result(), saves))
             reserved = None
         self._reserving = None
-        if reserved is not None:
+        if reserved is not None and not self._in_step.saving:
+            self._drop(saves, "load_failed")
+            self._publishes.submit(self._give_up, reserved, saves)
+        elif reserved is not None:
             self._copy_out(reserved, saves)
         self._recorder.count("save_seconds", time.perf_counter() - started)
 
     # Loads
+
+    def load_in_step(self, loads: Sequence[Load]) -> None:
+        """Every step, before ``load`` and the forward pass, which then computes with these blocks.
+
+        Pages of those that cannot be copied are told by ``take_bad_pages``.
+        """
+        bad = self._in_step.load(loads)
+        with self._lock:
+            self._bad_pages |= bad
+
+    def take_told(self) -> Told | None:
+        """What the scheduler's side is to hear with this step's results."""
+        return self._in_step.take_told()
 
     def load(self, load: Load) -> Future[None]:
         """Start a load. Its end, good or bad, is reported by ``take_ended`` and ``take_bad_pages``."""
@@ -181,6 +202,7 @@ class Mover:
         """Finish what was started, within its deadlines, and let the node go."""
         for executor in (self._loads, self._acquires, self._reserves, self._publishes):
             executor.shutdown(wait=True)
+        self._in_step.close()
         self._link.close()
         self._pager.close()
 
@@ -192,7 +214,7 @@ class Mover:
     def _bring(self, load: Load, begun: float) -> int:
         """Copy block after block until one is missing; how many came. Never raises."""
         started = time.perf_counter()
-        parts = list(load.parts(self._geometry.pages_per_block, len(self._page_bytes)))
+        parts = list(load.parts(self._geometry.pages_per_block, self._tables))
         good, miss = 0, None
         copying: deque[_Copying] = deque()
         try:
@@ -285,23 +307,12 @@ class Mover:
 
     def _end_copy(self, copying: _Copying) -> int:
         """Wait for a copy and release its slots; how many blocks it brought."""
-        copies = copying.copies
         try:
             copying.transfer.wait()
         finally:
             self._release(copying.chunk, copying.acquired)
-        self._recorder.count("bytes_loaded", sum(map(self._bytes, copies)))
-        if self._rank == 0:
-            for copy, medium in zip(copies, copying.acquired.media, strict=True):
-                pages = len(copy.pages) // len(self._page_bytes)
-                self._recorder.count("tokens_loaded", pages * self._geometry.page_tokens, medium.value)
-        return len(copies)
-
-    def _bytes(self, copy: BlockCopy) -> int:
-        """What a copy moves."""
-        count = len(copy.pages) // len(self._page_bytes)
-        kept = [count - copy.pages[at : at + count].count(ABSENT) for at in range(0, len(copy.pages), count)]
-        return sum(pages * nbytes for pages, nbytes in zip(kept, self._page_bytes, strict=True))
+        self._tally.loaded(copying.copies, copying.acquired.media)
+        return len(copying.copies)
 
     def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
         """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
@@ -336,8 +347,7 @@ class Mover:
         copies = [BlockCopy(save.pages, at) for save, at in wanted]
         keys = [save.block.key for save, _ in wanted]
         try:
-            with self._pager_lock:
-                transfer = self._pager.save(reserved.arena, copies)
+            transfer = self._pager.save(reserved.arena, copies)
         except Exception:
             logger.exception("Saving %d blocks failed", len(wanted))
             self._publishes.submit(self._abort, keys)
@@ -347,16 +357,19 @@ class Mover:
         with self._lock:
             self._unpublished += len(keys)
         trace = next((save.traceparent for save, _ in wanted if save.traceparent), "")
-        self._publishes.submit(self._publish, keys, transfer, trace)
+        self._publishes.submit(self._publish, keys, transfer, trace, self._in_step.last)
 
-    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer, trace: str) -> None:
-        """Runs in the publishing thread. ``trace`` is that of the first request of the step that has one."""
+    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer, trace: str, behind: Future[None] | None) -> None:
+        """Runs in the publishing thread. ``trace`` is that of the first request of the step that has one, ``behind`` the last
+        loads that a step waited for."""
         published: Sequence[BlockKey] = ()
         try:
             with tracing.span("connector save", trace, blocks=len(keys)):
                 transfer.wait()
+                if not self._in_step.trusted(behind):
+                    raise RuntimeError("they were computed with KV that did not arrive")
                 published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
-            self._recorder.count("bytes_saved", len(keys) * self._geometry.pages_per_block * sum(self._page_bytes))
+            self._recorder.count("bytes_saved", len(keys) * self._tally.block_bytes)
         except KVStoreError:
             self._recorder.count("blocks_not_saved", len(keys), "unpublished")
         except Exception:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 pytest.importorskip("vllm")
 
+import connectors.vllm.step_loads as step_loads
 import connectors.vllm.worker as worker
 from connectors.paging.torch import OpaquePager
 from connectors.vllm.keys import Geometry, request_seed
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing
-from kvstore.errors import DeadlineExceeded, NodeUnavailable
+from kvstore.errors import DeadlineExceeded, KVStoreError, NodeUnavailable
 from kvstore.identity import Namespace, chain_digests
 from kvstore.testing.inprocess import InProcessNode
 
@@ -76,7 +78,7 @@ class FakeLink:
         return self.client.open_namespace(NAMESPACE, GEOMETRY.block_bytes)
 
     def on_node(self, callback: Any) -> None:
-        pass
+        self.found = callback
 
     def lost(self) -> None:
         pass
@@ -132,12 +134,15 @@ class Engine:
         link: Any = FakeLink(client)
         recorder = Recorder()
         self.client = client
+        self.link = link
         self.planner = Planner(link, GEOMETRY, recorder, Timing(link, 1), 5.0)
         self.mover = worker.Mover(link, OpaquePager(self.caches, POOL, 2), GEOMETRY, 0, recorder, 1.0)
         self.free = list(range(1, POOL))
         self.cached: dict[tuple[Any, ...], int] = {}
         self.requests: list[Request] = []
         self.running: list[Request] = []
+        self.in_step = 0
+        """Loads within a step so far."""
 
     def add(self, request: Request) -> None:
         self.requests.append(request)
@@ -173,7 +178,8 @@ class Engine:
         self.free = held
         request.pages = local + self.take(need)
         request.computed = len(local) * PAGE + external
-        request.loading = external > 0
+        request.loading = external > 0 and not self.planner.in_step(request)
+        assert request.loading or request.computed < request.num_tokens, "a step computes something"
         self.planner.admit(request, (request.pages,), external)
         return request.pages
 
@@ -214,16 +220,22 @@ class Engine:
     def execute(self, plan: Any, scheduled: dict[str, int]) -> None:
         self.mover.protect(plan.overwritten)
         self.mover.begin_saves(plan.saves)
-        for load in plan.loads:
+        self.mover.load_in_step([load for load in plan.loads if load.slots])
+        later = [load for load in plan.loads if not load.slots]
+        for load in later:
             self.mover.load(load).result()
         received, bad = self.mover.take_ended().received, self.mover.take_bad_pages()
-        assert received == {load.request_id for load in plan.loads}
+        assert received == {load.request_id for load in later}
+        self.in_step += len(plan.loads) - len(later)
         for request in self.requests:
             if request.request_id in received:
                 self.received(request, bad)
         for request in self.running:
             self.compute(request, scheduled.get(request.request_id, 0))
         self.mover.finish_saves()
+        if (told := self.mover.take_told()) is not None:
+            self.planner.heard(told)
+        assert not any(slot.leases for slot in self.client._slots.values() if not slot.missing), "a lease was left"
         for request in [r for r in self.running if r.computed == r.num_tokens]:
             self.running.remove(request)
             self.requests.remove(request)
@@ -265,6 +277,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(worker, "ThreadPoolExecutor", Inline)
+        self.patch.setattr(step_loads, "ThreadPoolExecutor", Inline)
         self.patch.setattr(worker, "LOAD_CHUNK", 2)
         self.client = Flaky(InProcessNode(1 << 20))
         self.engines = [Engine(self.client) for _ in range(2)]
@@ -331,6 +344,13 @@ class EngineMachine(RuleBasedStateMachine):
     def restart_node(self) -> None:
         self.client.node = InProcessNode(1 << 20, self.client.node.epoch + 1)
 
+    @rule()
+    def find_node(self) -> None:
+        """The workers are connected to the node's present run."""
+        for engine in self.engines:
+            with suppress(KVStoreError):  # as the link does
+                engine.link.found()
+
     @rule(
         name=st.sampled_from(["lookup", "acquire", "reserve", "commit"]),
         kind=st.sampled_from([NodeUnavailable, DeadlineExceeded]),
@@ -366,6 +386,7 @@ TestEngineMachine = EngineMachine.TestCase
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(worker, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(step_loads, "ThreadPoolExecutor", Inline)
     return Engine(Flaky(InProcessNode(1 << 20)))
 
 
@@ -380,6 +401,28 @@ def test_a_second_engine_loads_instead_of_computing(engine: Engine) -> None:
     second.step(100)
     assert request.computed == 40, "five blocks loaded, one token left"
     assert second.mover._recorder.take().data["tokens_loaded:host"] == 40
+
+
+def test_an_engine_that_computes_nothing_loads_within_the_step(engine: Engine) -> None:
+    tokens = list(range(40))
+    engine.add(Request("first", tokens))
+    engine.step(100)
+    second = Engine(engine.client)
+    second.link.found()
+    second.step(100)  # the worker tells that it is prepared
+    second.add(request := Request("second", [*tokens, 7]))
+    second.step(20)
+    assert (second.in_step, request.computed) == (1, 41)
+    second.add(Request("whole", tokens))
+    second.add(slow := Request("slow", [9] * 50))
+    second.cached.clear()
+    second.step(20)
+    assert second.in_step == 2
+    assert slow in second.running
+    second.add(Request("third", [*tokens, 8]))
+    second.cached.clear()
+    second.step(20)
+    assert second.in_step == 2, "another request is computed on"
 
 
 def test_a_prefix_hit_inside_a_block_loads_the_rest_of_it(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import connectors.vllm.connector as module
+import connectors.vllm.in_step as in_step
 from connectors.link import Link
 from connectors.paging.base import ABSENT
 from connectors.vllm.connector import KVStoreConnector
 from connectors.vllm.keys import Geometry
 from connectors.vllm.options import Options
+from connectors.vllm.plan import Told
 from connectors.vllm.process import transfer_config
 from kvstore.errors import ConfigError
 from kvstore.node.api import NewBlock
@@ -221,6 +224,130 @@ def test_decoded_tokens_are_saved_too(model: Path, node: InProcessNode) -> None:
     answer(scheduler, step)
     step = scheduler.schedule()
     assert [save.block.index for save in step.kv_connector_metadata.saves] == [0]
+
+
+PREPARED = Told(ready=Counter({1: 1}))
+LOADED = Told(in_step=True)
+
+
+@pytest.fixture
+def prepared(stocked: Callable[..., Scheduler]) -> Scheduler:
+    """A stocked scheduler whose worker can copy from the arena."""
+    scheduler = stocked()
+    scheduler.connector.planner.heard(PREPARED)
+    return scheduler
+
+
+def leases(node: InProcessNode) -> int:
+    return sum(slot.leases for slot in node._slots.values())
+
+
+def test_a_lone_request_loads_within_the_step(prepared: Scheduler, node: InProcessNode) -> None:
+    step = plan(prepared, make_request("second", TOKENS))
+    (load,) = step.kv_connector_metadata.loads
+    assert (len(load.keys), len(load.pages)) == (5, 5 * BLOCK // PAGE)
+    assert load.slots.offsets == node.acquire(load.keys, 0.0).offsets
+    node.release(load.keys)
+    assert step.has_sync_kv_loads
+    assert step.num_scheduled_tokens == {"second": 3}
+    assert not step.kv_connector_metadata.saves, "what was loaded is not saved again"
+    assert leases(node) == 5
+    answer(prepared, step, kv_connector_worker_meta=LOADED)
+    assert leases(node) == 0
+    finish(prepared)
+
+
+def test_a_step_computes_at_least_one_token(prepared: Scheduler) -> None:
+    step = plan(prepared, make_request("second", TOKENS[: 5 * BLOCK]))
+    (load,) = step.kv_connector_metadata.loads
+    assert (len(load.keys), len(load.pages)) == (5, 5 * BLOCK // PAGE - 1)
+    assert step.num_scheduled_tokens == {"second": PAGE}
+    answer(prepared, step, kv_connector_worker_meta=LOADED)
+    finish(prepared)
+
+
+def test_nobody_who_is_computed_on_waits_for_a_load(prepared: Scheduler, node: InProcessNode) -> None:
+    answer(prepared, plan(prepared, make_request("other", [1, 2, 3])))
+    second = make_request("second", TOKENS)
+    step = plan(prepared, second)
+    (load,) = step.kv_connector_metadata.loads
+    assert load.slots is None
+    assert second.status.name == "WAITING_FOR_REMOTE_KVS"
+    assert leases(node) == 0
+    answer(prepared, step, finished_recving={"second"})
+    finish(prepared)
+
+
+def test_requests_admitted_together_load_in_one_step_while_that_is_short(
+    prepared: Scheduler, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def three(names: str) -> Any:
+        for name in names:
+            prepared.add_request(make_request(name, TOKENS))
+        return prepared.schedule()
+
+    planner = prepared.connector.planner
+    seconds = [planner._timing.load_seconds(5 * count * planner._geometry.block_bytes) for count in (2, 3)]
+    monkeypatch.setattr(in_step, "IN_STEP_SECONDS", sum(seconds) / 2)
+    monkeypatch.setattr(prepared.kv_cache_manager, "enable_caching", False)
+    step = three("abc")
+    assert [bool(load.slots) for load in step.kv_connector_metadata.loads] == [True, True, False]
+    assert step.num_scheduled_tokens == {"a": 3, "b": 3}
+    assert leases(node) == 10
+    answer(prepared, step, kv_connector_worker_meta=LOADED, finished_recving={"c"})
+    finish(prepared)
+    assert all(load.slots for load in three("de").kv_connector_metadata.loads), "each step anew"
+
+
+def test_asking_twice_holds_once_and_what_is_not_admitted_is_let_go(prepared: Scheduler, node: InProcessNode) -> None:
+    connector = prepared.connector
+    request = make_request("second", TOKENS)
+    connector.on_new_request(request)
+    for _ in range(3):
+        assert connector.get_num_new_matched_tokens(request, 0) == (5 * BLOCK, False)
+        assert leases(node) == 5
+    assert not prepared.schedule().kv_connector_metadata.loads
+    assert leases(node) == 0
+
+
+def test_a_preempted_request_may_load_within_a_step_again(prepared: Scheduler, node: InProcessNode) -> None:
+    connector = prepared.connector
+    request = make_request("second", TOKENS)
+    answer(prepared, plan(prepared, request), kv_connector_worker_meta=LOADED)
+    assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+    request.num_preemptions += 1
+    assert connector.get_num_new_matched_tokens(request, 0) == (5 * BLOCK, False)
+    assert leases(node) == 5
+
+
+def test_blocks_that_left_memory_since_the_lookup_are_loaded_asynchronously(
+    prepared: Scheduler, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = node.acquire
+    monkeypatch.setattr(node, "acquire", lambda keys, timeout: acquire(keys[:3], timeout))
+    step = plan(prepared, make_request("second", TOKENS))
+    (load,) = step.kv_connector_metadata.loads
+    assert (len(load.keys), load.slots) == (5, None)
+    assert leases(node) == 0
+
+
+def test_of_a_request_whose_load_failed_in_the_step_nothing_is_saved(prepared: Scheduler) -> None:
+    step = plan(prepared, make_request("second", TOKENS))
+    (load,) = step.kv_connector_metadata.loads
+    told = Told(in_step=True, failed=frozenset({"second"}))
+    answer(prepared, step, kv_connector_worker_meta=told, invalid_block_ids=set(load.pages))
+    step = prepared.schedule()
+    assert step.num_scheduled_tokens == {"second": len(TOKENS)}
+    assert not step.kv_connector_metadata.saves
+    answer(prepared, step)
+    finish(prepared)
+
+
+def test_window_layers_are_never_loaded_within_a_step(hybrid: Scheduler, node: InProcessNode) -> None:
+    hybrid.connector.planner.heard(PREPARED)
+    (load,) = plan(hybrid, make_request("second", TOKENS)).kv_connector_metadata.loads
+    assert load.slots is None
+    assert leases(node) == 0
 
 
 WINDOW = 64

@@ -127,6 +127,11 @@ def gained(engine: EngineProcess, counter: str, before: float) -> float:
     return kvstore(engine, counter) - before
 
 
+def way(engine: EngineProcess, name: str) -> float:
+    """Loads begun that way."""
+    return engine.counters().get(f"vllm:kvstore_loads{{{name}}}", 0)
+
+
 def kvstore(engine: EngineProcess, counter: str) -> float:
     name = f"vllm:kvstore_{counter}"
     return sum(value for key, value in engine.counters().items() if key.partition("{")[0] == name)
@@ -137,6 +142,7 @@ def test_a_fresh_engine_loads_what_another_saved(engines: Engines, saved: int, r
     check(answers, reference)
     for answer in answers:
         assert answer.cached_tokens >= answer.prompt_tokens // 64 * 64 - 64
+    assert way(engines.tight, "in_step") > 0, "nobody else was computed on"
     assert kvstore(engines.tight, "tokens_loaded") > 0.5 * sum(a.prompt_tokens for a in answers[1:5])
     assert engines.tight.counters()["vllm:external_prefix_cache_hits"] == kvstore(engines.tight, "tokens_loaded")
 
@@ -170,7 +176,10 @@ def test_an_engine_without_a_prefix_cache_of_its_own(
     answers = [engines.bare.generate([prompt], OUTPUT)[0] for prompt in PROMPTS]
     check(answers, reference)
     assert kvstore(engines.bare, "tokens_loaded") == sum(a.prompt_tokens // 64 * 64 for a in answers)
+    assert way(engines.bare, "in_step") > 0, "nobody else was computed on"
+    before = way(engines.bare, "async")
     check(engines.bare.generate(PROMPTS, OUTPUT), reference)
+    assert way(engines.bare, "async") > before, "those that came while others were computed on"
 
 
 @pytest.mark.parametrize("name", ["tight", "bare"])
