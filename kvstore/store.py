@@ -15,22 +15,21 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.envelope import HEADER_BYTES, Header
+from kvstore.envelope import Header
 from kvstore.errors import TierError
 from kvstore.history import History, What
 from kvstore.identity import BlockKey
+from kvstore.leases import Delivery, Leases, Session
 from kvstore.leaving import Leaving
 from kvstore.node.api import Lookup, Miss, NewBlock
 from kvstore.policy.admission import AdmissionPolicy, Mode, Target
-from kvstore.promotion import FETCHES_PER_ACQUIRE, Promoter
+from kvstore.promotion import Promoter
 from kvstore.reservations import Reservations
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import Medium, Tier
@@ -50,23 +49,6 @@ Probe = Callable[[Sequence[BlockKey]], Awaitable[object]]
 
 Flags = npt.NDArray[np.bool_]
 """One for each block of a chain."""
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """What one client holds; all of it falls with ``Store.end``."""
-
-    leases: dict[BlockKey, list[int]] = field(default_factory=dict)
-    """Slot offset of each lease, by key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """What ``acquire`` brought: payload offsets of a prefix, where each block came from, and why it ended early."""
-
-    offsets: list[int]
-    media: list[Medium]
-    miss: Miss | None
 
 
 class Store:
@@ -104,6 +86,7 @@ class Store:
         self.history = history if history is not None else History()
         self._reservations = Reservations(host)
         self._promoter = Promoter(host, self.tiers[1:], self.history)
+        self._leases = Leases(host, self._promoter, metrics, self.history)
         self._queues = [Writeback(host, tier, metrics, self.history, queue_bytes, writers) for tier in lower]
         self._probe = probe
         self.admission = admission
@@ -172,71 +155,15 @@ class Store:
             await _quietly(self._probe(keys))
 
     async def acquire(self, session: Session, keys: Sequence[BlockKey], timeout: float) -> Delivery:
-        """Lease a prefix of ``keys``, fetching what is not in the arena; at the deadline, what has arrived.
-
-        Fetches that are under way at the deadline go on: they serve whoever asks next.
-        """
-        window = asyncio.Semaphore(FETCHES_PER_ACQUIRE)
-        self._promoter.fetch_burst(keys)
-        measurement = self._promoter.measure(keys)
-        media: list[Medium] = []
-        offsets: list[int] = []
-        miss: Miss | None = None
-
-        def lease(key: BlockKey, medium: Medium, offset: int) -> None:
-            session.leases.setdefault(key, []).append(offset)
-            media.append(medium)
-            offsets.append(offset + HEADER_BYTES)
-
-        for key in keys:  # what is in the arena needs no task
-            if (ready := self.host.pin(key)) is None:
-                break
-            lease(key, self._promoter.origin(key), ready)
-        first = len(offsets)
-        tasks = [asyncio.create_task(self._pin(key, window)) for key in keys[first:]]
-        try:
-            async with asyncio.timeout(timeout):
-                for key, task in zip(keys[first:], tasks, strict=True):
-                    outcome = await asyncio.shield(task)
-                    if isinstance(outcome, Miss):
-                        miss = outcome
-                        break
-                    measurement.arrived(key)
-                    lease(key, *outcome)
-        except TimeoutError:
-            miss = Miss.DEADLINE
-        finally:
-            kept = len(offsets)
-            late = tasks[kept - first :]
-            for task in late:
-                task.cancel()
-            for key, task in zip(keys[kept:], late, strict=True):
-                task.add_done_callback(partial(self._unpin_unused, key))
-        if miss is None:
-            measurement.end(keys)
-        elif miss is Miss.DEADLINE:
-            self._promoter.measure_late(measurement, keys[:kept], keys[kept])
-        for medium, count in Counter(media).items():
-            self.metrics.delivered.labels(medium.value).inc(count)
-        if miss is not None:
-            self.metrics.missed.labels(miss.value).inc(len(keys) - kept)
-        if miss is Miss.DEADLINE:
-            self.history.record(What.DEADLINE, keys[kept:])
-        elif miss is Miss.NO_ROOM:
-            self.history.record(What.NO_ROOM, keys[kept:], Medium.HOST)
-        self._write_down_lacking(keys[:kept], media)
+        """Lease a prefix of ``keys``, as ``Leases.acquire``; what came gets to the tiers that lack it."""
+        delivery = await self._leases.acquire(session, keys, timeout)
+        self._write_down_lacking(keys[: len(delivery.offsets)], delivery.media)
         deque(self._ask_leaving(), maxlen=0)
-        return Delivery(offsets, media, miss)
+        return delivery
 
     def release(self, session: Session, keys: Sequence[BlockKey]) -> None:
         """Return one lease of each key. Unknown leases are ignored."""
-        for key in keys:
-            offsets = session.leases.get(key)
-            if not offsets:
-                continue
-            self.host.unpin(key, offsets.pop())
-            if not offsets:
-                del session.leases[key]
+        self._leases.release(session, keys)
 
     # --- saving
 
@@ -306,10 +233,7 @@ class Store:
 
     def end(self, session: Session) -> None:
         """Take back everything a client held."""
-        for key, offsets in session.leases.items():
-            for offset in offsets:
-                self.host.unpin(key, offset)
-        session.leases.clear()
+        self._leases.end(session)
         self.abort(session, list(self._reservations.held_by(session)))
 
     async def delete(
@@ -368,22 +292,6 @@ class Store:
         return {queue.tier.medium: queue.queued_bytes for queue in self._queues}
 
     # --- inside
-
-    async def _pin(self, key: BlockKey, window: asyncio.Semaphore) -> tuple[Medium, int] | Miss:
-        if (offset := self.host.pin(key)) is not None:
-            return self._promoter.origin(key), offset
-        async with window:
-            while True:
-                outcome = await self._promoter.fetch(key)
-                if isinstance(outcome, Miss):
-                    return outcome
-                if (offset := self.host.pin(key)) is not None:  # else evicted before we woke: fetch again
-                    self._promoter.origin(key)
-                    return outcome, offset
-
-    def _unpin_unused(self, key: BlockKey, task: asyncio.Task[tuple[Medium, int] | Miss]) -> None:
-        if not task.cancelled() and not task.exception() and not isinstance(outcome := task.result(), Miss):
-            self.host.unpin(key, outcome[1])
 
     def _write_down(
         self, headers: Sequence[Header], at_once: bool = False, judged: bool = True

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from kvstore import tracing
 from kvstore.demand import SAME_REQUEST_SECONDS
 from kvstore.identity import BlockKey
+from kvstore.leases import Delivery
 from kvstore.node.api import Miss
-from kvstore.store import Delivery
 from kvstore.tiers.base import Medium
 
 log = structlog.get_logger(__name__)

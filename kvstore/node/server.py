@@ -26,6 +26,7 @@ from kvstore.demand import Demand
 from kvstore.errors import ConfigError, KVStoreError, ProtocolError
 from kvstore.gauges import NodeGauges
 from kvstore.kvevents import KVEvents
+from kvstore.leases import Session
 from kvstore.namespaces import NamespaceBook
 from kvstore.node.api import PROTOCOL_VERSION
 from kvstore.node.arena import Arena
@@ -35,7 +36,7 @@ from kvstore.node.peers import ROOT, check_peer, listen, make_folder, peer
 from kvstore.node.protocol import FrameDecoder, encode
 from kvstore.node.verbs import Caller, Verbs
 from kvstore.planning import Planning
-from kvstore.store import Session, Store
+from kvstore.store import Store
 from kvstore.tenants.pipelines import Place, Shown, Tenants
 from kvstore.tenants.verbs import tenant_verbs
 from kvstore.warmth import forget_warmth

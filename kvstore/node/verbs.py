@@ -21,6 +21,7 @@ from kvstore.envelope import HEADER_BYTES, MAX_PAYLOAD_BYTES, envelope_bytes
 from kvstore.errors import BlockCorrupt, BlockNotFound, ConfigError, ProtocolError
 from kvstore.history import What
 from kvstore.identity import DIGEST_BYTES, KEY_BYTES, BlockKey, Namespace
+from kvstore.leases import Session
 from kvstore.namespaces import KnownNamespace, NamespaceBook
 from kvstore.node.adminverbs import admin_verbs
 from kvstore.node.api import Lookup, Miss, NewBlock
@@ -34,7 +35,7 @@ from kvstore.node.reportverbs import report_verbs
 from kvstore.node.straightverbs import straight_verbs
 from kvstore.planning import Planning
 from kvstore.requests import MAX_ID_CHARS, Asked, RecentRequests
-from kvstore.store import Session, Store
+from kvstore.store import Store
 from kvstore.tiers.base import Tier
 from kvstore.tracing import MAX_CHARS
 from kvstore.usage import Usage

@@ -14,12 +14,13 @@ from benchmarks.traces.variants import documents
 from kvstore.envelope import Header, envelope_bytes
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.index import BlockIndex
+from kvstore.leases import Session
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
 from kvstore.policy.admission import AdmissionPolicy, Mode
 from kvstore.policy.eviction import eviction_order
 from kvstore.policy.reuse import Reuse, Traffic
-from kvstore.store import Session, Store
+from kvstore.store import Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats
 from kvstore.tiers.host import HostTier

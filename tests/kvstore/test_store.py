@@ -15,11 +15,12 @@ import kvstore.reservations
 from kvstore.envelope import HEADER_BYTES, Header, envelope_bytes
 from kvstore.errors import BlockCorrupt, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.leases import Session
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
 from kvstore.policy.admission import AdmissionPolicy, Mode, Thresholds
 from kvstore.policy.reuse import Traffic
-from kvstore.store import Flags, Session, Store, consecutive, contained, runs_of
+from kvstore.store import Flags, Store, consecutive, contained, runs_of
 from kvstore.telemetry import StoreMetrics
 from kvstore.testing.blocks import NAMESPACE, SealedBlock, random_chain
 from kvstore.tiers.base import BlockStat, Medium, PutResult, Tier, TierStats

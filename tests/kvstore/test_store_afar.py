@@ -12,6 +12,7 @@ from test_store import MemoryTier, keys_of
 
 from kvstore.envelope import Header, envelope_bytes
 from kvstore.identity import BlockKey, Namespace
+from kvstore.leases import Session
 from kvstore.namespaces import KnownNamespace
 from kvstore.node.api import Miss, NewBlock
 from kvstore.node.arena import Arena
@@ -20,7 +21,7 @@ from kvstore.policy.admission import AdmissionPolicy, Mode
 from kvstore.policy.planner import Reason, Wait
 from kvstore.policy.reuse import Traffic
 from kvstore.promotion import BURST
-from kvstore.store import Session, Store
+from kvstore.store import Store
 from kvstore.telemetry import StoreMetrics
 from kvstore.testing.blocks import NAMESPACE, SealedBlock, random_chain
 from kvstore.tiers.base import Medium, PutResult
