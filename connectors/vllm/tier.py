@@ -108,7 +108,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """The answer comes with a later step: all keys that a step asks for go to the node at its end, in one round trip."""
+        """The answer comes with a later step: what a step asks for goes to the node at its end, in one round trip a request."""
         found = self._lookups.lookup(key, req_context)
         if found is None:
             return LookupResult.RETRY
