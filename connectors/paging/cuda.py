@@ -125,6 +125,9 @@ class CudaPager(Pager):
         self._loads.run(job)
         return job.transfer
 
+    def ready(self, arena: Arena) -> bool:
+        return self._loads.ready(arena)
+
     def close(self) -> None:
         self._saving.close()
         for lane in (self._saves, self._loads):
@@ -180,6 +183,11 @@ class _Lane:
                 with suppress(Exception):
                     self._drain()  # the pages and slots may be used again once the transfer is done
                 job.transfer.fail(error)
+
+    def ready(self, arena: Arena) -> bool:
+        """Whether all of ``arena`` is pinned, so that no job waits for that. Any thread."""
+        pinned = self._pinned
+        return pinned is not None and pinned.arena is arena and pinned.complete
 
     def close(self) -> None:
         with cupy.cuda.Device(self._device):

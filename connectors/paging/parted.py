@@ -40,6 +40,9 @@ class PartedPager(Pager):
         for part in self._parts:
             part.pager.follow()
 
+    def ready(self, arena: Arena) -> bool:
+        return all(part.pager.ready(arena) for part in self._parts)
+
     def close(self) -> None:
         for part in self._parts:
             part.pager.close()

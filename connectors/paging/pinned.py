@@ -51,6 +51,10 @@ class PinnedArena:
                     "Lower it, or raise the limit on locked memory (ulimit -l).",
                 ) from self._error
 
+    @property
+    def complete(self) -> bool:
+        return self._registered >= self.arena.nbytes
+
     def close(self) -> None:
         """Give one use back; the last one unregisters."""
         with _lock:

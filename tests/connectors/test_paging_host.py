@@ -6,6 +6,7 @@ import importlib
 import random
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -150,6 +151,25 @@ def test_copies_follow_the_engine_to_another_stream(
     pager.load(arena, [BlockCopy((2, 3), 0)]).precede()
     pager.close()
     assert streams == [0, 7, 7], "ordered behind the engine's work, and the engine's next work behind the load"
+
+
+def test_it_says_when_an_arena_is_pinned(cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    register = sys.modules["cupy.cuda.runtime"].hostRegister
+
+    def slow(*arguments: int) -> None:
+        go.wait(30)
+        register(*arguments)
+
+    monkeypatch.setattr(sys.modules["cupy.cuda.runtime"], "hostRegister", slow)
+    pager = cuda.CudaPager(SMALL.build("cpu"), SMALL.block, SMALL.heads)
+    assert not pager.ready(arena)
+    pager.load(arena, [])
+    assert not pager.ready(arena)
+    go.set()
+    pager.load(arena, [BlockCopy((0, 1), (1 << 20) - 4096)]).wait()  # in the last slice
+    assert pager.ready(arena)
+    pager.close()
 
 
 def test_pagers_share_a_registration_and_the_last_one_ends_it(
