@@ -137,8 +137,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.planner.step(scheduler_output, state.get_block_ids if state else None)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        told = getattr(connector_output, "kv_connector_worker_meta", None)
         self._timing.ended(connector_output)
+        told = connector_output.kv_connector_worker_meta
         if isinstance(told, Told):
             self.planner.heard(told)
 
