@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ import structlog
 
 from kvstore.envelope import Header
 from kvstore.errors import BlockCorrupt, BlockNotFound, BlockTooLarge, IdentityError, TierError
+from kvstore.files import replace_file
 from kvstore.history import What
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.namespaces import NamespaceBook
@@ -241,6 +241,4 @@ def _read(file: Path) -> list[Tombstone]:
 
 
 def _write(file: Path, stones: Iterable[Tombstone]) -> None:
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps([stone.to_json() for stone in stones]))
-    os.replace(scratch, file)
+    replace_file(file, json.dumps([stone.to_json() for stone in stones]).encode())

@@ -7,7 +7,6 @@ a client's lookups of the same chain count once.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TypeVar
 import structlog
 
 from kvstore.errors import TierError
+from kvstore.files import replace_file
 from kvstore.identity import BlockKey
 from kvstore.policy.hotness import HotChain, Hotness
 from kvstore.policy.pins import Pins
@@ -138,6 +138,4 @@ def _read(path: Path, unpack: Callable[[bytes], T]) -> T | None:
 
 
 def _write(path: Path, pack: Callable[[], bytes]) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(pack())
-    os.replace(scratch, path)
+    replace_file(path, pack())

@@ -6,7 +6,6 @@ Kept as small JSON files in the node's directory; a block is never served becaus
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from kvstore.errors import IdentityError
+from kvstore.files import replace_file
 from kvstore.identity import Namespace
 from kvstore.parsing import parse_json
 
@@ -72,9 +72,7 @@ class NamespaceBook:
 
     def _write(self, namespace: Namespace) -> None:
         path = self._directory / f"{namespace.digest.hex()}.json"
-        scratch = path.with_suffix(".tmp")
         try:
-            scratch.write_text(json.dumps(namespace.to_dict()))
-            os.replace(scratch, path)
+            replace_file(path, json.dumps(namespace.to_dict()).encode())
         except OSError as error:  # it only gives blocks a name
             log.warning("namespace not written", file=path.name, error=str(error))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -18,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from kvstore.files import replace_file
 from kvstore.parsing import parse_json
 
 log = structlog.get_logger(__name__)
@@ -88,10 +88,7 @@ def read_warmth(directory: Path) -> Warmth | None:
 
 def write_warmth(directory: Path, warmth: Warmth) -> None:
     """Replace the file. Raises OSError. One writer at a time."""
-    path = warmth_path(directory)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({**asdict(warmth), "share": warmth.share}))
-    os.replace(scratch, path)
+    replace_file(warmth_path(directory), json.dumps({**asdict(warmth), "share": warmth.share}).encode())
 
 
 def forget_warmth(directory: Path) -> None:

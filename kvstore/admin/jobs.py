@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
-import os
 import re
 import secrets
 import time
@@ -25,6 +24,7 @@ from kvstore.admin.auth import Role
 from kvstore.admin.models.jobs import Job, JobProgress, JobState
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.files import replace_file
 from kvstore.parsing import parse_json
 
 log = structlog.get_logger(__name__)
@@ -253,11 +253,9 @@ class Jobs:
         if not now and time.monotonic() - entry.saved_at < SAVE_SECONDS:
             return
         entry.saved_at = time.monotonic()
-        path = self._path(entry.job.id)
-        scratch = path.with_suffix(".tmp")
+        text = json.dumps({"job": entry.job.model_dump(mode="json"), "checkpoint": entry.checkpoint})
         try:
-            scratch.write_text(json.dumps({"job": entry.job.model_dump(mode="json"), "checkpoint": entry.checkpoint}))
-            os.replace(scratch, path)
+            replace_file(self._path(entry.job.id), text.encode())
         except OSError as error:
             log.warning("job not written down", job=entry.job.id, error=str(error))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import time
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvstore.admin.auth import Principal, Role
 from kvstore.admin.problems import Problem
 from kvstore.errors import ConfigError
+from kvstore.files import check_private, replace_private
 from kvstore.tenants.book import NAME
 
 MAX_FILE_BYTES = 1 << 20
@@ -105,23 +105,14 @@ class TokenBook:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._refresh()
             yield self._tokens
-            scratch = self._path.with_suffix(".tmp")
-            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(_File(tokens=list(self._tokens.values())).model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self._path)
+            replace_private(self._path, _File(tokens=list(self._tokens.values())).model_dump_json(indent=1).encode())
 
     def _refresh(self) -> None:
         try:
             found = self._path.stat()
             if self._read_at == (found.st_mtime_ns, found.st_ino):
                 return
-            if found.st_mode & 0o027:
-                problem, remedy = "others may read it, or its group may write it", f"chmod 600 {self._path}"
-                raise ConfigError("api.tokens", str(self._path), problem, remedy)
-            if found.st_size > MAX_FILE_BYTES:
-                raise ConfigError("api.tokens", str(self._path), "too large to be a token file", "Name the right file.")
+            check_private(self._path, found, "api.tokens", MAX_FILE_BYTES)
             self._tokens = {token.id: token for token in _File.model_validate_json(self._path.read_bytes()).tokens}
             self._read_at = found.st_mtime_ns, found.st_ino
         except FileNotFoundError:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvstore.errors import ConfigError
+from kvstore.files import check_private, replace_private
 
 MAX_FILE_BYTES = 4 << 20
 MOST_TENANTS = 1000
@@ -253,23 +254,14 @@ class TenantBook:
             file = _File(operator=operator, tenants=list(tenants.values()))
         except ValidationError as error:
             raise ConfigError("tenants.book", str(self.path), _first(error), "Change it otherwise.") from None
-        scratch = self.path.with_suffix(".tmp")
-        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            out.write(file.model_dump_json(indent=1))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(scratch, self.path)
+        replace_private(self.path, file.model_dump_json(indent=1).encode())
 
     def _refresh(self) -> None:
         try:
             found = self.path.stat()
             if self._read_at == (found.st_mtime_ns, found.st_ino):
                 return
-            if found.st_mode & 0o027:
-                problem, remedy = "others may read it, or its group may write it", f"chmod 600 {self.path}"
-                raise ConfigError("tenants.book", str(self.path), problem, remedy)
-            if found.st_size > MAX_FILE_BYTES:
-                raise ConfigError("tenants.book", str(self.path), "too large for a tenant book", "Name the right file.")
+            check_private(self.path, found, "tenants.book", MAX_FILE_BYTES)
             file = _File.model_validate_json(self.path.read_bytes())
         except FileNotFoundError:
             self._read_at, self._file, self._by_name, self._by_uid = None, None, {}, {}
