@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
@@ -117,7 +117,12 @@ class StepLoads:
         assert arena is not None
         with self._pager_lock:
             transfer = self._pager.load(arena, copies)
-        transfer.precede()
+        try:
+            transfer.precede()
+        except BaseException:
+            with suppress(Exception):  # a part of it may be on its way into pages that are computed again
+                transfer.wait()
+            raise
         return copies, transfer
 
     def _arrive(self, loads: Sequence[Load], copies: Sequence[BlockCopy], transfer: Transfer, begun: float) -> None:

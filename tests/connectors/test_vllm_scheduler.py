@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -26,7 +27,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import connectors.vllm.connector as module
@@ -90,10 +91,10 @@ def kv_config(*specs: Any) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=PAGES, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def make_scheduler(model: Path, *specs: Any, **extra: Any) -> Scheduler:
+def make_scheduler(model: Path, *specs: Any, kind: type[Scheduler] = Scheduler, **extra: Any) -> Scheduler:
     vllm_config = config(model, **extra)
     vllm_config.cache_config.num_gpu_blocks = PAGES
-    return Scheduler(
+    return kind(
         vllm_config=vllm_config, kv_cache_config=kv_config(*specs), log_stats=True, block_size=PAGE,
         structured_output_manager=StructuredOutputManager(vllm_config), hash_block_size=None,
     )  # fmt: skip
@@ -112,10 +113,14 @@ def computed(request: Request) -> bool:
 
 def answer(scheduler: Scheduler, step: Any, **connector: Any) -> None:
     """What the workers would report for a step: one token for each request that finished its prompt."""
+    sampled = [[5] if computed(scheduler.requests[name]) else [] for name in step.num_scheduled_tokens]
+    deliver(scheduler, step, sampled, **connector)
+
+
+def deliver(scheduler: Scheduler, step: Any, sampled: list[list[int]], **connector: Any) -> None:
     ids = list(step.num_scheduled_tokens)
     output = ModelRunnerOutput(
-        req_ids=ids, req_id_to_index={name: i for i, name in enumerate(ids)},
-        sampled_token_ids=[[5] if computed(scheduler.requests[name]) else [] for name in ids],
+        req_ids=ids, req_id_to_index={name: i for i, name in enumerate(ids)}, sampled_token_ids=sampled,
         logprobs=None, prompt_logprobs_dict={}, pooler_output=None, kv_connector_output=KVConnectorOutput(**connector),
     )  # fmt: skip
     scheduler.update_from_output(step, output)
@@ -255,6 +260,26 @@ def test_a_lone_request_loads_within_the_step(prepared: Scheduler, node: InProce
     answer(prepared, step, kv_connector_worker_meta=LOADED)
     assert leases(node) == 0
     finish(prepared)
+
+
+def test_blocks_are_held_while_the_next_step_is_scheduled_ahead(
+    stocked: Callable[..., Scheduler], node: InProcessNode
+) -> None:
+    """As with asynchronous scheduling, where a request may even be over before the results of its step are there."""
+    scheduler = stocked(kind=AsyncScheduler)
+    scheduler.connector.planner.heard(PREPARED)
+    first = plan(scheduler, make_request("second", TOKENS))
+    assert first.has_sync_kv_loads
+    late = make_request("late", TOKENS)
+    following = plan(scheduler, late)
+    assert following.num_scheduled_tokens["second"] == 1
+    assert not any(load.slots for load in following.kv_connector_metadata.loads), "the first is being computed on"
+    assert leases(node) == 5
+    scheduler.finish_requests("second", RequestStatus.FINISHED_ABORTED)
+    assert leases(node) == 5
+    deliver(scheduler, first, [[5]], kv_connector_worker_meta=LOADED)
+    assert leases(node) == 0
+    deliver(scheduler, following, [[5]] * len(following.num_scheduled_tokens))
 
 
 def test_a_step_computes_at_least_one_token(prepared: Scheduler) -> None:

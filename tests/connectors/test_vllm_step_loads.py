@@ -179,9 +179,11 @@ def test_the_engine_is_not_kept_and_its_device_waits(device: Rig, pager: DeviceP
 
 def test_a_load_that_is_refused_is_bad_in_the_same_step_and_not_saved_from(device: Rig, pager: DevicePager) -> None:
     pager.next.refused = RuntimeError("no such stream")
+    threading.Timer(0.05, pager.next.arrived.set).start()
     device.mover.begin_saves([Save(NewBlock(key(20), NO_PARENT, 0), (20,))])
     device.mover.load_in_step([device.load("a", 0, range(20, 23)), device.load("b", 3, [9])])
     device.mover.finish_saves()
+    assert pager.next.done(), "nothing writes to pages that are computed again"
     assert device.mover.take_bad_pages() == {20, 21, 22, 9}
     assert device.mover.take_told().failed == {"a", "b"}
     counted = device.counted()
