@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    DIM,
     HEADS,
     LAYERS,
     LAYOUTS,
@@ -38,11 +42,12 @@ from connectors.sglang import KVStoreStorage
 from connectors.sglang.geometry import bind
 from connectors.sglang.hooks import OBSERVER
 from connectors.sglang.options import Options
-from connectors.sglang.pages import page_view
+from connectors.sglang.pages import CanonicalPages, OpaquePages, page_view
 from connectors.sglang.pools import usable_prefix
 from kvstore.errors import ConfigError
 from kvstore.identity import chain_digests
-from kvstore.node.client import Client
+from kvstore.layout import BlockLayout
+from kvstore.node.client import Client, _Connection
 from kvstore.testing.node import NodeProcess, RunningNode
 
 MLA_LAYOUTS = LAYOUTS[:3]
@@ -75,6 +80,44 @@ def test_latents_come_back_in_every_layout(backends: Backends, saved_as: str) ->
         sink = fill(mla_pool(layout), 2)
         assert all(backends(sink).batch_get_v1(keys, slots(1, 4, 3)))
         assert torch.equal(content(sink, 1, 4, 3), content(source, 2, 0, 5))
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_other_threads_run_while_a_page_is_copied(opaque: bool) -> None:
+    """Threads are not switched for an hour, so another one runs only where the interpreter lock is given away."""
+    heads = 2048
+    pool = mha_pool("page_first_direct" if opaque else "layer_first", heads=heads)
+    block = BlockLayout(tokens=PAGE, layers=LAYERS, kv_heads=heads, head_dim=DIM, itemsize=2)
+    pages = OpaquePages(pool) if opaque else CanonicalPages(pool, block, (0, heads))
+    payload = memoryview(bytearray(block.nbytes))
+    (place,) = pages.places(slots(0), 1)
+    runs, done = [0], threading.Event()
+
+    def other() -> None:
+        while not done.is_set():
+            runs[0] += 1
+            time.sleep(0)
+
+    def runs_during(copy: Callable[..., None]) -> bool:
+        for _ in range(100):  # the system may not have woken it in time
+            before = runs[0]
+            copy(place, payload)
+            if runs[0] > before:
+                return True
+        return False
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    thread = threading.Thread(target=other)
+    try:
+        thread.start()
+        assert not runs_during(lambda *_: sum(range(10_000)))
+        assert runs_during(pages.save)
+        assert runs_during(pages.load)
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def test_page_hashes_are_our_chain() -> None:
@@ -235,6 +278,27 @@ def test_a_prefix_ends_at_the_first_page_that_is_not_stored(backends: Backends) 
     assert backend.recorder.counts["pages_missed:not_stored"] == 4
 
 
+def test_a_lookup_is_one_round_trip_however_long_the_prompt(
+    backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool)
+    keys = hashes(2000)
+    backend.batch_set_v1(keys[:3], slots(0, 1, 2))
+    send, sent, here = _Connection._send, [], threading.get_ident()
+
+    def noted(connection: _Connection, frame: bytes, deadline: float) -> None:
+        if threading.get_ident() == here:
+            sent.append(frame)
+        send(connection, frame, deadline)
+
+    monkeypatch.setattr(_Connection, "_send", noted)
+    assert backend.batch_exists(keys) == 3
+    assert len(sent) == 1
+    assert backends(mha_pool("page_first", heads=HEADS // 2), rank=(1, 2)).batch_exists(keys) == 3
+    assert len(sent) == 2
+
+
 def test_blocks_know_the_one_before_them(backends: Backends, node: RunningNode) -> None:
     backend = backends(fill(mha_pool("page_first"), 1))
     keys = hashes(4)
@@ -259,6 +323,25 @@ def test_what_is_stored_is_not_written_again(backends: Backends) -> None:
     stats = backend.get_stats()
     assert sum(stats.backup_pgs) == 4
     assert backend.get_stats().backup_pgs == []
+
+
+def test_threads_save_look_up_and_load_at_the_same_time(backends: Backends) -> None:
+    """As SGLang's do, which prefetches one prompt while it backs another up."""
+    pool = fill(mha_pool("page_first"), 1)
+    backend = backends(pool)
+
+    def thread(page: int) -> list[Any]:
+        found = []
+        for turn in range(8):
+            keys = hashes(1, prompt=10 * turn + page)
+            found += [backend.batch_set_v1(keys, slots(page)), backend.batch_exists(keys)]
+            found += [backend.batch_get_v1(keys, slots(page + 6))]
+            found += [torch.equal(content(pool, page + 6), content(pool, page))]
+            page_view(pool)[:, page].random_(256)
+        return found
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(thread, range(6))) == [[[True], 1, [True], True] * 8] * 6
 
 
 def test_long_prompts_are_moved_in_chunks(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:

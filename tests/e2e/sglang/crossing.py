@@ -28,9 +28,13 @@ from kvstore.testing.node import RunningNode
 
 DEGREES = (1, 2, 4, 8)
 BLOCKS = 3
-SGLANG_LAYOUTS = {1: "page_head", 2: "page_first", 4: "layer_first", 8: "page_first_direct"}
+SGLANG_LAYOUTS = {
+    1: "page_head", 2: "page_first", 3: "page_first_direct", 4: "layer_first", 6: "page_head", 8: "page_first_direct",
+}  # fmt: skip
 SGLANG_MLA_LAYOUTS = {1: "page_first", 2: "layer_first", 4: "page_first_direct", 8: "page_first"}
-VLLM_LAYOUTS = {1: ("LBHNC", 16), 2: ("BLNHC", 4), 4: ("kv_heads", 8), 8: ("BHLNC", 2)}
+VLLM_LAYOUTS = {
+    1: ("LBHNC", 16), 2: ("BLNHC", 4), 3: ("BHLNC", 4), 4: ("kv_heads", 8), 6: ("kv_heads", 2), 8: ("BHLNC", 2),
+}  # fmt: skip
 VLLM_MLA_LAYOUTS = {1: ("LBHNC", 16), 2: ("mla_3d", 4), 4: ("BLHNC", 8), 8: ("mla_3d", 2)}
 
 Truth = torch.Tensor
@@ -161,25 +165,26 @@ class Gathered:
         self._seen.update(range(*heads))
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2, None], ids=["gqa", "more-ranks-than-heads", "mla"])
+@pytest.mark.parametrize("kv_heads", [8, 6, 2, None], ids=["gqa", "six-heads", "more-ranks-than-heads", "mla"])
 @pytest.mark.parametrize("saver", ["vllm", "sglang"])
 def test_any_engine_at_any_degree_loads_what_any_other_saved(
     node: RunningNode, backends: Backends, tmp_path: Path, kv_heads: int | None, saver: str
 ) -> None:
     mla = kv_heads is None
+    degrees = (1, 2, 3, 6) if kv_heads == 6 else DEGREES
     block = BlockLayout(
         tokens=PAGE, layers=LAYERS, kv_heads=kv_heads or 1, head_dim=LORA_RANK + ROPE_DIM if mla else DIM, itemsize=2,
         kv=1 if mla else 2, order="token_layer" if mla else "kv_head_token_layer",
     )  # fmt: skip
     serve(tmp_path / "other" / "model", num_key_value_heads=kv_heads or 8)
     with ExitStack() as stack:
-        sglangs = {degree: SGLang(backends, block, degree) for degree in DEGREES}
+        sglangs = {degree: SGLang(backends, block, degree) for degree in degrees}
         namespaces = {engine.namespace for engine in sglangs.values()}
         assert len(namespaces) == 1, "degrees and layouts do not shape a block"
         (namespace,) = namespaces
-        vllms = {degree: VLLM(node, namespace, block, degree, stack) for degree in DEGREES}
+        vllms = {degree: VLLM(node, namespace, block, degree, stack) for degree in degrees}
         savers: dict[int, Ranks] = {**(vllms if saver == "vllm" else sglangs)}
-        for degree in DEGREES:
+        for degree in degrees:
             truth = torch.randint(
                 0, 256, (block.kv, BLOCKS, block.kv_heads, PAGE, LAYERS, block.head_dim * 2), dtype=torch.uint8,
                 generator=torch.Generator().manual_seed(degree),

@@ -9,8 +9,12 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import LLAMA
+
+pytest.importorskip("sglang.test.kits.unified_radix_cache")  # 0.5.23
+
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.runtime_context import get_parallel
