@@ -277,6 +277,30 @@ def test_the_adapter_locks_lists_and_reports(node: RunningNode, tmp_path: Path) 
     adapter.close()
 
 
+def test_both_backends_read_each_others_chunks(node: RunningNode, tmp_path: Path) -> None:
+    """``native_plugin`` is given names that LMCache makes of its keys; the adapter makes them itself."""
+    native = pytest.importorskip("lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter")
+    from lmcache.v1.distributed.api import ObjectKey
+
+    from connectors.lmcache import KVStoreAdapter
+
+    keys = [
+        ObjectKey(bytes([number]) * 32, "org/model", 0x02010201, group, salt)
+        for number, (group, salt) in enumerate([(0, ""), (1, ""), (10, "tenant a"), (0, "salt")])
+    ]
+    stored, buffers = payloads(4), empty(4)
+    adapter = KVStoreAdapter({"socket": str(node.socket), "autostart": False, "names": str(tmp_path / "names.db")})
+    task = adapter.submit_store_task(keys, [Item(memoryview(buffer)) for buffer in stored])
+    wait_until(lambda: task in adapter.pop_completed_store_tasks())
+    connector = KVStoreConnector(socket=str(node.socket), autostart=False)
+    named = [native._object_key_to_string(key) for key in keys]
+    future = connector.submit_batch_get(named, [memoryview(buffer) for buffer in buffers])
+    assert completions(connector, 1)[future][3] == [True] * 4
+    assert all(map(np.array_equal, stored, buffers))
+    connector.close()
+    adapter.close()
+
+
 def test_a_new_server_finds_what_another_machine_stored_meanwhile(tmp_path: Path) -> None:
     """Its node learnt the bucket's namespaces before there were any; LMCache says which size it looks for."""
     api = pytest.importorskip("lmcache.v1.distributed.api")
