@@ -105,6 +105,8 @@ class Holder:
             self._ready[epoch] += ranks
         while len(self._ready) > MOST_EPOCHS:
             del self._ready[next(iter(self._ready))]
+        if told.failed:  # what fails without the node may fail again: no more of this until a node is found anew
+            self._ready.clear()
         if told.in_step and self._steps:
             for keys in self._steps.popleft():
                 self._release(keys)

@@ -94,7 +94,7 @@ class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
     in_step: bool = False
     """The step computed with blocks that were copied before it."""
     failed: frozenset[str] = frozenset()
-    """Requests among them of which blocks could not be copied."""
+    """Requests that a step computed with, or was to compute with, blocks that could not be copied."""
     arrived: int = 0
     """Steps whose copies have arrived, summed over ranks."""
     arrived_bytes: int = 0

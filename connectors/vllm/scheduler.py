@@ -238,9 +238,7 @@ class Planner:
     def heard(self, told: Told) -> None:
         """What the workers told with a step's results."""
         self._holder.heard(told)
-        for (
-            request_id
-        ) in told.failed:  # of what is computed for it from here on vLLM is not sure: nothing of it is saved
+        for request_id in told.failed:  # vLLM may lose track of what it computes for it: nothing of that is saved
             self._states.pop(request_id, None)
 
     def _saves(

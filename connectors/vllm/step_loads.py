@@ -141,6 +141,7 @@ class StepLoads:
                     "KV of requests %s did not arrive, but was computed with: nothing is saved any more", names
                 )
                 self._recorder.count("blocks_missed", len(copies), Miss.UNAVAILABLE.value)
+                self._tell(Told(failed=frozenset(load.request_id for load in loads)))
                 return
         seconds = time.perf_counter() - begun
         nbytes = self._tally.loaded(copies, [medium for load in loads if load.slots for medium in load.slots.media])

@@ -136,6 +136,21 @@ def test_what_a_step_loads_is_held_until_its_results_are_there(node: InProcessNo
     assert leases(node) == 0
 
 
+def test_after_a_failure_loads_are_asynchronous_until_the_node_is_found_anew(
+    node: InProcessNode, holder: Holder
+) -> None:
+    holder.heard(READY)
+    holder.hold("r", KEYS[:3])
+    holder.admit("r")
+    holder.step()
+    holder.heard(Told(in_step=True, failed=frozenset({"r"})))
+    assert leases(node) == 0
+    assert not holder.ready
+    assert holder.hold("next", KEYS[:3]) is None
+    holder.heard(READY)
+    assert holder.ready
+
+
 class Reports:
     """A link that keeps what it is told."""
 

@@ -213,6 +213,8 @@ def test_what_was_computed_with_a_copy_that_failed_is_never_saved(device: Rig, p
     pager.next.error = RuntimeError("the bus")
     pager.next.arrived.set()
     wait(lambda: not device.mover._in_step.saving)
+    device.mover._in_step.last.result(30)
+    assert device.mover.take_told().failed == {"a"}
     device.mover.load_in_step([])
     device.save(21)
     device.mover._publishes.submit(lambda: None).result(30)
