@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 from region_nodes import Region
 
+from kvstore.catalog import sharing
 from kvstore.testing.redis import RedisServer, redis_server
 from kvstore.testing.servers import ServerUnavailable
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a region's duties."""
+    monkeypatch.setattr(sharing, "DUTY_SECONDS", 0.1)
 
 
 @pytest.fixture

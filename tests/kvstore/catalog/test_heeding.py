@@ -10,7 +10,7 @@ import pytest
 from region_nodes import SPACE, Peer, Region, wait_for
 
 from kvstore import burials, demand
-from kvstore.catalog import Catalog, hotness, open_catalog, presence, sharing
+from kvstore.catalog import Catalog, hotness, open_catalog, presence
 from kvstore.catalog.hotness import reports
 from kvstore.catalog.pins import FOLDER, RegionPins, region_pins
 from kvstore.catalog.presence import present
@@ -21,11 +21,6 @@ from kvstore.testing.redis import RedisServer
 from kvstore.tiers.object.hotness import merged
 from kvstore.tiers.object.names import hotness_name, tombstone_name
 from kvstore.tombstones import Tombstone
-
-
-@pytest.fixture(autouse=True)
-def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "DUTY_SECONDS", 0.1)
 
 
 def pinned(peer: Peer, keys: list[BlockKey]) -> int:
