@@ -263,7 +263,7 @@ def decode_slowdown(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
 
 
 def beside(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
-    """Medians of the loop's slowdown beside three kinds of traffic, each against the loop alone just before; and GB/s of saves."""
+    """Medians of the loop's slowdown by traffic, each against the loop alone just before; and GB/s of saves."""
     samples: dict[str, list[float]] = {name: [] for name in ("offload", "memcpy", "prefill_rate", "gbps")}
     for _ in range(ROUNDS):
         quiet = decode.seconds(Countdown(QUIET_SECONDS))
