@@ -86,7 +86,17 @@ def counters(engine: Any, _: Any) -> dict[str, float]:
     return found
 
 
-VERBS = {"generate": generate, "flush": flush, "clear": clear, "attach": attach, "detach": detach, "counters": counters}
+def version(engine: Any, _: Any) -> str:
+    """Of SGLang."""
+    from sglang import __version__
+
+    return str(__version__)
+
+
+VERBS = {
+    "generate": generate, "flush": flush, "clear": clear, "attach": attach, "detach": detach, "counters": counters,
+    "version": version,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,8 @@ SGLang's wheel is made for GPUs. On a CPU its engine needs three things more, wh
 * stand-ins for packages that are imported and not used there (torchvision from PyPI brings a CUDA torch; triton is 1 GB);
 * the copies between device and host pool that its CUDA package has (``io_backend=direct``; with ``page_head``, ``kernel``);
 * host pools that are not pinned, and that do not insist on 10 GiB of free memory beside them.
+
+Engines from 0.5.11 on run with it: ``older_sglang.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from older_sglang import allocate_on_a_cpu
 
 ABSENT = {"torchvision", "datasets", "vllm", "triton"}
 
@@ -189,6 +193,25 @@ def _no_reserve(base: Any) -> None:
     base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
 
 
+def _pools_of_one_file(pools: Any) -> None:
+    """SGLang 0.5.11, whose host pools are all in one file, which imports the CUDA package wherever it runs."""
+    if getattr(pools, "MHATokenToKVPoolHost", type).__module__ == pools.__name__:
+        _copies_on_a_cpu(pools)
+        _no_reserve(pools)
+
+
 POOLS = "sglang.srt.mem_cache.pool_host"
+sys.modules["sgl_kernel.kvcacheio"] = _AnyModule("sgl_kernel.kvcacheio")
 sys.meta_path.insert(0, _StandIns())
-sys.meta_path.insert(0, _AfterImport({f"{POOLS}.mha": _copies_on_a_cpu, f"{POOLS}.base": _no_reserve}))
+sys.meta_path.insert(
+    0,
+    _AfterImport(
+        {
+            f"{POOLS}.mha": _copies_on_a_cpu,
+            f"{POOLS}.base": _no_reserve,
+            "sglang.srt.mem_cache.memory_pool_host": _pools_of_one_file,
+            "sglang.srt.mem_cache.allocator": allocate_on_a_cpu,
+            "sglang.srt.mem_cache.allocator.paged": allocate_on_a_cpu,
+        }
+    ),
+)
