@@ -18,6 +18,7 @@ from kvstore.node.client import Client
 from kvstore.node.protocol import encode
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import Medium
+from kvstore.tiers.object import survey
 from kvstore.tiers.object.hotness import HotnessSnapshot
 
 BLOCK_BYTES = 10_000
@@ -299,7 +300,10 @@ def test_blocks_outlive_the_node_on_disk_and_in_the_bucket(tmp_path: Path) -> No
         wait_for(lambda: any(space["fields"]["model"] == "toy" for space in client.call("status")["namespaces"]))
 
 
-def test_a_running_node_finds_what_another_one_put_in_the_bucket(tmp_path: Path) -> None:
+def test_a_running_node_finds_what_another_one_put_in_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "ABSENT_SECONDS", 0.1)
     bucket = f"object.url=file://{tmp_path / 'bucket'}"
     with RunningNode(tmp_path / "a", bucket) as a, RunningNode(tmp_path / "b", bucket) as b:
         with Client(a.socket) as writer, Client(b.socket) as reader:
