@@ -6,6 +6,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from connectors.paging.torch import Finished, OpaquePager
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, Slots, Told
+from kvstore import tracing
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import NewBlock
 from kvstore.testing.inprocess import InProcessNode
@@ -163,6 +167,21 @@ def test_blocks_of_all_requests_are_in_their_pages_when_the_step_computes(rig: R
     assert rig.mover.take_told() is None
     counted = rig.counted()
     assert (counted["tokens_loaded:host"], counted["bytes_loaded"]) == (5, 5 * 64)
+
+
+def test_each_request_of_the_step_has_a_span_in_its_trace(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[tuple[str, str, Any]] = []
+
+    @contextmanager
+    def span(name: str, parent: str, **attributes: Any) -> Iterator[Any]:
+        spans.append((name, parent, attributes["request"]))
+        yield SimpleNamespace(set=lambda **_: None)
+
+    monkeypatch.setattr(tracing, "span", span)
+    loads = [rig.load("a", 0, range(20, 23)), rig.load("b", 3, range(23, 25))]
+    rig.mover.load_in_step([replace(load, traceparent=f"of {load.request_id}") for load in loads])
+    rig.mover._in_step.last.result(30)
+    assert spans == [("connector load", "of a", "a"), ("connector load", "of b", "b")]
 
 
 def test_the_engine_is_not_kept_and_its_device_waits(device: Rig, pager: DevicePager) -> None:
