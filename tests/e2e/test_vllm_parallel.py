@@ -92,6 +92,14 @@ def test_ranks_share_blocks_and_survive_their_node(engine: EngineProcess, socket
     first = loaded(engine)
     assert first >= computed[0].prompt_tokens // 64 * 64
 
+    def loads_in_step() -> bool:
+        """From the arena that both ranks have told of, what the scheduler's side holds for them."""
+        engine.forget()
+        assert engine.generate(PROMPTS[:1], 16)[0].tokens == expected[0]
+        return engine.counters().get("vllm:kvstore_loads{in_step}", 0) > 0
+
+    wait(loads_in_step)
+
     os.kill(status(socket)["pid"], signal.SIGKILL)
     engine.forget()
     assert [answer.tokens for answer in engine.generate(PROMPTS, 16)] == expected
