@@ -63,7 +63,7 @@ def test_names_and_labels_keep_the_rules() -> None:
         assert name.endswith("_total") == (kind == "counter"), name
         assert labels <= {
             "tier", "tenant", "medium", "operation", "outcome", "reason", "plan", "state", "version", "source", "region", "link",
-            "duty",
+            "duty", "way",
         }, name  # fmt: skip
 
 
