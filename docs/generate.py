@@ -134,6 +134,10 @@ MEASURED = {
         "host_ratio_to_physics": "first token with vLLM on an H100, from host memory, times what the link allows, at worst",
         "host_ratio_to_vllm_native": "... times vLLM's own offloading to host memory",
     },
+    "vllmtier": {
+        "load_ratio_to_vllm_fs": "vLLM's own offloading loading from this store's memory, times its own file tier",
+        "disk_load_ratio_to_vllm_fs": "... from its disk, verified",
+    },
     "lmcache": {
         "store_ratio_to_lmcache_fs": "LMCache storing over this store, times its own file backend",
         "load_ratio_to_lmcache_fs": "LMCache loading over this store, times its own file backend (page cache)",
