@@ -83,9 +83,16 @@ def test_ranks_share_blocks_and_survive_their_node(engine: EngineProcess, socket
     wait(lambda: connected(socket))
     computed = [engine.generate([prompt], 16)[0] for prompt in PROMPTS]
     expected = [answer.tokens for answer in computed]
-    host = next(tier for tier in status(socket)["tiers"] if tier["medium"] == "host")
-    assert host["blocks"] >= computed[0].prompt_tokens // 64
 
+    def saved() -> bool:
+        host = next(tier for tier in status(socket)["tiers"] if tier["medium"] == "host")
+        if host["blocks"] >= computed[0].prompt_tokens // 64:
+            return True
+        engine.forget()  # a save for which the node was late is dropped: it is made when the prompt is computed again
+        assert engine.generate(PROMPTS[:1], 16)[0].tokens == expected[0]
+        return False
+
+    wait(saved)
     engine.forget()
     answers = [engine.generate([prompt], 16)[0] for prompt in PROMPTS]
     assert [answer.tokens for answer in answers] == expected
