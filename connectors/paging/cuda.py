@@ -30,7 +30,7 @@ try:
     from cupy.cuda import runtime
 
     from connectors.paging.pinned import PinnedArena, pin
-    from connectors.paging.routes import Direction, Streams, choose
+    from connectors.paging.routes import Direction, Kernels, Streams, choose
 except ImportError as _missing:
     raise ConfigError(
         "cupy", None, f"GPU pages need CuPy, which does not import: {_missing}", "pip install 'llm-kvstore[gpu]'"
@@ -106,7 +106,8 @@ class CudaPager(Pager):
         self._device = pages.sample.device
         share = Share.of(pages, block, heads)
         with cupy.cuda.Device(self._device.index):
-            self._saves, self._loads = (_Lane(direction, pages, share, sharers) for direction in Direction)
+            moves = Kernels(pages, share)
+            self._saves, self._loads = (_Lane(direction, pages, share, moves, sharers) for direction in Direction)
         self._saving = _Background(self._saves)
         self.follow()
 
@@ -164,14 +165,14 @@ class _Background:
 class _Lane:
     """One direction: its streams, its route, and the registration of the arena it goes to. One thread at a time."""
 
-    def __init__(self, direction: Direction, pages: PagedKV, share: Share, sharers: int) -> None:
+    def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels, sharers: int) -> None:
         self._device = pages.sample.device.index
         self._pages = pages
         self._block = share.block
         self._whole = direction is Direction.SAVE
         self._pinned: PinnedArena | None = None
         self._streams = Streams(*(cupy.cuda.Stream(non_blocking=True) for _ in range(2)))
-        self._route = choose(direction, pages, share, self._streams, sharers)
+        self._route = choose(direction, share, moves, self._streams, sharers)
         self._marks = deque(cupy.cuda.Event(block=True, disable_timing=True) for _ in range(MAX_AHEAD))
 
     def run(self, job: _Job) -> None:

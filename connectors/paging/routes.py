@@ -70,17 +70,17 @@ class Route(Protocol):
         """Between ``pages`` ``[block, page]`` and ``offsets`` ``[block]`` of the arena."""
 
 
-class Kernel:
-    """Gather or scatter for one geometry, compiled on construction (or taken from CuPy's cache on disk)."""
+class Kernels:
+    """Gather and scatter for one geometry, compiled on construction (or taken from CuPy's cache on disk)."""
 
-    def __init__(self, direction: Direction, pages: PagedKV, share: Share) -> None:
+    def __init__(self, pages: PagedKV, share: Share) -> None:
         self.max_blocks = kernels.max_blocks(pages, share)
         """Of one launch."""
         if not self.max_blocks:
             raise IdentityError(f"a block of {share.block.tokens} tokens has more than {kernels.MAX_PAGES} pages")
         constants = kernels.defines(pages, share)
         module = cupy.RawModule(code=kernels.SOURCE, options=tuple(f"-D{k}={v}" for k, v in constants.items()))
-        self._function = module.get_function("gather" if direction is Direction.SAVE else "scatter").kernel
+        self._gather, self._scatter = (module.get_function(name).kernel for name in ("gather", "scatter"))
         self._directory = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
         self.directory = self._directory.data_ptr()
         self.device = pages.sample.device
@@ -90,11 +90,14 @@ class Kernel:
         self.unit_bytes = share.nbytes // units
         """Of one page of one head of K or V: what lies in one piece both in a payload and in the kernel's count of vectors."""
 
-    def launch(self, arguments: Arguments, vectors: int, stream: Any, most: int | None = None) -> None:
+    def launch(
+        self, direction: Direction, arguments: Arguments, vectors: int, stream: Any, most: int | None = None
+    ) -> None:
         """With at most ``most`` thread blocks."""
+        function = self._gather if direction is Direction.SAVE else self._scatter
         chunks = -(-vectors // (kernels.THREADS * kernels.UNROLL))
         grid = min(most or chunks, chunks)
-        driver.launchKernel(self._function.ptr, grid, 1, 1, kernels.THREADS, 1, 1, 0, stream.ptr, arguments.address, 0)
+        driver.launchKernel(function.ptr, grid, 1, 1, kernels.THREADS, 1, 1, 0, stream.ptr, arguments.address, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +112,23 @@ class _Buffer:
 class Staged:
     """Through buffers in device memory, which hold the shares of the blocks one behind the other, group by group."""
 
-    def __init__(self, direction: Direction, share: Share, kernel: Kernel, streams: Streams, group_bytes: int) -> None:
+    def __init__(self, direction: Direction, share: Share, moves: Kernels, streams: Streams, group_bytes: int) -> None:
         """``group_bytes`` is the size of a buffer."""
-        self._save = direction is Direction.SAVE
-        self._kernel, self._streams = kernel, streams
+        self._direction, self._save = direction, direction is Direction.SAVE
+        self._kernels, self._streams = moves, streams
         self.tail = streams.copies if self._save else streams.kernels
         self._share, self._group = share.nbytes, group_bytes
         self.first = max(group_bytes // share.nbytes, 1)
         self.window = _window(share.nbytes, group_bytes)
         self._cut = Cutter(share.runs, group_bytes, pinned.SLICE_BYTES)
-        self._arguments = Arguments(kernel.directory, strides(share.compact))
-        self._shares = share.nbytes * np.arange(kernel.max_blocks)
-        self._memory = torch.empty(BUFFERS * group_bytes, dtype=torch.uint8, device=kernel.device)
+        self._arguments = Arguments(moves.directory, strides(share.compact))
+        self._shares = share.nbytes * np.arange(moves.max_blocks)
+        self._memory = torch.empty(BUFFERS * group_bytes, dtype=torch.uint8, device=moves.device)
         self._addresses = self._memory.data_ptr() + group_bytes * np.arange(BUFFERS)
         self._buffers = [_Buffer(int(at), _event(), _event()) for at in self._addresses]
         self._turn = 0
-        self._most = kernel.processors if min(run.length for run in share.runs) < GENTLE_BELOW else None
+        gentle = self._save and min(run.length for run in share.runs) < GENTLE_BELOW
+        self._most = moves.processors if gentle else None
         if self._save:
             l2.keep(self._memory.data_ptr(), self._memory.numel(), streams.kernels.ptr)
 
@@ -139,33 +143,27 @@ class Staged:
             self._turn += 1
             vectors = self._fill(buffer, pages, start, min(start + self._group, total))
             if self._save:
-                self._gather(buffer, vectors)
+                self._move(vectors, buffer.empty, buffer.full)
                 self._copy(copies, first, stop, buffer.full, buffer.empty)
             else:
                 self._copy(copies, first, stop, buffer.empty, buffer.full)
-                self._scatter(buffer, vectors)
+                self._move(vectors, buffer.full, buffer.empty)
 
     def _fill(self, buffer: _Buffer, pages: Pages, start: int, stop: int) -> int:
         """Set the kernel's arguments for these bytes of the window; how many vectors they are."""
         first, skipped = divmod(start, self._share)
         last = -(-stop // self._share)
         payloads = self._shares[: last - first] + (buffer.address - skipped)
-        width = self._kernel.vector_bytes
+        width = self._kernels.vector_bytes
         vectors = (stop - start) // width
         self._arguments.fill(payloads, pages[first:last], skipped // width, vectors)
         return vectors
 
-    def _gather(self, buffer: _Buffer, vectors: int) -> None:
+    def _move(self, vectors: int, before: Any, after: Any) -> None:
         stream = self._streams.kernels
-        stream.wait_event(buffer.empty)
-        self._kernel.launch(self._arguments, vectors, stream, self._most)
-        stream.record(buffer.full)
-
-    def _scatter(self, buffer: _Buffer, vectors: int) -> None:
-        stream = self._streams.kernels
-        stream.wait_event(buffer.full)
-        self._kernel.launch(self._arguments, vectors, stream)
-        stream.record(buffer.empty)
+        stream.wait_event(before)
+        self._kernels.launch(self._direction, self._arguments, vectors, stream, self._most)
+        stream.record(after)
 
     def _copy(self, copies: CopyBatch, first: int, stop: int, before: Any, after: Any) -> None:
         stream = self._streams.copies
@@ -177,35 +175,34 @@ class Staged:
 class Direct:
     """Straight between pages and the registered arena, over the bus, in the kernel."""
 
-    def __init__(self, share: Share, kernel: Kernel, streams: Streams) -> None:
-        self._kernel, self.tail = kernel, streams.kernels
-        self.first = self.window = max(1, min(kernel.max_blocks, STAGING_BYTES // share.nbytes))
-        self._vectors = share.nbytes // kernel.vector_bytes
+    def __init__(self, direction: Direction, share: Share, moves: Kernels, streams: Streams) -> None:
+        self._direction, self._kernels, self.tail = direction, moves, streams.kernels
+        self.first = self.window = max(1, min(moves.max_blocks, STAGING_BYTES // share.nbytes))
+        self._vectors = share.nbytes // moves.vector_bytes
         self._head = share.heads[0] * strides(share.block).head
-        self._arguments = Arguments(kernel.directory, strides(share.block))
+        self._arguments = Arguments(moves.directory, strides(share.block))
 
     def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
         vectors = len(offsets) * self._vectors
         self._arguments.fill(offsets + (arena.address + self._head), pages, 0, vectors)
-        self._kernel.launch(self._arguments, vectors, self.tail, DIRECT_THREAD_BLOCKS)
+        self._kernels.launch(self._direction, self._arguments, vectors, self.tail, DIRECT_THREAD_BLOCKS)
 
 
-def choose(direction: Direction, pages: PagedKV, share: Share, streams: Streams, sharers: int = 1) -> Route:
+def choose(direction: Direction, share: Share, moves: Kernels, streams: Streams, sharers: int = 1) -> Route:
     """The better one for a share; with its own buffers if it needs them, as one of ``sharers`` pagers of an engine."""
-    kernel = Kernel(direction, pages, share)
-    group = _group_bytes(direction, share, kernel, sharers)
+    group = _group_bytes(direction, share, moves, sharers)
     if group and min(run.length for run in share.runs) >= DIRECT_BELOW:
-        return Staged(direction, share, kernel, streams, group)
-    return Direct(share, kernel, streams)
+        return Staged(direction, share, moves, streams, group)
+    return Direct(direction, share, moves, streams)
 
 
-def _group_bytes(direction: Direction, share: Share, kernel: Kernel, sharers: int) -> int:
+def _group_bytes(direction: Direction, share: Share, moves: Kernels, sharers: int) -> int:
     """How much to stage at a time; 0 where not even one unit fits."""
     most = STAGING_BYTES
-    if direction is Direction.SAVE and (kept := min(KEPT_BYTES, l2.room(kernel.device.index) // BUFFERS)) >= LEAST_KEPT:
+    if direction is Direction.SAVE and (kept := min(KEPT_BYTES, l2.room(moves.device.index) // BUFFERS)) >= LEAST_KEPT:
         most = min(most, kept)
-    most = min(most // sharers, (kernel.max_blocks - 1) * share.nbytes)  # a group may begin and end within a block
-    return most // kernel.unit_bytes * kernel.unit_bytes
+    most = min(most // sharers, (moves.max_blocks - 1) * share.nbytes)  # a group may begin and end within a block
+    return most // moves.unit_bytes * moves.unit_bytes
 
 
 def _window(share_bytes: int, group_bytes: int) -> int:
