@@ -124,7 +124,8 @@ MEASURED = {
     "gpu": {
         "offload_ratio_to_memcpy": "GPU to arena, worst of four geometries, share of pinned memcpy",
         "reload_ratio_to_memcpy": "arena to GPU, worst of four geometries, share of pinned memcpy",
-        "decode_slowdown": "a decode loop beside offload at full rate, times alone",
+        "decode_slowdown": "a decode loop (CUDA graphs, as vLLM decodes) beside offload at full rate, times alone",
+        "decode_slowdown_eager": "... eager",
     },
     "gpus": {
         "offload_ratio_to_memcpy": "two GPUs to one arena at once, share of both memcpys",
