@@ -109,6 +109,7 @@ def save_again(client: Client, gone: list[BlockKey]) -> list[BlockKey]:
     """Compute the blocks anew, as an engine does that misses them."""
     acquired = client.acquire(gone, 5.0)
     assert not acquired.media, "not even the bucket's copies are served"
+    wait_until(lambda: not any(media(client, key) for key in gone))  # the first one ends the answer; the others follow
     return save(client, SPACE, 0)
 
 
