@@ -43,7 +43,7 @@ def test_a_token_that_is_made_or_ended_has_a_line_in_the_audit_log(folder: Path)
     whose = {"who": f"user {os.geteuid()}", "from": "command line", "token": token["id"]}
     assert created.items() >= (asked | whose).items()
     assert (revoked["who"], revoked["verb"], revoked["token"]) == (created["who"], "revoke token", token["id"])
-    assert token["token"].rpartition("_")[2] not in (folder / "audit.jsonl").read_text()
+    assert token["token"].split("_", 2)[2] not in (folder / "audit.jsonl").read_text()
 
 
 def test_looking_leaves_none(folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_tenants_life_over_http(served: Served, capfd: pytest.CaptureFixture[s
     kept = served.ask("GET", "")
     assert "acme" not in {tenant["name"] for tenant in kept["items"]}
     shown = "".join(capfd.readouterr()) + (served.site.folder / "audit.jsonl").read_text()
-    for text in (made["secret"], secret, made["token"].rpartition("_")[2], token.rpartition("_")[2]):
+    for text in (made["secret"], secret, made["token"].split("_", 2)[2], token.split("_", 2)[2]):
         assert text not in shown
 
 
@@ -100,7 +100,7 @@ def test_nothing_but_the_answer_to_its_making_has_a_secret(served: Served) -> No
     made = served.ask("POST", "", {"name": "quiet"}, status=201)
     served.ask("PATCH", "/quiet", {"uids": [4002]})
     read = json.dumps([served.ask("GET", ""), served.ask("GET", "/quiet")])
-    for text in (made["secret"], made["token"], made["token"].rpartition("_")[2]):
+    for text in (made["secret"], made["token"], made["token"].split("_", 2)[2]):
         assert text not in read
 
 
