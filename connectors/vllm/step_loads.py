@@ -45,7 +45,9 @@ class StepLoads:
         self._tally = tally
         self._arrivals = ThreadPoolExecutor(1, "kvstore-arrive")
         self._arena: Arena | None = None
-        self._told_of: Arena | None = None
+        self._told_of = 0
+        """Epoch of the last arena that the scheduler's side was told of: an arena kept for this would be freed, 0.2 s a GiB, by
+        the engine's first step with the next one."""
         self._last: Future[None] | None = None
         self._suspect = 0
         self._broken = False
@@ -93,8 +95,8 @@ class StepLoads:
     def take_told(self) -> Told | None:
         """What the scheduler's side is to hear with this step's results."""
         arena = self._arena
-        if arena is not None and arena is not self._told_of and self._pager.ready(arena):
-            self._told_of = arena
+        if arena is not None and arena.epoch != self._told_of and self._pager.ready(arena):
+            self._told_of = arena.epoch
             self._tell(Told(ready=Counter({arena.epoch: 1})))
         with self._lock:
             told, self._told = self._told, Told()

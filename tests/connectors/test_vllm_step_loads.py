@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from connectors.vllm.plan import Load, Save, Slots, Told
 from kvstore import tracing
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import NewBlock
+from kvstore.node.arena import Arena
 from kvstore.testing.inprocess import InProcessNode
 
 PAGES = 32
@@ -242,6 +244,19 @@ def test_what_was_computed_with_a_copy_that_failed_is_never_saved(device: Rig, p
     assert counted["blocks_missed:unavailable"] == 3
     assert counted["blocks_not_saved:unpublished"] == 1
     assert counted["blocks_not_saved:load_failed"] == 1
+
+
+def test_the_arena_of_a_node_that_is_gone_is_freed_before_the_next_step(rig: Rig) -> None:
+    """Freeing a large one takes seconds, which no step may pay."""
+    loads = rig.mover._in_step
+    old, new = Arena.create(1 << 20, 2), Arena.create(1 << 20, 3)
+    freed = weakref.ref(old)
+    loads.prepared(old)
+    assert loads.take_told() == Told(ready=Counter({2: 1}))
+    loads.prepared(new)
+    del old
+    assert freed() is None
+    assert loads.take_told() == Told(ready=Counter({3: 1}))
 
 
 def test_an_arena_that_is_still_being_prepared_is_not_told(pager: DevicePager) -> None:
