@@ -51,6 +51,8 @@ class Client:
     Connects on first use and again after the node went away.
     """
 
+    grace_seconds = GRACE_SECONDS
+
     def __init__(
         self,
         socket_path: str | Path,
@@ -128,7 +130,7 @@ class Client:
         offsets, media, miss = connection.call(
             "acquire",
             {"keys": join_keys(keys), "timeout": timeout, **_trace()},
-            timeout + GRACE_SECONDS,
+            timeout + self.grace_seconds,
             undo="release",
         )
         return Acquired(connection.arena, tuple(offsets), tuple(map(Medium, media)), Miss(miss) if miss else None)
@@ -166,7 +168,7 @@ class Client:
     ) -> tuple[BlockKey, ...]:
         reached = self.call(
             "commit",
-            timeout + GRACE_SECONDS,
+            timeout + self.grace_seconds,
             keys=join_keys(keys),
             part=part,
             durable=durable.value,

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.tenants.book import TenantBook
 from kvstore.tenants.credentials import operator_token
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 60_000
@@ -44,12 +43,12 @@ class TenantSite:
     def running(self) -> RunningNode:
         return RunningNode(self.folder, *self.settings)
 
-    def engine(self, tenant: str) -> Client:
+    def engine(self, tenant: str) -> PatientClient:
         """What an engine of the tenant connects with."""
-        return Client(self.folder / "node.sock", name=f"engine of {tenant}", token=lambda: self.tokens[tenant])
+        return PatientClient(self.folder / "node.sock", name=f"engine of {tenant}", token=lambda: self.tokens[tenant])
 
-    def operator(self, node: RunningNode) -> Client:
-        return Client(node.socket, name="operator", token=lambda: operator_token(node.config))
+    def operator(self, node: RunningNode) -> PatientClient:
+        return PatientClient(node.socket, name="operator", token=lambda: operator_token(node.config))
 
 
 @contextmanager
@@ -62,7 +61,7 @@ def tenant_site(*names: str, overrides: tuple[str, ...] = ()) -> Iterator[Tenant
         yield site
 
 
-def keys_of(client: Client, prompt: list[int]) -> list[BlockKey]:
+def keys_of(client: PatientClient, prompt: list[int]) -> list[BlockKey]:
     """As the tenant's engine derives them."""
     return derive(client.open_namespace(MODEL, BLOCK_BYTES), prompt)
 
@@ -75,22 +74,22 @@ def prompt_of(blocks: int, start: int = 0) -> list[int]:
     return list(range(start, start + blocks * MODEL.block_tokens))
 
 
-def save(client: Client, prompt: list[int], fill: int = 1, durable: Medium = Medium.DISK) -> list[BlockKey]:
+def save(client: PatientClient, prompt: list[int], fill: int = 1, durable: Medium = Medium.DISK) -> list[BlockKey]:
     """Compute a prompt and keep it; the keys that reached ``durable``. ``fill`` is what the blocks are made of."""
     keys = keys_of(client, prompt)
     blocks = [NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys], strict=False))]
-    reserved = client.reserve(MODEL, blocks, timeout=10)
+    reserved = client.reserve(MODEL, blocks)
     written = []
     for key, offset in zip(keys, reserved.offsets, strict=True):
         if offset is not None:
             reserved.arena.slot(offset, BLOCK_BYTES)[:] = bytes([fill]) * BLOCK_BYTES
             written.append(key)
-    return list(client.commit(written, durable=durable, timeout=20))
+    return list(client.commit(written, durable=durable))
 
 
-def loaded(client: Client, keys: list[BlockKey]) -> list[int]:
+def loaded(client: PatientClient, keys: list[BlockKey]) -> list[int]:
     """The first byte of each block that is delivered."""
-    acquired = client.acquire(keys, 10.0)
+    acquired = client.acquire(keys, 50.0)
     found = [acquired.arena.buffer[offset] for offset in acquired.offsets]
     client.release(keys[: len(acquired.offsets)])
     return found

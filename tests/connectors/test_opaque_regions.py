@@ -18,8 +18,7 @@ from connectors.lmcache.chunks import Chunks
 from connectors.lmcache.options import Options
 from kvstore.cli import app
 from kvstore.identity import Namespace
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.tiers.object import ObjectSettings
 from replication.contents import Contents
 from replication.keys import public_text
@@ -56,7 +55,7 @@ def payloads() -> list[np.ndarray]:
 
 def save(at: RunningNode) -> None:
     """Rows as the tier saves them, chunks as LMCache's adapter does."""
-    with Client(at.socket) as client:
+    with PatientClient(at.socket) as client:
         assert all(Exchange(client, ROWS, SIZE).save(DIGESTS, payloads()))
         chunks = Chunks(Options(socket=str(at.socket), autostart=False))
         assert all(chunks.save(CHUNKS, payloads()))
@@ -66,7 +65,7 @@ def save(at: RunningNode) -> None:
 
 def loaded(at: RunningNode) -> tuple[int, int]:
     """How many rows and chunks are found, and come as they were saved."""
-    with Client(at.socket) as client:
+    with PatientClient(at.socket) as client:
         rows, chunks = Exchange(client, ROWS, SIZE), Chunks(Options(socket=str(at.socket), autostart=False))
         counts = []
         for found, load in (
@@ -109,7 +108,7 @@ def test_another_node_and_another_region_have_it_and_a_new_node_is_warmed_with_i
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["ready"] == 1.0
-        with Client(new.socket) as client:
+        with PatientClient(new.socket) as client:
             tiers = {tier["medium"]: tier["blocks"] for tier in client.call("status")["tiers"]}
         assert tiers["disk"] == 10, "before any engine asked"
         assert loaded(new) == (5, 5)

@@ -32,9 +32,8 @@ from connectors.vllm.worker import Mover
 from kvstore import tracing
 from kvstore.errors import ConfigError
 from kvstore.identity import Namespace
-from kvstore.node.client import Client
 from kvstore.testing.collector import Collected, Collector
-from kvstore.testing.node import NodeProcess, wait_for
+from kvstore.testing.node import NodeProcess, PatientClient, wait_for
 from kvstore.testing.servers import free_port, listens
 
 PAGE, BLOCKS = 16, 4
@@ -69,7 +68,7 @@ class Engine:
     """Both sides of the connector, over a node's socket."""
 
     def __init__(self, socket: Path) -> None:
-        self.link = Link(Client(socket, "vLLM"), NAMESPACE, GEOMETRY.block_bytes)
+        self.link = Link(PatientClient(socket, "vLLM"), NAMESPACE, GEOMETRY.block_bytes)
         self.recorder = Recorder()
         self.planner = Planner(self.link, GEOMETRY, self.recorder, Timing(self.link, 1), 5.0)
         cache = torch.zeros(BLOCKS, GEOMETRY.block_bytes, dtype=torch.uint8)

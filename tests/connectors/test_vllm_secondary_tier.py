@@ -33,8 +33,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 
 from connectors.vllm.tier import KVStoreTier, namespace_of
 from kvstore.errors import ConfigError
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 
 ROWS, ROW_BYTES = 48, 32 << 10
 CONFIG = OffloadingConfig(
@@ -204,7 +203,7 @@ def test_tiers_stay_under_their_caps_and_still_take_what_is_new(tmp_path: Path) 
         for start in range(0, 160, 8):  # 5 MiB
             bench.primary[:8] = start + 1
             bench.move(keys(160)[start : start + 8], list(range(8)), load=False)
-            with Client(node.socket) as client:
+            with PatientClient(node.socket) as client:
                 assert client.call("drain", 35.0, timeout=30.0)["drained"]
                 for tier in client.call("status")["tiers"]:
                     assert tier["used_bytes"] <= caps[tier["medium"]]
@@ -219,7 +218,7 @@ def test_a_load_may_be_larger_than_the_nodes_memory(tmp_path: Path) -> None:
         rows = bench.fill(ROWS)
         for row in range(0, ROWS, 4):
             bench.move(keys(ROWS)[row : row + 4], list(range(row, row + 4)), load=False)
-            with Client(node.socket) as client:
+            with PatientClient(node.socket) as client:
                 client.call("drain", 35.0, timeout=30.0)
         bench.primary[:] = 0
         assert bench.move(keys(ROWS), list(range(ROWS)), load=True).success

@@ -20,10 +20,9 @@ from kvstore.admin.kinds import NoOptions
 from kvstore.admin.tokens import Role, TokenBook
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import About, Description, NewBlock
-from kvstore.node.client import Client
 from kvstore.policy.content import pieces
 from kvstore.testing.admin import RunningApi
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 from replication.contents import Contents
 from replication.keys import public_text
@@ -59,7 +58,7 @@ class Site:
     folder: Path
     node: RunningNode
     api: RunningApi
-    client: Client
+    client: PatientClient
 
     def save(self, tokens: list[int]) -> list[BlockKey]:
         """Save the blocks of a prompt, in host memory and on disk."""
@@ -87,11 +86,13 @@ class Site:
 def running_site(folder: Path) -> Iterator[Site]:
     """With one prompt of five blocks that was asked for twice."""
     with RunningNode(folder) as node, RunningApi(folder) as api:
-        with Client(node.socket, name="vllm rank 0") as client:
+        with PatientClient(node.socket, name="vllm rank 0") as client:
             site = Site(folder, node, api, client)
             site.save(TOKENS)
             site.ask(TOKENS, "cmpl-first")
-            with Client(node.socket, name="vllm rank 1") as other:  # the same client asking again would be a retry
+            with PatientClient(
+                node.socket, name="vllm rank 1"
+            ) as other:  # the same client asking again would be a retry
                 Site(folder, node, api, other).ask(TOKENS, "cmpl-second")
             yield site
 
@@ -456,7 +457,7 @@ def test_the_tree_of_a_prompt_leads_to_those_that_begin_alike(own_page: Any, own
     other = [*TOKENS[:48], *range(900, 932)]
     keys = own_site.save(other)
     own_site.ask(other, "cmpl-other")
-    with Client(own_site.node.socket, name="vllm rank 1") as again:
+    with PatientClient(own_site.node.socket, name="vllm rank 1") as again:
         Site(own_site.folder, own_site.node, own_site.api, again).ask(other, "cmpl-other-again")
     expect(panel(own_page, "hot").get_by_role("row").nth(2)).to_be_visible()
     dialog = explain(own_page, "Token ids", ", ".join(map(str, TOKENS)))
@@ -481,13 +482,13 @@ def test_a_prompt_is_shown_by_region(browser: Any, tmp_path: Path) -> None:
     )
     region = [f"object.url={bucket['eu']}", f"region.topology={file}", "region.name=eu"]
     with RunningNode(tmp_path / "na", f"object.url={bucket['na']}", "policy.admission=off") as far:
-        with Client(far.socket) as client:
+        with PatientClient(far.socket) as client:
             Site(tmp_path, far, None, client).save(TOKENS[: 16 * 3])  # type: ignore[arg-type]
             assert client.call("drain", 60.0, timeout=50.0)["drained"]
         with ThreadPoolExecutor(1) as thread:  # this one has the browser's event loop
             thread.submit(asyncio.run, told(load_topology(file), key)).result()
     with RunningNode(tmp_path / "eu", region[0]) as node, RunningApi(tmp_path / "eu", *region) as api:
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             site = Site(tmp_path, node, api, client)
             site.save(TOKENS)
             site.ask(TOKENS, "cmpl-here")

@@ -23,8 +23,7 @@ from connectors.vllm.keys import geometry
 from connectors.vllm.options import Options
 from kvstore.identity import NO_PARENT, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -122,7 +121,7 @@ def test_what_cannot_be_shared_is_missed_and_explained(
         (["dtype", "weights"], namespace(vllms(folders[0], "cuda", dtype="float16"))),  # cast when they are loaded
         (["rope"], replace(scaled, model=wanted.model, weights=wanted.weights)),
     ]
-    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+    with RunningNode(tmp_path) as node, PatientClient(node.socket) as client:
         keyring = client.open_namespace(wanted, sglangs[0]["block_bytes"])
         for number, (fields, stored) in enumerate(kept_apart):
             tokens = np.arange(number * 1000, number * 1000 + 2 * wanted.block_tokens, dtype="<u4")

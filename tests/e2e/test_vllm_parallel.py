@@ -17,8 +17,8 @@ pytest.importorskip("vllm")
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import PATIENT
 from kvstore.errors import KVStoreError
-from kvstore.node.client import Client
 from kvstore.testing.model import make_model
+from kvstore.testing.node import PatientClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -64,7 +64,7 @@ def engine(socket: Path) -> Iterator[EngineProcess]:
 
 
 def status(socket: Path) -> Any:
-    with Client(socket) as client:
+    with PatientClient(socket) as client:
         return client.call("status")
 
 

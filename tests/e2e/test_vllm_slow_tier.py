@@ -14,9 +14,8 @@ pytest.importorskip("vllm")
 import kvstore.assembly
 from connectors.vllm.process import EngineProcess
 from connectors.vllm.testing import cpu_engine
-from kvstore.node.client import Client
 from kvstore.testing.model import make_model
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.tiers.base import Tier
 from kvstore.tiers.wrappers import Faults, Faulty
 
@@ -35,7 +34,7 @@ STORED = [prompt(seed) for seed in range(4)]
 
 
 def call(node: RunningNode, verb: str) -> Any:
-    with Client(node.socket, name="test") as client:
+    with PatientClient(node.socket, name="test") as client:
         return client.call(verb)
 
 

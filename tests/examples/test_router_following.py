@@ -12,8 +12,7 @@ from examples.router import Following, Tokens
 from kvstore.config.schema import PUBLIC_SECRET
 from kvstore.identity import NO_PARENT, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.testing.servers import free_port
 from kvstore.tiers.base import Medium
 
@@ -40,7 +39,7 @@ async def usable(following: Following, tokens: Tokens, wanted: int) -> None:
 async def test_it_knows_what_was_saved_and_deleted(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     following = Following([SPACE], PUBLIC_SECRET)
-    with RunningNode(tmp_path, f"events.listen={address}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"events.listen={address}") as node, PatientClient(node.socket) as client:
         task = asyncio.create_task(following.follow(API, address))
         await asyncio.sleep(0.5)  # a subscription takes a moment to arrive, and PUB does not wait for it
         keys = client.open_namespace(SPACE, 10_000).block_keys(chain_digests(TOKENS, SPACE.block_tokens))

@@ -18,9 +18,8 @@ from kvstore.burials import Buried, read_tombstones
 from kvstore.errors import BlockNotFound
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import Miss, NewBlock
-from kvstore.node.client import Client
 from kvstore.testing.blocks import aligned_buffer, random_block
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium, PutResult, Tier
 from kvstore.tiers.object import ObjectSettings, ObjectTier
 from kvstore.tiers.object.names import block_name, tombstone_name
@@ -53,7 +52,7 @@ def node_of(folder: Path, name: str = "a") -> RunningNode:
     return RunningNode(directory, f"object.url=file://{folder}/bucket")
 
 
-def save(client: Client, namespace: Namespace, start: int, blocks: int = 3) -> list[BlockKey]:
+def save(client: PatientClient, namespace: Namespace, start: int, blocks: int = 3) -> list[BlockKey]:
     """A chain, down to the bucket."""
     keyring = client.open_namespace(namespace, BLOCK_BYTES)
     tokens = range(start, start + blocks * namespace.block_tokens)
@@ -65,7 +64,7 @@ def save(client: Client, namespace: Namespace, start: int, blocks: int = 3) -> l
         assert offset is not None
         reserved.arena.slot(offset, BLOCK_BYTES)[:] = bytes(BLOCK_BYTES)
     assert len(client.commit(keys, durable=Medium.OBJECT)) == blocks
-    client.call("drain", 10.0, timeout=5.0)
+    assert client.call("drain", timeout=50.0)["drained"]
     return keys
 
 
@@ -78,7 +77,7 @@ def bury(folder: Path, **fields: object) -> Tombstone:
     return stone
 
 
-def media(client: Client, key: BlockKey) -> list[str]:
+def media(client: PatientClient, key: BlockKey) -> list[str]:
     return list(client.call("inspect", key=key)["media"])
 
 
@@ -89,12 +88,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def in_node(client: Client, keys: list[BlockKey]) -> set[str]:
+def in_node(client: PatientClient, keys: list[BlockKey]) -> set[str]:
     return {medium for key in keys for medium in media(client, key)} - {"object"}
 
 
 def test_a_purged_model_leaves_memory_and_disk_and_the_other_stays(folder: Path) -> None:
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         gone, kept = save(client, SPACE, 0), save(client, OTHER, 0)
         bury(folder, model="tiny")
         wait_until(lambda: not in_node(client, gone))
@@ -105,32 +104,32 @@ def test_a_purged_model_leaves_memory_and_disk_and_the_other_stays(folder: Path)
         assert all({"host", "disk"} <= set(media(client, key)) for key in again)
 
 
-def save_again(client: Client, gone: list[BlockKey]) -> list[BlockKey]:
+def save_again(client: PatientClient, gone: list[BlockKey]) -> list[BlockKey]:
     """Compute the blocks anew, as an engine does that misses them."""
-    acquired = client.acquire(gone, 5.0)
+    acquired = client.acquire(gone, 50.0)
     assert not acquired.media, "not even the bucket's copies are served"
     wait_until(lambda: not any(media(client, key) for key in gone))  # the first one ends the answer; the others follow
     return save(client, SPACE, 0)
 
 
 def test_a_purged_prefix_takes_what_continues_it_along(folder: Path) -> None:
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         keys, other = save(client, SPACE, 0, blocks=5), save(client, SPACE, 5000)
         bury(folder, prefix=keys[2])
         wait_until(lambda: not in_node(client, keys[2:]))
         assert all(media(client, key)[:2] == ["host", "disk"] for key in [*keys[:2], *other])
-        assert client.acquire(keys, 5.0).media == (Medium.HOST, Medium.HOST)
+        assert client.acquire(keys, 50.0).media == (Medium.HOST, Medium.HOST)
 
 
 def test_a_dead_block_of_the_bucket_is_neither_served_nor_kept(folder: Path) -> None:
-    with node_of(folder, "writer") as node, Client(node.socket) as client:
+    with node_of(folder, "writer") as node, PatientClient(node.socket) as client:
         keys = save(client, SPACE, 0)
     bury(folder, model="tiny")
-    with node_of(folder, "reader") as node, Client(node.socket) as client:
+    with node_of(folder, "reader") as node, PatientClient(node.socket) as client:
         client.open_namespace(SPACE, BLOCK_BYTES)
         wait_until(lambda: (folder / "reader" / "tombstones.json").exists())
         wait_until(lambda: media(client, keys[0]) == ["object"])
-        acquired = client.acquire(keys, 5.0)
+        acquired = client.acquire(keys, 50.0)
         assert acquired.media == ()
         assert acquired.miss is Miss.NOT_STORED
         assert media(client, keys[0]) == []
@@ -138,10 +137,10 @@ def test_a_dead_block_of_the_bucket_is_neither_served_nor_kept(folder: Path) -> 
 
 
 def test_a_node_that_was_down_learns_of_it_at_its_start(folder: Path) -> None:
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         keys = save(client, SPACE, 0)
     stone = bury(folder, tenant="default")
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         wait_until(lambda: not in_node(client, keys))
     kept = [Tombstone.from_json(text) for text in json.loads((folder / "a" / "tombstones.json").read_text())]
     assert kept == [stone]
@@ -149,11 +148,11 @@ def test_a_node_that_was_down_learns_of_it_at_its_start(folder: Path) -> None:
 
 def test_a_stone_is_carried_out_once(folder: Path) -> None:
     """Over a restart too: what was computed since is on the disk, whose index does not know when."""
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         bury(folder, model="tiny")
         wait_until(lambda: (folder / "a" / "tombstones.json").exists())
         keys = save(client, SPACE, 0)
-    with node_of(folder) as node, Client(node.socket) as client:
+    with node_of(folder) as node, PatientClient(node.socket) as client:
         time.sleep(0.3)
         assert all("disk" in media(client, key) for key in keys)
 

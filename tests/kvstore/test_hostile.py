@@ -18,9 +18,8 @@ from kvstore.config import load
 from kvstore.errors import ConfigError, KVStoreError, NodeUnavailable
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.node.protocol import MAX_FRAME_BYTES, encode
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 10_000
@@ -76,7 +75,7 @@ ARGUMENTS = [
 ]
 
 
-def save(client: Client) -> None:
+def save(client: PatientClient) -> None:
     client.open_namespace(NAMESPACE, BLOCK_BYTES)
     blocks = [
         NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(KEYS, [NO_PARENT, *KEYS], strict=False))
@@ -90,9 +89,9 @@ def save(client: Client) -> None:
     )
 
 
-def payloads(client: Client) -> list[int]:
+def payloads(client: PatientClient) -> list[int]:
     """The first byte of each block that is delivered; each must be wholly its own."""
-    acquired = client.acquire(KEYS, 5)
+    acquired = client.acquire(KEYS, 50)
     found = [bytes(acquired.arena.slot(offset, BLOCK_BYTES)) for offset in acquired.offsets]
     client.release(KEYS[: len(found)])
     assert all(payload == payload[:1] * BLOCK_BYTES for payload in found)
@@ -117,14 +116,14 @@ def test_every_verb_answers_any_arguments_and_stays_true_to_others(
 ) -> None:
     verb = data.draw(st.sampled_from(verbs))
     arguments = data.draw(st.dictionaries(st.sampled_from(ARGUMENTS), PLAUSIBLE, max_size=6))
-    with Client(node.socket, name="hostile") as hostile:
+    with PatientClient(node.socket, name="hostile") as hostile:
         try:
             hostile.call(verb, 10.0, **arguments)
         except NodeUnavailable as error:
             pytest.fail(f"{verb}({arguments}) ended the connection: {error}")
         except (KVStoreError, OverflowError):
             pass
-    with Client(node.socket, name="bystander") as bystander:
+    with PatientClient(node.socket, name="bystander") as bystander:
         save(bystander)
         found = payloads(bystander)
         assert found == list(range(1, 1 + len(found)))
@@ -146,13 +145,13 @@ def test_every_verb_answers_any_arguments_and_stays_true_to_others(
 )
 def test_a_peer_that_speaks_something_else_is_hung_up_on(node: RunningNode, frames: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(10)
+        peer.settimeout(60)
         peer.connect(str(node.socket))
         peer.sendall(frames)
         peer.shutdown(socket.SHUT_WR)
         while peer.recv(1 << 16):
             pass
-    with Client(node.socket, name="bystander") as bystander:
+    with PatientClient(node.socket, name="bystander") as bystander:
         assert bystander.call("status")["pid"]
 
 
@@ -160,7 +159,7 @@ def test_a_peer_that_speaks_something_else_is_hung_up_on(node: RunningNode, fram
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a node leaves on disk."""
     directory = tmp_path_factory.mktemp("filled")
-    with RunningNode(directory) as running, Client(running.socket) as client:
+    with RunningNode(directory) as running, PatientClient(running.socket) as client:
         save(client)
         client.lookup(KEYS)
     return directory
@@ -175,7 +174,7 @@ def test_whatever_happened_to_its_files_a_node_starts_and_delivers_nothing_wrong
         files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "format.json")
         for path in source.sample(files, k=min(len(files), source.randint(1, 4))):
             damage(path, source)
-        with RunningNode(directory) as running, Client(running.socket) as client:
+        with RunningNode(directory) as running, PatientClient(running.socket) as client:
             client.open_namespace(NAMESPACE, BLOCK_BYTES)
             found = payloads(client)
             assert found == list(range(1, 1 + len(found)))

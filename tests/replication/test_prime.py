@@ -19,7 +19,7 @@ from test_warmup import arguments, node_on, prompt, save
 from typer.testing import CliRunner, Result
 
 from kvstore.cli import app
-from kvstore.node.client import Client
+from kvstore.testing.node import PatientClient
 from kvstore.tiers.object import ObjectSettings
 from replication import prime
 from replication.prime import EndpointUnavailable, Need, Primer
@@ -159,7 +159,7 @@ def test_the_command_needs_no_node_for_texts(served: Endpoint, tmp_path: Path) -
 @pytest.mark.s3
 def test_what_is_stored_is_skipped(na: ObjectSettings, served: Endpoint, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder, node_on(na, Path(folder) / "a") as node:
-        with Client(node.socket) as engine:
+        with PatientClient(node.socket) as engine:
             save(engine, prompt(0, 4))
         file = tmp_path / "prompts.jsonl"
         prompts = [prompt(0, 4), prompt(0, 6), prompt(1, 2), prompt(2, 1)[: LLAMA.block_tokens - 1]]

@@ -19,8 +19,7 @@ from kvstore.catalog.presence import Presence
 from kvstore.cli import app
 from kvstore.identity import NO_PARENT, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 from replication.keys import create_key, public_text
 
@@ -32,7 +31,7 @@ class Place:
     folder: Path
     bucket: str
     catalog: str
-    client: Client
+    client: PatientClient
 
     def save(self, first_token: int) -> None:
         """A chain of three blocks, durable in the bucket, that an engine asked for before."""
@@ -62,7 +61,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     (tmp_path / "regions.toml").write_text(f'[regions.na]\nurl = "{bucket}"\npublic_key = "{public}"\n')
     with (
         RunningNode(tmp_path, f"object.url={bucket}", f"catalog.url={catalog}") as node,
-        Client(node.socket) as client,
+        PatientClient(node.socket) as client,
     ):
         yield Place(tmp_path, bucket, catalog, client)
 

@@ -22,10 +22,9 @@ from kvstore.admin.client import AdminClient
 from kvstore.config import load
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.testing.admin import RunningApi
 from kvstore.testing.background import Background
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.testing.servers import S3Server
 from kvstore.testing.shaping import Shape, shaped
 from kvstore.tiers.object import ObjectSettings
@@ -82,11 +81,11 @@ class Region:
         return Service(self.site, self.key)
 
 
-def keys_of(client: Client) -> list[BlockKey]:
+def keys_of(client: PatientClient) -> list[BlockKey]:
     return client.open_namespace(MODEL, BLOCK_BYTES).block_keys(chain_digests(PROMPT, MODEL.block_tokens))
 
 
-def save(client: Client) -> None:
+def save(client: PatientClient) -> None:
     keys = keys_of(client)
     blocks = [NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys], strict=False))]
     reserved = client.reserve(MODEL, blocks)
@@ -95,11 +94,11 @@ def save(client: Client) -> None:
         reserved.arena.slot(offset, BLOCK_BYTES)[:] = bytes(BLOCK_BYTES)
     client.commit(keys)
     for _ in range(3):
-        client.lookup(keys, timeout=10)
-    assert client.call("drain", 60.0, timeout=50.0)["drained"]
+        client.lookup(keys)
+    assert client.call("drain", timeout=50.0)["drained"]
 
 
-def loaded(client: Client) -> int:
+def loaded(client: PatientClient) -> int:
     """Blocks that the node delivers."""
     acquired = client.acquire(keys_of(client), 10.0)
     client.release(keys_of(client)[: len(acquired.offsets)])
@@ -134,7 +133,7 @@ def test_a_purge_is_proved_in_every_region_and_open_where_one_is_away(
             regions[name] = Region(name, bucket, folder, file, keys[name])
         clients = {}
         for name, region in regions.items():
-            clients[name] = stack.enter_context(Client(stack.enter_context(region.node()).socket))
+            clients[name] = stack.enter_context(PatientClient(stack.enter_context(region.node()).socket))
         services = {name: stack.enter_context(region.service()) for name, region in regions.items()}
         save(clients["eu"])
         for client in clients.values():

@@ -18,9 +18,8 @@ from test_remote_tier import NOTHING_AHEAD, offer
 from kvstore.encryption import new_key
 from kvstore.identity import BlockKey
 from kvstore.node.api import About, Miss
-from kvstore.node.client import Client
 from kvstore.testing.blocks import SealedBlock
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.testing.tenants import TenantSite, loaded, prompt_of, save, tenant_site
 from kvstore.testing.tenants import keys_of as tenant_keys
 from kvstore.tiers.base import Medium
@@ -30,7 +29,7 @@ from kvstore.tiers.object.objects import Objects
 
 pytestmark = pytest.mark.s3
 
-PATIENCE = 10.0
+PATIENCE = 50.0
 
 
 def bucket_of(place: ObjectSettings) -> list[str]:
@@ -41,9 +40,9 @@ def bucket_of(place: ObjectSettings) -> list[str]:
 
 
 @contextmanager
-def node_in_eu(pair: Pair, folder: Path, *settings: str) -> Iterator[Client]:
+def node_in_eu(pair: Pair, folder: Path, *settings: str) -> Iterator[PatientClient]:
     region = ["region.name=eu", f"region.topology={pair.file}", "remote.mode=enforce"]
-    with RunningNode(folder, *bucket_of(pair.eu), *region, *settings) as node, Client(node.socket) as client:
+    with RunningNode(folder, *bucket_of(pair.eu), *region, *settings) as node, PatientClient(node.socket) as client:
         client.open_namespace(LLAMA, PAYLOAD_BYTES)
         yield client
 
@@ -52,11 +51,11 @@ def keys_of(blocks: list[SealedBlock]) -> list[BlockKey]:
     return [block.key for block in blocks]
 
 
-def runs(client: Client, keys: list[BlockKey]) -> dict[Medium, int]:
-    return dict(client.lookup(keys, timeout=PATIENCE).runs)
+def runs(client: PatientClient, keys: list[BlockKey]) -> dict[Medium, int]:
+    return dict(client.lookup(keys).runs)
 
 
-def counters(client: Client) -> dict[str, float]:
+def counters(client: PatientClient) -> dict[str, float]:
     found: dict[str, float] = client.call("status")["counters"]
     return found
 
@@ -73,7 +72,7 @@ async def test_what_only_another_region_has_is_delivered_and_then_kept_here(
         for block, offset in zip(sealed, acquired.offsets, strict=True):
             assert bytes(acquired.arena.slot(offset, PAYLOAD_BYTES)) == block.payload
         client.release(keys)
-        client.call("drain", timeout=PATIENCE)
+        assert client.call("drain", timeout=PATIENCE)["drained"]
         assert runs(client, keys) == {Medium.HOST: 4}
         assert counters(client)["kvstore_remote_bytes_total{region=na}"] == sum(b.header.envelope_bytes for b in sealed)
         assert counters(client)["kvstore_delivered_blocks_total{tier=remote}"] == 4
@@ -89,7 +88,7 @@ async def test_observe_counts_and_loads_nothing(pair: Pair, random_source: rando
 
         def counted() -> bool:
             about = About(request=f"request-{time.monotonic()}")
-            assert client.lookup(keys, timeout=PATIENCE, about=about).blocks == 0
+            assert client.lookup(keys, about=about).blocks == 0
             return counters(client).get(name, 0.0) > 0
 
         wait_for(counted)

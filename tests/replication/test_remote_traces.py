@@ -40,7 +40,7 @@ async def test_one_trace_from_the_engine_into_another_region(
             acquired = client.acquire(keys, PATIENCE)
         assert acquired.media == (Medium.REMOTE,) * 2
         client.release(keys)
-        client.call("drain", timeout=PATIENCE)
+        assert client.call("drain", timeout=PATIENCE)["drained"]
     tracing.stop()
     spans = {span.span: span for span in collector.of(TRACE)}
     paths = [path(span, spans) for span in spans.values()]

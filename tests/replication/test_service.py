@@ -29,9 +29,8 @@ from kvstore.cli import app
 from kvstore.config import load
 from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey
-from kvstore.node.client import Client
 from kvstore.testing.blocks import random_chain
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tombstones import Tombstone, end_of_second
 from replication import duties, lease
@@ -217,7 +216,7 @@ class TestService:
                 f"object.secret_access_key={pair.eu.secret_access_key}",
                 f"catalog.url={url}",
             )
-            with node, Client(node.socket) as client:
+            with node, PatientClient(node.socket) as client:
                 client.call("status")
                 async with serving(eu):
 
@@ -303,7 +302,7 @@ async def test_a_purge_reaches_the_memory_and_disk_of_another_regions_nodes(
             f"object.access_key_id={pair.eu.access_key_id}",
             f"object.secret_access_key={pair.eu.secret_access_key}",
         ]
-        with RunningNode(Path(folder), *place, *access) as node, Client(node.socket) as client:
+        with RunningNode(Path(folder), *place, *access) as node, PatientClient(node.socket) as client:
 
             async def held() -> bool:
                 return all("disk" in client.call("inspect", key=key)["media"] for key in keys)
@@ -340,7 +339,7 @@ def test_up_is_a_node_and_its_region_with_nothing_configured() -> None:
             line = process.stderr.readline()
             assert line, seen
             seen += line
-        with Client(Path(folder) / "n.sock") as client:
+        with PatientClient(Path(folder) / "n.sock") as client:
             assert {tier["medium"] for tier in client.call("status")["tiers"]} == {"host", "disk", "object"}
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=60)

@@ -48,7 +48,7 @@ def save_everywhere(site: TenantSite, node: RunningNode, tenant: str, fill: int)
     with site.engine(tenant) as engine:
         keys = save(engine, PROMPT, fill)
     with site.operator(node) as operator:
-        assert operator.call("drain", 60.0, timeout=50.0)["drained"]
+        assert operator.call("drain", timeout=50.0)["drained"]
     return keys
 
 
@@ -57,10 +57,10 @@ def test_in_the_bucket_tenants_are_apart_and_each_meets_its_own_of_other_nodes()
         theirs, ours = (save_everywhere(here, one, tenant, fill) for tenant, fill in (("acme", 3), ("globex", 4)))
         with there.engine("acme") as acme, there.engine("globex") as globex:
             assert (keys_of(acme, PROMPT), keys_of(globex, PROMPT)) == (theirs, ours)
-            wait_for(lambda: acme.lookup(theirs, timeout=10).blocks == 4)
-            wait_for(lambda: globex.lookup(ours, timeout=10).blocks == 4)
+            wait_for(lambda: acme.lookup(theirs).blocks == 4)
+            wait_for(lambda: globex.lookup(ours).blocks == 4)
             assert (loaded(acme, theirs), loaded(globex, ours)) == ([3] * 4, [4] * 4)
-            assert globex.lookup(theirs, timeout=10).blocks == 0
+            assert globex.lookup(theirs).blocks == 0
             assert loaded(globex, theirs) == []
             assert {b["key"] for b in globex.call("list", medium="object", limit=100)["blocks"]} == set(ours)
             assert globex.call("delete", keys=b"".join(theirs))["deleted"]["object"] == 0

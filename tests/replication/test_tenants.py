@@ -18,8 +18,7 @@ from kvstore.catalog import open_catalog
 from kvstore.cli import app
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import NAMESPACES, parse_block_name
 from kvstore.tiers.object.objects import Objects
@@ -39,7 +38,7 @@ SECRETS = {"acme": "a-secret-of-acme-alone", "globex": "a-secret-of-globex-alone
 
 
 @contextmanager
-def node_of(tenant: str, bucket: ObjectSettings, catalog: str, *overrides: str) -> Iterator[Client]:
+def node_of(tenant: str, bucket: ObjectSettings, catalog: str, *overrides: str) -> Iterator[PatientClient]:
     """A client of a node of this tenant."""
     settings = [
         f"object.url={bucket.url}", f"object.endpoint={bucket.endpoint}", f"object.access_key_id={bucket.access_key_id}",
@@ -47,7 +46,7 @@ def node_of(tenant: str, bucket: ObjectSettings, catalog: str, *overrides: str) 
         f"identity.tenant={tenant}", f"identity.secret={SECRETS[tenant]}", *overrides,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="kvt-") as folder:
-        with RunningNode(Path(folder), *settings) as node, Client(node.socket) as client:
+        with RunningNode(Path(folder), *settings) as node, PatientClient(node.socket) as client:
             yield client
 
 
@@ -55,18 +54,18 @@ def keys_of(keyring: Keyring) -> list[BlockKey]:
     return keyring.block_keys(chain_digests(PROMPT, MODEL.block_tokens))
 
 
-def save(client: Client, claimed_tenant: str = "default") -> list[BlockKey]:
+def save(client: PatientClient, claimed_tenant: str = "default") -> list[BlockKey]:
     """Compute the prompt and keep it in the bucket; the keys that had to be computed."""
     namespace = Namespace.from_dict({**MODEL.to_dict(), "tenant": claimed_tenant})
     keys = keys_of(client.open_namespace(namespace, BLOCK_BYTES))
-    found = client.lookup(keys, timeout=10).blocks
+    found = client.lookup(keys).blocks
     blocks = [NewBlock(key, parent, i) for i, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys], strict=False))]
     reserved = client.reserve(namespace, blocks[found:])
     for offset in reserved.offsets:
         assert offset is not None
         reserved.arena.slot(offset, BLOCK_BYTES)[:] = bytes(BLOCK_BYTES)
     client.commit(keys[found:])
-    assert client.call("drain", 60.0, timeout=50.0)["drained"]
+    assert client.call("drain", timeout=50.0)["drained"]
     return keys[found:]
 
 
@@ -87,7 +86,7 @@ def in_bucket(bucket: ObjectSettings) -> dict[str, set[BlockKey]]:
     return found
 
 
-def loaded(client: Client, keys: list[BlockKey]) -> int:
+def loaded(client: PatientClient, keys: list[BlockKey]) -> int:
     acquired = client.acquire(keys, 10.0)
     client.release(keys[: len(acquired.offsets)])
     return len(acquired.offsets)
@@ -106,7 +105,7 @@ async def test_the_same_prompt_of_two_tenants_meets_nowhere(eu: ObjectSettings, 
         finally:
             await index.close()
         nobodys = [BlockKey(bytes([number]) * 16) for number in range(1, BLOCKS + 1)]
-        assert globex.lookup(ours, timeout=10) == globex.lookup(nobodys, timeout=10)
+        assert globex.lookup(ours) == globex.lookup(nobodys)
         assert globex.acquire(ours, 5.0) == globex.acquire(nobodys, 5.0)
         assert save(globex) == ours, "nothing of it was there"
         assert in_bucket(eu) == {"acme": set(theirs), "globex": set(ours)}
@@ -118,7 +117,7 @@ def test_nodes_with_the_name_and_the_secret_of_a_tenant_share_its_blocks(eu: Obj
     with node_of("acme", eu, catalog) as one, node_of("acme", eu, catalog) as other:
         keys = save(one)
         other.open_namespace(MODEL, BLOCK_BYTES)
-        wait_for(lambda: other.lookup(keys, timeout=10).blocks == BLOCKS)
+        wait_for(lambda: other.lookup(keys).blocks == BLOCKS)
         assert loaded(other, keys) == BLOCKS
         assert save(other) == []
 

@@ -23,8 +23,7 @@ from kvstore.cli import app
 from kvstore.envelope import envelope_bytes
 from kvstore.identity import NO_PARENT, BlockKey, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 from kvstore.tiers.object import ObjectSettings
 from kvstore.tiers.object.names import block_name
@@ -68,12 +67,12 @@ def payload(key: BlockKey) -> bytes:
     return (key * (BLOCK_BYTES // len(key) + 1))[:BLOCK_BYTES]
 
 
-def keys_of(client: Client, tokens: list[int]) -> list[BlockKey]:
+def keys_of(client: PatientClient, tokens: list[int]) -> list[BlockKey]:
     keyring = client.open_namespace(LLAMA, BLOCK_BYTES)
     return keyring.block_keys(chain_digests(tokens, LLAMA.block_tokens))
 
 
-def save(client: Client, tokens: list[int]) -> list[BlockKey]:
+def save(client: PatientClient, tokens: list[int]) -> list[BlockKey]:
     """As an engine would, until the blocks are in the bucket."""
     keys = keys_of(client, tokens)
     parents = [NO_PARENT, *keys]
@@ -86,7 +85,7 @@ def save(client: Client, tokens: list[int]) -> list[BlockKey]:
     return keys
 
 
-def loaded(client: Client, keys: list[BlockKey]) -> list[tuple[Medium, bytes]]:
+def loaded(client: PatientClient, keys: list[BlockKey]) -> list[tuple[Medium, bytes]]:
     acquired = client.acquire(keys, 10.0)
     found = [
         (medium, bytes(acquired.arena.slot(offset, BLOCK_BYTES)))
@@ -119,7 +118,7 @@ def check(node: RunningNode, *more: str, status: int = 0) -> dict[str, Any] | No
 
 
 def test_a_new_region_is_warm_before_its_first_engine(pair: Pair, folder: Path) -> None:
-    with node_on(pair.na, folder / "a") as a, Client(a.socket) as engine:
+    with node_on(pair.na, folder / "a") as a, PatientClient(a.socket) as engine:
         chains = [save(engine, prompt(number, 6)) for number in range(4)]
     asyncio.run(pair.publish())
     cycle = asyncio.run(pair.cycle(pair.write()))
@@ -134,7 +133,7 @@ def test_a_new_region_is_warm_before_its_first_engine(pair: Pair, folder: Path) 
         assert report["bytes_from_bucket"] == 24 * SIZE
         assert report["ready"] == 1.0
         assert report["prefill_seconds_saved"] == pytest.approx(24 * LLAMA.block_tokens / 20_000)
-        with Client(b.socket) as engine:
+        with PatientClient(b.socket) as engine:
             for number, keys in enumerate(chains):
                 assert keys_of(engine, prompt(number, 6)) == keys
                 delivered = loaded(engine, keys)
@@ -150,7 +149,7 @@ def test_a_new_region_is_warm_before_its_first_engine(pair: Pair, folder: Path) 
 
 def published(bucket: ObjectSettings, folder: Path, prompts: int, blocks: int = 4) -> list[list[BlockKey]]:
     """A bucket with chains in it, and its manifest."""
-    with node_on(bucket, folder / "writer") as writer, Client(writer.socket) as engine:
+    with node_on(bucket, folder / "writer") as writer, PatientClient(writer.socket) as engine:
         chains = [save(engine, prompt(number, blocks)) for number in range(prompts)]
 
     async def tell() -> None:
@@ -167,7 +166,7 @@ def test_the_budget_is_kept_and_chains_are_whole(na: ObjectSettings, folder: Pat
         report = warm(node, na, "--budget", str(5 * SIZE))
         assert report["planned"]["bytes"] == 5 * SIZE
         assert sum(report["skipped"].values()) == 7
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             media = [[client.call("inspect", key=key)["media"][0] for key in keys] for keys in chains]
     lengths = [next((i for i, medium in enumerate(chain) if medium == "object"), len(chain)) for chain in media]
     assert sum(lengths) == 5, "prefixes, no holes"
@@ -178,7 +177,7 @@ def test_more_than_host_memory_holds_is_on_disk_and_the_hottest_in_memory(na: Ob
     with node_on(na, folder / "b", "host.bytes=2MiB", "host.extent_bytes=256KiB") as node:
         report = warm(node, na)
         assert report["ready"] == 1.0
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             tiers = {tier["medium"]: tier for tier in client.call("status")["tiers"]}
             assert tiers["disk"]["blocks"] == 120
             for keys in chains:
@@ -193,7 +192,7 @@ def test_prompts_of_a_file(na: ObjectSettings, folder: Path) -> None:
         report = warm(node, na, "--prompts", str(file), "--namespace", "llama")
         assert report["planned"]["blocks"] == 4
         assert report["skipped"] == {"not_in_bucket": 2}
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             assert {medium for medium, _ in loaded(client, chains[1])} <= {Medium.HOST, Medium.DISK}
         for bad in ("[1, -2]", "{}", "not json"):
             file.write_text(bad)
@@ -220,7 +219,7 @@ def test_texts_of_a_file_are_read_with_the_engines_tokenizer(na: ObjectSettings,
         assert "needs --tokenizer" in " ".join(refused.output.split())
         report = warm(node, na, *given, "--tokenizer", str(folder / "model"))
         assert (report["planned"]["blocks"], report["skipped"]) == (3, {})
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             keys_of(client, prompt(0, 4))
             assert [medium is Medium.OBJECT for medium, _ in loaded(client, chain)] == [False, False, False, True]
         for wrong in ((*given, "--tokenizer", str(folder / "nothing")), ("--tokenizer", str(folder / "model"))):
@@ -228,7 +227,7 @@ def test_texts_of_a_file_are_read_with_the_engines_tokenizer(na: ObjectSettings,
 
 
 def test_without_a_manifest_the_latest_blocks_are_hot(na: ObjectSettings, folder: Path) -> None:
-    with node_on(na, folder / "writer") as writer, Client(writer.socket) as engine:
+    with node_on(na, folder / "writer") as writer, PatientClient(writer.socket) as engine:
         save(engine, prompt(0, 3))
     with node_on(na, folder / "b") as node:
         assert warm(node, na)["blocks"] == {"object": 3}
@@ -262,11 +261,11 @@ def test_a_damaged_block_is_skipped_with_what_continues_it(na: ObjectSettings, f
 
 def test_a_node_that_started_earlier_learns_of_new_blocks(na: ObjectSettings, folder: Path) -> None:
     with node_on(na, folder / "b") as node:
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             client.call("status")
         chains = published(na, folder, prompts=5, blocks=8)
         assert warm(node, na)["ready"] == 1.0
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             assert len(loaded(client, chains[0])) == 8
 
 
@@ -278,7 +277,7 @@ def test_a_signal_leaves_a_state_from_which_the_next_run_goes_on(
     with node_on(na, folder / "b") as node:
         argv = [sys.executable, "-m", "kvstore", *arguments(node, na, "--rate", "1MiB")]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             while sum(tier["blocks"] for tier in client.call("status")["tiers"] if tier["medium"] == "host") < 20:
                 assert process.poll() is None
                 time.sleep(0.05)
@@ -295,7 +294,7 @@ def test_a_signal_leaves_a_state_from_which_the_next_run_goes_on(
         rest = warm(node, na)
         assert rest["ready"] == 1.0
         assert rest["bytes_from_bucket"] < 80 * SIZE
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             assert all(len(loaded(client, keys)) == 4 for keys in chains)
 
 

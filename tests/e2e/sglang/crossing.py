@@ -23,8 +23,7 @@ from connectors.sglang.pages import page_view
 from kvstore.identity import NO_PARENT, Namespace
 from kvstore.layout import BlockLayout
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 
 DEGREES = (1, 2, 4, 8)
 BLOCKS = 3
@@ -95,7 +94,7 @@ class VLLM:
         self._pages: list[PagedKV] = [
             Case(block, heads, torch.bfloat16, layout, self._page, pages).build("cpu") for heads in self._heads
         ]
-        self._clients = [stack.enter_context(Client(node.socket)) for _ in self._heads]
+        self._clients = [stack.enter_context(PatientClient(node.socket)) for _ in self._heads]
         self._keyrings = [client.open_namespace(namespace, block.nbytes) for client in self._clients]
 
     def save(self, truth: Truth, keys: Sequence[str]) -> None:

@@ -23,8 +23,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.fixtures import drop_hicache_atexit_pin, match_prefix
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 
 PLAIN = CacheConfig(
     page_size=64, components=(ComponentType.FULL,), num_layers=4, head_num=8, head_dim=128, kv_size=2048, max_context_len=2048
@@ -125,7 +124,7 @@ class OverOurStorage(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         assert match_prefix(consumer, tokens).host_hit_length == 0
 
     def connections(self) -> int:
-        with Client(self.node.socket) as client:
+        with PatientClient(self.node.socket) as client:
             return sum(each["name"] == "SGLang" for each in client.call("status")["clients"])
 
 

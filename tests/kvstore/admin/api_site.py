@@ -13,9 +13,8 @@ import httpx
 
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.testing.admin import RunningApi
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 10_000
@@ -50,7 +49,7 @@ class Site:
 
 
 def save_chain(socket: Path, tokens: list[int]) -> list[BlockKey]:
-    with Client(socket, name="a test") as client:
+    with PatientClient(socket, name="a test") as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keyring.block_keys(chain_digests(tokens, NAMESPACE.block_tokens))
         parents = [NO_PARENT, *keys]

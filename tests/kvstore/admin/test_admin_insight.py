@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kvstore.admin.tree import Segment, grow
 from kvstore.node.api import About, Description
-from kvstore.node.client import Client
 from kvstore.policy.content import pieces
+from kvstore.testing.node import PatientClient
 
 chains = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),
@@ -52,7 +52,7 @@ def test_the_tree_of_a_prompt_shows_hot_prompts_that_begin_alike(own_api: Site) 
     other = [*TOKENS[: 16 * 3], *range(900, 900 + 16 * 2)]
     keys, others = own_api.keys, save_chain(own_api.node.socket, other)
     for name in ("one", "two"):
-        with Client(own_api.node.socket, name=name) as client:
+        with PatientClient(own_api.node.socket, name=name) as client:
             client.open_namespace(NAMESPACE, 10_000)
             client.lookup(keys, timeout=30.0, about=About(f"{name}-a"))
             client.lookup(others, timeout=30.0, about=About(f"{name}-b"))
@@ -72,7 +72,7 @@ def test_where_prompts_part_is_reported(own_api: Site) -> None:
     assert own_api.get("/v1/breakers")["breakers"] == []
     source = random.Random(1)
     same = [source.randrange(1000) for _ in range(4000)]
-    with Client(own_api.node.socket, name="engine") as client:
+    with PatientClient(own_api.node.socket, name="engine") as client:
         client.open_namespace(NAMESPACE, 10_000)
         for day in range(3):
             prompt = [*same[:64], *[source.randrange(1000) for _ in range(32)], *same[64:]]

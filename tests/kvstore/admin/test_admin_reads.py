@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from api_site import BLOCK_BYTES, BLOCKS, NAMESPACE, TOKENS, Site, api_site
 
-from kvstore.node.client import Client
+from kvstore.testing.node import PatientClient
 from kvstore.warmth import WarmState, Warmth, write_warmth
 
 PROMPT = {"namespace": "org/toy", "tokens": TOKENS}
@@ -149,7 +149,7 @@ def test_namespaces_and_models(shared_api: Site) -> None:
 
 def test_hot_prompts_are_those_asked_for_again(own_api: Site) -> None:
     for _ in range(2):
-        with Client(own_api.node.socket) as client:
+        with PatientClient(own_api.node.socket) as client:
             client.open_namespace(NAMESPACE, BLOCK_BYTES)
             client.lookup(own_api.keys)
     (prompt,) = own_api.get("/v1/hot", namespace="org/toy")["items"]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from kvstore.identity import BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 from kvstore.tiers.object import ObjectTier
 from kvstore.tiers.object.names import block_name
@@ -39,7 +38,7 @@ class Region:
         settings = [f"object.url={self.bucket}", f"catalog.url={self.catalog}", "disk.enabled=false"]
         running = RunningNode(directory, *settings, *overrides)
         self._stack.callback(running.stop)
-        client = Client(running.socket, name="test")
+        client = PatientClient(running.socket, name="test")
         self._stack.callback(client.close)
         return Peer(running, client)
 
@@ -50,7 +49,7 @@ class Region:
 class Peer:
     """A node and a client of it."""
 
-    def __init__(self, running: RunningNode, client: Client) -> None:
+    def __init__(self, running: RunningNode, client: PatientClient) -> None:
         self.running = running
         self.client = client
         self.keyring = client.open_namespace(SPACE, BLOCK_BYTES)
@@ -74,11 +73,11 @@ class Peer:
         for key, offset in zip(keys, reserved.offsets, strict=True):
             assert offset is not None
             reserved.arena.slot(offset, BLOCK_BYTES)[:] = payload(key)
-        return keys, self.client.commit(keys, durable=Medium.OBJECT, timeout=20)
+        return keys, self.client.commit(keys, durable=Medium.OBJECT)
 
     def load(self, keys: list[BlockKey]) -> int:
         """How many of a prefix are delivered; each as it was saved."""
-        acquired = self.client.acquire(keys, 10)
+        acquired = self.client.acquire(keys, 50)
         for key, offset in zip(keys, acquired.offsets, strict=False):
             assert bytes(acquired.arena.slot(offset, BLOCK_BYTES)) == payload(key)
         self.client.release(keys[: len(acquired.offsets)])

@@ -13,8 +13,7 @@ from typer.testing import CliRunner, Result
 from kvstore.cli import app
 from kvstore.identity import BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import NodeProcess
+from kvstore.testing.node import NodeProcess, PatientClient
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 100_000
@@ -65,7 +64,7 @@ def running_site() -> Iterator[Site]:
 
 
 def save_a_chain(socket: Path) -> list[BlockKey]:
-    with Client(socket, name="a test") as client:
+    with PatientClient(socket, name="a test") as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keyring.block_keys(chain_digests(range(NAMESPACE.block_tokens * BLOCKS), NAMESPACE.block_tokens))
         parents = [BlockKey(bytes(16)), *keys]

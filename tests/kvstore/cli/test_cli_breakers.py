@@ -14,14 +14,11 @@ from typer.testing import CliRunner
 from kvstore.cli import app
 from kvstore.identity import chain_digests
 from kvstore.node.api import About, Description
-from kvstore.node.client import Client
 from kvstore.policy.content import pieces
+from kvstore.testing.node import PatientClient
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-
-PATIENCE = 30.0
-"""Seconds for an answer: other tests may have the machine."""
 
 MANUAL = [
     f"Step {n}: turn valve {n * 37 % 101} by {n * 13 % 90} degrees, then read gauge {n * 71 % 53}." for n in range(90)
@@ -87,21 +84,21 @@ def test_traffic_of_a_node(site: Site, tokenizer: Path) -> None:
     for number in range(3):
         tokens = loaded.encode(f"Request {number}. {' '.join(MANUAL)}")
         cut = pieces(tokens, b"secret")
-        with Client(site.node.socket) as client:
+        with PatientClient(site.node.socket) as client:
             keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
             keys = keyring.block_keys(chain_digests(tokens, NAMESPACE.block_tokens))
             about = About(f"cmpl-{number}")
-            client.lookup(keys, about=about, timeout=PATIENCE)
-            client.lookup(keys[:1], about=about, timeout=PATIENCE)
-            client.lookup(keys, about=about, timeout=PATIENCE)
+            client.lookup(keys, about=about)
+            client.lookup(keys[:1], about=about)
+            client.lookup(keys, about=about)
             head, tail = tuple(tokens[:12]), tuple(tokens[-4:])
             client.describe(about, Description(cut.tokens, cut.starts.tobytes(), cut.hashes.tobytes(), head, tail))
     text = site.run("breakers").stdout
     assert "3 prompts" in text
     assert "cmpl-1 at" in text
-    with Client(site.node.socket) as client:  # the last prompt again, from another client: now it is hot
+    with PatientClient(site.node.socket) as client:  # the last prompt again, from another client: now it is hot
         client.open_namespace(NAMESPACE, BLOCK_BYTES)
-        client.lookup(keys, timeout=PATIENCE)
+        client.lookup(keys)
     assert "Request 2." in site.run("hot", "--tokenizer", str(tokenizer)).stdout
     (prompt, *_) = json.loads(site.run("hot", "--tokenizer", str(tokenizer), "--json").stdout)
     assert prompt["preview"].startswith("Request 2.")

@@ -10,10 +10,7 @@ import pytest
 from cli_site import BLOCK_BYTES, BLOCKS, NAMESPACE, Site
 
 from kvstore.node.api import About
-from kvstore.node.client import Client
-
-PATIENCE = 30.0
-"""Seconds for an answer: other tests may have the machine."""
+from kvstore.testing.node import PatientClient
 
 
 def document(site: Site, *arguments: str) -> Any:
@@ -42,9 +39,9 @@ def test_explain_a_prompt(shared: Site, ids: Path) -> None:
 
 
 def test_explain_a_request(shared: Site) -> None:
-    with Client(shared.node.socket, name="vLLM") as client:
+    with PatientClient(shared.node.socket, name="vLLM") as client:
         client.open_namespace(NAMESPACE, BLOCK_BYTES)
-        client.lookup(shared.keys, about=About("chatcmpl-7-0-ab"), timeout=PATIENCE)
+        client.lookup(shared.keys, about=About("chatcmpl-7-0-ab"))
     assert "Request chatcmpl-7-0-ab of vLLM to tiny-llama" in shared.run("explain", "chatcmpl-7").stdout
 
 

@@ -12,9 +12,8 @@ import pytest
 from kvstore.errors import KVStoreError
 from kvstore.identity import BlockKey
 from kvstore.node.auditing import CHANGES
-from kvstore.node.client import Client
 from kvstore.node.protocol import join_keys
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.testing.tenants import prompt_of, save, tenant_site
 
 KEYS = [BlockKey(bytes([number]) * 16) for number in (1, 2)]
@@ -26,7 +25,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_change_has_a_line_with_who_and_what_came_of_it(tmp_path: Path) -> None:
-    with RunningNode(tmp_path) as node, Client(node.socket, name="a script") as client:
+    with RunningNode(tmp_path) as node, PatientClient(node.socket, name="a script") as client:
         client.call("status")
         client.call("policy")
         client.call("policy", mode="observe")
@@ -47,7 +46,7 @@ def test_every_change_has_a_line_with_who_and_what_came_of_it(tmp_path: Path) ->
 
 
 def test_the_api_keeps_lines_of_its_own(tmp_path: Path) -> None:
-    with RunningNode(tmp_path) as node, Client(node.socket, name="admin API") as client:
+    with RunningNode(tmp_path) as node, PatientClient(node.socket, name="admin API") as client:
         client.call("delete", keys=join_keys(KEYS))
     assert lines(tmp_path) == []
 

@@ -15,14 +15,11 @@ import pytest
 from kvstore.errors import BlockNotFound, ProtocolError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
 from kvstore.node.api import About, NewBlock, Report
-from kvstore.node.client import Client
 from kvstore.node.protocol import join_keys
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 
 BLOCK_BYTES = 250_000
-PATIENCE = 30.0
-"""Seconds for an answer: other tests may have the machine."""
 NAMESPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
     block_tokens=16, layout="opaque:test",
@@ -36,8 +33,8 @@ def node(tmp_path: Path) -> Iterator[RunningNode]:
 
 
 @pytest.fixture
-def client(node: RunningNode) -> Iterator[Client]:
-    with Client(node.socket, name="an engine") as client:
+def client(node: RunningNode) -> Iterator[PatientClient]:
+    with PatientClient(node.socket, name="an engine") as client:
         yield client
 
 
@@ -52,7 +49,7 @@ def keys_of(
 
 
 def save(
-    client: Client, keys: Sequence[BlockKey], namespace: Namespace = NAMESPACE, durable: Medium = Medium.HOST
+    client: PatientClient, keys: Sequence[BlockKey], namespace: Namespace = NAMESPACE, durable: Medium = Medium.HOST
 ) -> None:
     blocks = [NewBlock(key, keys[at - 1] if at else NO_PARENT, at) for at, key in enumerate(keys)]
     reserved = client.reserve(namespace, blocks)
@@ -61,11 +58,11 @@ def save(
     )
 
 
-def crowd_out(client: Client, keyring: Keyring, victim: BlockKey) -> BlockKey:
+def crowd_out(client: PatientClient, keyring: Keyring, victim: BlockKey) -> BlockKey:
     """Save one block after the other until host memory gives the victim up; the last one saved."""
     for number in range(100, 200):
         (newcomer,) = keys_of(keyring, prompt(number, 1))
-        client.lookup([newcomer], about=About(f"request-{number}"), timeout=PATIENCE)
+        client.lookup([newcomer], about=About(f"request-{number}"))
         save(client, [newcomer])
         if "host" not in client.call("inspect", key=victim)["media"]:
             return newcomer
@@ -76,15 +73,15 @@ def packed(tokens: Sequence[int]) -> bytes:
     return np.array(tokens, dtype="<u4").tobytes()
 
 
-def explain(client: Client, **arguments: Any) -> Any:
-    return client.call("explain", 10.0, **arguments)
+def explain(client: PatientClient, **arguments: Any) -> Any:
+    return client.call("explain", **arguments)
 
 
 def reasons(document: Any) -> list[str]:
     return [block["why"] for block in document["blocks"]]
 
 
-def test_a_prompt_by_its_tokens(client: Client) -> None:
+def test_a_prompt_by_its_tokens(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     tokens = prompt(1, 4)
     keys = keys_of(keyring, tokens)
@@ -100,11 +97,11 @@ def test_a_prompt_by_its_tokens(client: Client) -> None:
     assert reasons(explain(client, tokens=packed(tokens), namespace=NAMESPACE.digest))[:2] == ["deleted", "deleted"]
 
 
-def test_an_evicted_block_names_the_block_that_took_its_place(client: Client) -> None:
+def test_an_evicted_block_names_the_block_that_took_its_place(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     first = keys_of(keyring, prompt(1, 1))
     save(client, first)
-    client.lookup(first, timeout=PATIENCE)
+    client.lookup(first)
     newcomer = crowd_out(client, keyring, first[0])
     (block,) = explain(client, tokens=packed(prompt(1, 1)), namespace=NAMESPACE.digest)["blocks"]
     assert block["why"] == "evicted"
@@ -115,11 +112,11 @@ def test_an_evicted_block_names_the_block_that_took_its_place(client: Client) ->
     assert block["hits"] > 0, "it was asked for"
 
 
-def test_a_request_by_its_id_is_judged_as_of_then(client: Client) -> None:
+def test_a_request_by_its_id_is_judged_as_of_then(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     keys = keys_of(keyring, prompt(1, 3))
     save(client, keys[:1])
-    client.lookup(keys, about=About("cmpl-17-0-8c41"), timeout=PATIENCE)
+    client.lookup(keys, about=About("cmpl-17-0-8c41"))
     save(client, keys[1:])
     document = explain(client, request="cmpl-17")
     assert document["request"] == "cmpl-17-0-8c41"
@@ -132,22 +129,22 @@ def test_a_request_by_its_id_is_judged_as_of_then(client: Client) -> None:
 
 
 def test_a_load_that_failed_is_told_apart_from_a_miss(tmp_path: Path) -> None:
-    with RunningNode(tmp_path) as node, Client(node.socket) as client:
+    with RunningNode(tmp_path) as node, PatientClient(node.socket) as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keys_of(keyring, prompt(1, 2))
         save(client, keys, durable=Medium.DISK)
         client.call("evict", keys=join_keys(keys), medium="host")
-        client.lookup(keys, about=About("late"), timeout=PATIENCE)
+        client.lookup(keys, about=About("late"))
         assert client.acquire(keys, 0.0).offsets == ()
         assert reasons(explain(client, request="late")) == ["deadline", "deadline"]
 
 
 def test_what_admission_refused_names_the_rule(tmp_path: Path) -> None:
     overrides = [f"object.url=file://{tmp_path}/bucket", "disk.enabled=false", "policy.admission=enforce"]
-    with RunningNode(tmp_path, *overrides) as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, *overrides) as node, PatientClient(node.socket) as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keys_of(keyring, prompt(1, 1))
-        client.lookup(keys, about=About("first"), timeout=PATIENCE)
+        client.lookup(keys, about=About("first"))
         save(client, keys)
         crowd_out(client, keyring, keys[0])
         (block,) = explain(client, tokens=packed(prompt(1, 1)), namespace=NAMESPACE.digest)["blocks"]
@@ -157,13 +154,16 @@ def test_what_admission_refused_names_the_rule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["enforce", "observe"])
 def test_what_the_planner_preferred_to_compute_has_both_estimates(tmp_path: Path, mode: str) -> None:
-    with RunningNode(tmp_path, "disk.enabled=false", f"policy.planner={mode}") as node, Client(node.socket) as client:
+    with (
+        RunningNode(tmp_path, "disk.enabled=false", f"policy.planner={mode}") as node,
+        PatientClient(node.socket) as client,
+    ):
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         keys = keys_of(keyring, prompt(1, 8))
         save(client, keys)
         steps = [(tokens, tokens * tokens / 2, tokens * 1e-6) for tokens in range(64, 2048, 64)]
         client.report(Report(steps=steps, loads=[(count * BLOCK_BYTES, count * 1.0) for count in range(1, 40)]))
-        client.lookup(keys, about=About("slow"), waiting=0, timeout=PATIENCE)
+        client.lookup(keys, about=About("slow"), waiting=0)
         document = explain(client, request="slow")
         if mode == "observe":
             assert set(reasons(document)) == {"held"}, "it was told to load"
@@ -184,7 +184,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("field", "other"), OTHERS)
 def test_a_prompt_that_is_stored_in_another_namespace_names_the_field(
-    client: Client, field: str, other: Namespace
+    client: PatientClient, field: str, other: Namespace
 ) -> None:
     tokens = prompt(1, 4)
     save(client, keys_of(client.open_namespace(other, BLOCK_BYTES), tokens, other), other)
@@ -197,11 +197,11 @@ def test_a_prompt_that_is_stored_in_another_namespace_names_the_field(
     assert reasons(document) == ["other_namespace"] * 4 + ["never_stored"]
 
 
-def test_a_prompt_that_is_stored_for_an_adapter_says_so(client: Client) -> None:
+def test_a_prompt_that_is_stored_for_an_adapter_says_so(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     tokens, seed = prompt(1, 2), chain_seed(lora="d1gest")
     keys = keys_of(keyring, tokens, seed=seed)
-    client.lookup(keys, about=About("r", seed, "d1gest"), timeout=PATIENCE)
+    client.lookup(keys, about=About("r", seed, "d1gest"))
     save(client, keys)
     plain = explain(client, tokens=packed(tokens), namespace=NAMESPACE.digest)
     assert plain["elsewhere"][0]["differs"] == {"lora": ["", "d1gest"]}
@@ -223,14 +223,14 @@ def test_a_prompt_that_is_stored_for_an_adapter_says_so(client: Client) -> None:
         {"tokens": b"1234", "namespace": NAMESPACE.digest, "lora": "x" * 1000},
     ],
 )
-def test_what_names_no_chain_is_refused(client: Client, arguments: dict[str, Any]) -> None:
+def test_what_names_no_chain_is_refused(client: PatientClient, arguments: dict[str, Any]) -> None:
     client.open_namespace(NAMESPACE, BLOCK_BYTES)
     with pytest.raises(ProtocolError):
         explain(client, **arguments)
 
 
 def test_a_pinned_chain_outlives_traffic_and_a_restart(tmp_path: Path) -> None:
-    with RunningNode(tmp_path, "disk.enabled=false") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, "disk.enabled=false") as node, PatientClient(node.socket) as client:
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         kept = keys_of(keyring, prompt(1, 3))
         save(client, kept)
@@ -238,10 +238,10 @@ def test_a_pinned_chain_outlives_traffic_and_a_restart(tmp_path: Path) -> None:
         assert (pinned["pinned"], pinned["held"]) == (3, {"host": 3})
         for number in range(2, 40):
             save(client, keys_of(keyring, prompt(number, 1)))
-        assert client.lookup(kept, timeout=PATIENCE).blocks == 3, "a pinned chain is given up last"
+        assert client.lookup(kept).blocks == 3, "a pinned chain is given up last"
         document = explain(client, key=kept[-1])
         assert [block["pinned_until"] for block in document["blocks"]] == [pytest.approx(time.time() + 600, abs=60)] * 3
-    with RunningNode(tmp_path, "disk.enabled=false") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, "disk.enabled=false") as node, PatientClient(node.socket) as client:
         client.open_namespace(NAMESPACE, BLOCK_BYTES)
         (pin,) = client.call("pins")["pins"]
         assert (pin["blocks"], pin["key"]) == (3, kept[-1])
@@ -251,20 +251,20 @@ def test_a_pinned_chain_outlives_traffic_and_a_restart(tmp_path: Path) -> None:
         assert client.call("pins")["pins"] == []
 
 
-def test_pins_are_soft_and_have_an_end(client: Client) -> None:
+def test_pins_are_soft_and_have_an_end(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     for number in range(1, 40):  # more than fit: the tier gives up pinned blocks for want of others
         save(client, keys_of(keyring, prompt(number, 1)))
         client.call("pin", tokens=packed(prompt(number, 1)), namespace=NAMESPACE.digest, seconds=60)
     newest = keys_of(keyring, prompt(50, 1))
     save(client, newest)
-    assert client.lookup(newest, timeout=PATIENCE).blocks == 1
+    assert client.lookup(newest).blocks == 1
     for seconds in (0, -1, 25 * 3600, "long", None):
         with pytest.raises(ProtocolError, match="seconds"):
             client.call("pin", key=newest[0], seconds=seconds)
 
 
-def test_a_chain_is_found_from_its_last_block(client: Client) -> None:
+def test_a_chain_is_found_from_its_last_block(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
     keys = keys_of(keyring, prompt(1, 4))
     save(client, keys)
@@ -277,7 +277,7 @@ def test_the_node_answers_engines_while_it_explains(node: RunningNode) -> None:
     """A long prompt is hashed in a thread."""
 
     async def both() -> None:
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
             tokens = packed(range(1 << 18))
             work = asyncio.create_task(asyncio.to_thread(explain, client, tokens=tokens, namespace=NAMESPACE.digest))

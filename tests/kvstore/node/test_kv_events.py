@@ -14,8 +14,7 @@ from kvstore.config import load
 from kvstore.errors import ConfigError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.testing.servers import free_port
 from kvstore.tiers.base import Medium
 
@@ -29,7 +28,7 @@ NAMESPACE = Namespace(
 KEYS = [BlockKey(bytes([number]) * 16) for number in range(1, 4)]
 
 
-def save(client: Client) -> None:
+def save(client: PatientClient) -> None:
     client.open_namespace(NAMESPACE, BLOCK_BYTES)
     blocks = [
         NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(KEYS, [NO_PARENT, *KEYS], strict=False))
@@ -68,7 +67,7 @@ class Subscriber:
 
 def test_saves_writes_and_deletions_are_published_in_order(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
-    with RunningNode(tmp_path, f"events.listen={address}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"events.listen={address}") as node, PatientClient(node.socket) as client:
         subscriber = Subscriber(address)
         save(client)
         client.delete(KEYS[2:])
@@ -94,7 +93,7 @@ def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
     kv_events = pytest.importorskip("vllm.distributed.kv_events")
     msgspec = pytest.importorskip("msgspec")
     address = f"ipc://{tmp_path / 'events'}"
-    with RunningNode(tmp_path, f"events.listen={address}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"events.listen={address}") as node, PatientClient(node.socket) as client:
         subscriber = Subscriber(address)
         save(client)
         client.delete(KEYS)

@@ -15,9 +15,8 @@ import pytest
 from kvstore.config import default_socket, load
 from kvstore.errors import ConfigError, NodeUnavailable
 from kvstore.node.api import PROTOCOL_VERSION
-from kvstore.node.client import Client
 from kvstore.node.protocol import encode
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 
 STRANGER = 54_321
 PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
@@ -62,7 +61,7 @@ def test_the_socket_and_its_folder_are_their_users_alone(folder: Path) -> None:
     with RunningNode(folder, f"node.socket={path}"):
         assert (mode(path), mode(path.parent)) == (0o600, 0o700)
         assert greet_as(STRANGER, path).returncode != 0
-    with Client(path) as client, RunningNode(folder, f"node.socket={path}"):
+    with PatientClient(path) as client, RunningNode(folder, f"node.socket={path}"):
         assert client.call("status")["tiers"]
 
 
@@ -74,7 +73,7 @@ def test_another_user_is_refused_by_what_the_kernel_says_and_the_refusal_logged(
         assert mode(node.socket) == 0o666
         refused = greet_as(STRANGER, node.socket)
         assert refused.stdout.strip() in ("0", ""), "nothing was sent, the arena's descriptor least of all"
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             assert len(client.call("status")["clients"]) == 1
     said = "".join(capfd.readouterr())
     assert f"user {STRANGER} " in said
@@ -128,7 +127,7 @@ def test_a_client_does_not_speak_to_a_stranger_at_the_default_path(
     ) as it:
         assert it.stdout is not None
         assert it.stdout.readline() == "listening\n"
-        with Client(path) as client, pytest.raises(NodeUnavailable, match=f"user {STRANGER} "):
+        with PatientClient(path) as client, pytest.raises(NodeUnavailable, match=f"user {STRANGER} "):
             client.call("status")
         assert it.stdout.readline() == "0\n", "it was told nothing"
 
@@ -158,7 +157,7 @@ def test_a_client_that_left_keeps_nothing_of_the_nodes_memory(tmp_path: Path) ->
     with RunningNode(tmp_path) as node:
         before = held()
         for _ in range(3):
-            with Client(node.socket) as client:
+            with PatientClient(node.socket) as client:
                 assert client.call("status")["pid"]
         assert held() == before
 

@@ -12,13 +12,9 @@ import pytest
 from kvstore.errors import ProtocolError
 from kvstore.identity import NO_PARENT, Namespace, chain_digests
 from kvstore.node.api import About, Description
-from kvstore.node.client import Client
 from kvstore.node.promptverbs import MOST_PROMPTS
 from kvstore.policy.content import pieces
-from kvstore.testing.node import RunningNode
-
-PATIENCE = 30.0
-"""Seconds for an answer: other tests may have the machine."""
+from kvstore.testing.node import PatientClient, RunningNode
 
 NAMESPACE = Namespace(
     model="toy", weights="1", dtype="float32", layers=2, kv_heads=2, head_dim=8, attention="gqa", rope="",
@@ -27,8 +23,8 @@ NAMESPACE = Namespace(
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[Client]:
-    with RunningNode(tmp_path, "disk.enabled=false") as node, Client(node.socket) as client:
+def client(tmp_path: Path) -> Iterator[PatientClient]:
+    with RunningNode(tmp_path, "disk.enabled=false") as node, PatientClient(node.socket) as client:
         client.open_namespace(NAMESPACE, 10_000)
         yield client
 
@@ -38,14 +34,14 @@ def text(seed: object, tokens: int) -> list[int]:
     return [source.randrange(1 << 20) for _ in range(tokens)]
 
 
-def describe(client: Client, name: str, tokens: list[int], preview: int = 0) -> None:
+def describe(client: PatientClient, name: str, tokens: list[int], preview: int = 0) -> None:
     cut = pieces(tokens, b"secret")
     tail = tuple(tokens[-preview:]) if preview else ()
     description = Description(len(tokens), cut.starts.tobytes(), cut.hashes.tobytes(), tuple(tokens[:preview]), tail)
-    client.describe(About(name), description, PATIENCE)
+    client.describe(About(name), description)
 
 
-def test_a_date_at_the_beginning_is_found_in_traffic(client: Client) -> None:
+def test_a_date_at_the_beginning_is_found_in_traffic(client: PatientClient) -> None:
     system, manual = text("system", 200), text("manual", 2000)
     for day in range(4):
         describe(client, f"request-{day}", system + text(day, 12) + manual)
@@ -58,7 +54,7 @@ def test_a_date_at_the_beginning_is_found_in_traffic(client: Client) -> None:
     assert breaker["examples"][0]["later"].startswith("request-")
 
 
-def test_prompts_of_other_namespaces_and_adapters_are_not_compared(client: Client) -> None:
+def test_prompts_of_other_namespaces_and_adapters_are_not_compared(client: PatientClient) -> None:
     manual = text("manual", 2000)
     for name in ("a", "b"):
         cut = pieces(text(name, 50) + manual, b"secret")
@@ -67,20 +63,20 @@ def test_prompts_of_other_namespaces_and_adapters_are_not_compared(client: Clien
     assert client.call("breakers")["breakers"] == []
 
 
-def test_only_so_many_prompts_are_remembered(client: Client) -> None:
+def test_only_so_many_prompts_are_remembered(client: PatientClient) -> None:
     for number in range(MOST_PROMPTS + 5):
         describe(client, str(number), text(number % 3, 20))
     assert client.call("breakers")["prompts"] == MOST_PROMPTS
 
 
-def test_previews_of_prompts_that_a_block_is_in(client: Client) -> None:
+def test_previews_of_prompts_that_a_block_is_in(client: PatientClient) -> None:
     keyring = client.open_namespace(NAMESPACE, 10_000)
     system = text("system", 32)
     keys = {}
     for name in ("one", "two"):
         tokens = system + text(name, 32)
         keys[name] = keyring.block_keys(chain_digests(tokens, NAMESPACE.block_tokens))
-        client.lookup(keys[name], about=About(name), timeout=PATIENCE)
+        client.lookup(keys[name], about=About(name))
         describe(client, name, tokens, preview=4)
     shared, last, unknown = keys["one"][1], keys["one"][-1], NO_PARENT
     previews = client.call("previews", keys=shared + last + unknown)
@@ -116,7 +112,7 @@ GOOD: dict[str, Any] = {
         {"seed": bytes(33)},
     ],
 )
-def test_what_is_no_description_is_refused(client: Client, wrong: dict[str, Any]) -> None:
+def test_what_is_no_description_is_refused(client: PatientClient, wrong: dict[str, Any]) -> None:
     client.call("describe", **GOOD)
     with pytest.raises(ProtocolError):
         client.call("describe", **{**GOOD, **wrong})

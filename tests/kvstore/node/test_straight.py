@@ -19,9 +19,8 @@ from kvstore.encryption import new_key
 from kvstore.errors import DeadlineExceeded, ProtocolError
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import Miss, NewBlock
-from kvstore.node.client import Client
 from kvstore.node.straight import Read, StraightReads
-from kvstore.testing.node import NodeProcess, RunningNode, wait_for
+from kvstore.testing.node import NodeProcess, PatientClient, RunningNode, wait_for
 from kvstore.testing.tenants import MODEL, tenant_site
 
 HALF = 8192
@@ -47,13 +46,13 @@ def node(tmp_path: Path) -> Iterator[RunningNode]:
 
 
 @pytest.fixture
-def client(node: RunningNode) -> Iterator[Client]:
-    with Client(node.socket) as client:
+def client(node: RunningNode) -> Iterator[PatientClient]:
+    with PatientClient(node.socket) as client:
         yield client
 
 
 @pytest.fixture
-def reads(client: Client) -> Iterator[StraightReads]:
+def reads(client: PatientClient) -> Iterator[StraightReads]:
     reads = StraightReads(client)
     yield reads
     reads.close()
@@ -79,7 +78,7 @@ def payload_of(key: BlockKey) -> bytes:
     return key * (BLOCK_BYTES // len(key))
 
 
-def save(client: Client, blocks: int, seed: int = 0, space: Namespace = NAMESPACE) -> list[BlockKey]:
+def save(client: PatientClient, blocks: int, seed: int = 0, space: Namespace = NAMESPACE) -> list[BlockKey]:
     """Save a chain and let it be on the disk only."""
     keyring = client.open_namespace(space, BLOCK_BYTES)
     tokens = list(range(seed, seed + blocks * space.block_tokens))
@@ -91,12 +90,12 @@ def save(client: Client, blocks: int, seed: int = 0, space: Namespace = NAMESPAC
         assert offset is not None
         reserved.arena.buffer[offset : offset + BLOCK_BYTES] = payload_of(key)
     client.commit(keys)
-    assert client.call("drain", 60, timeout=50)["drained"]
+    assert client.call("drain", timeout=50)["drained"]
     wait_for(lambda: client.call("evict", medium="host", keys=b"".join(keys)) and not in_memory(client, keys))
     return keys
 
 
-def in_memory(client: Client, keys: Sequence[BlockKey]) -> int:
+def in_memory(client: PatientClient, keys: Sequence[BlockKey]) -> int:
     return sum("host" in client.call("inspect", key=key)["media"] for key in keys)
 
 
@@ -129,17 +128,17 @@ def change(folder: Path, key: BlockKey) -> None:
 # What the node points to
 
 
-def test_a_block_on_the_disk_is_read_past_the_nodes_memory(client: Client, reads: StraightReads) -> None:
+def test_a_block_on_the_disk_is_read_past_the_nodes_memory(client: PatientClient, reads: StraightReads) -> None:
     keys, pool = save(client, 5), Pool(5)
     assert reads.read(located(reads, keys, pool), soon()) == 5
     assert [pool.block(page) for page in range(5)] == list(map(payload_of, keys))
     assert in_memory(client, keys) == 0
     delivered = "kvstore_delivered_blocks_total{tier=disk}"
     wait_for(lambda: client.call("status")["counters"].get(delivered) == 5)
-    assert client.lookup(keys, timeout=10).seconds > 0, "the planner learns how fast the disk is"
+    assert client.lookup(keys).seconds > 0, "the planner learns how fast the disk is"
 
 
-def test_what_is_wanted_again_is_to_be_in_memory(client: Client, reads: StraightReads) -> None:
+def test_what_is_wanted_again_is_to_be_in_memory(client: PatientClient, reads: StraightReads) -> None:
     keys, pool = save(client, 3), Pool(3)
     assert reads.read(located(reads, keys[:2], Pool(2)), soon()) == 2
     again = reads.locate(keys, pool.pages, soon())
@@ -150,7 +149,7 @@ def test_what_is_wanted_again_is_to_be_in_memory(client: Client, reads: Straight
     assert client.locate(keys, 10) == [None] * 3
 
 
-def test_what_is_not_there_is_not_pointed_to(client: Client) -> None:
+def test_what_is_not_there_is_not_pointed_to(client: PatientClient) -> None:
     assert client.locate([BlockKey(bytes(16))], 10) == [None]
     assert client.locate([], 10) == []
 
@@ -158,7 +157,7 @@ def test_what_is_not_there_is_not_pointed_to(client: Client) -> None:
 def test_what_the_bucket_lacks_goes_by_way_of_the_arena(tmp_path: Path) -> None:
     """From where it is written to the bucket; and what may be buried goes there to be judged."""
     bucket = f"object.url=file://{tmp_path}/bucket"
-    with RunningNode(tmp_path, bucket, "policy.admission=off") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, bucket, "policy.admission=off") as node, PatientClient(node.socket) as client:
         keys = save(client, 2)
         assert client.call("inspect", key=keys[0])["media"] == ["disk", "object"]
         client.call("evict", medium="object", keys=keys[1])
@@ -171,7 +170,7 @@ def test_what_the_bucket_lacks_goes_by_way_of_the_arena(tmp_path: Path) -> None:
 
 
 def test_encrypted_blocks_are_left_to_the_node(tmp_path: Path) -> None:
-    with RunningNode(tmp_path, f"encryption.keys={new_key()}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"encryption.keys={new_key()}") as node, PatientClient(node.socket) as client:
         assert client.locate(save(client, 1), 10) == [None]
 
 
@@ -180,7 +179,7 @@ def test_tenants_are_not_pointed_to_files_that_they_share() -> None:
         assert client.locate(save(client, 1, space=MODEL), 10) == [None]
 
 
-def test_wrong_arguments_are_refused(client: Client) -> None:
+def test_wrong_arguments_are_refused(client: PatientClient) -> None:
     wrong: list[tuple[str, dict[str, Any], str]] = [
         ("locate", {}, "keys must be"),
         ("locate", {"keys": b"short"}, "keys must be"),
@@ -193,18 +192,18 @@ def test_wrong_arguments_are_refused(client: Client) -> None:
             client.call(verb, **arguments)
 
 
-def test_what_a_client_says_of_blocks_that_are_not_there_counts_for_nothing(client: Client) -> None:
+def test_what_a_client_says_of_blocks_that_are_not_there_counts_for_nothing(client: PatientClient) -> None:
     keys = save(client, 1)
     client.was_read([BlockKey(bytes([at]) * 16) for at in range(9)], 1e-9)
     client.was_read(keys, 0.0)
-    assert client.lookup(keys, timeout=10).seconds == 0, "nothing is known of the disk"
+    assert client.lookup(keys).seconds == 0, "nothing is known of the disk"
 
 
 # What a reader believes
 
 
 def test_a_block_that_was_altered_is_not_delivered_and_the_node_finds_out(
-    client: Client, reads: StraightReads, tmp_path: Path
+    client: PatientClient, reads: StraightReads, tmp_path: Path
 ) -> None:
     keys, pool = save(client, 4), Pool(4)
     change(tmp_path, keys[2])
@@ -214,7 +213,7 @@ def test_a_block_that_was_altered_is_not_delivered_and_the_node_finds_out(
     assert client.call("inspect", key=keys[2])["media"] == []
 
 
-def test_a_slot_that_has_another_block_by_now_is_not_believed(client: Client, reads: StraightReads) -> None:
+def test_a_slot_that_has_another_block_by_now_is_not_believed(client: PatientClient, reads: StraightReads) -> None:
     keys, pool = save(client, 2), Pool(2)
     first, second = located(reads, keys, pool)
     assert reads.read([first._replace(slot=second.slot)], soon()) == 0
@@ -223,7 +222,7 @@ def test_a_slot_that_has_another_block_by_now_is_not_believed(client: Client, re
     assert reads.read([second], soon()) == 1
 
 
-def test_a_file_that_was_cut_or_removed_is_a_miss(client: Client, reads: StraightReads, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_or_removed_is_a_miss(client: PatientClient, reads: StraightReads, tmp_path: Path) -> None:
     keys, pool = save(client, 2), Pool(2)
     found = located(reads, keys, pool)
     path = Path(found[0].slot.path)
@@ -235,7 +234,7 @@ def test_a_file_that_was_cut_or_removed_is_a_miss(client: Client, reads: Straigh
     assert reads.locate(more, Pool(1).pages, soon()) == [None], "who cannot open the files asks no more"
 
 
-def test_memory_that_does_not_fit_is_filled_by_copying(client: Client, reads: StraightReads) -> None:
+def test_memory_that_does_not_fit_is_filled_by_copying(client: PatientClient, reads: StraightReads) -> None:
     keys, memory = save(client, 1), Pool(2).memory
     unaligned = [memory[512 : 512 + BLOCK_BYTES]]
     uneven = [memory[:100], memory[100:BLOCK_BYTES]]
@@ -248,14 +247,14 @@ def test_memory_that_does_not_fit_is_filled_by_copying(client: Client, reads: St
 # Deadlines
 
 
-def test_nothing_is_read_after_the_deadline(client: Client, reads: StraightReads) -> None:
+def test_nothing_is_read_after_the_deadline(client: PatientClient, reads: StraightReads) -> None:
     keys, pool = save(client, 3), Pool(3)
     assert reads.read(located(reads, keys, pool), time.monotonic() - 0.001) == 0
     assert not any(pool.memory)
 
 
 def test_a_load_ends_only_when_nothing_writes_any_more(
-    client: Client, reads: StraightReads, monkeypatch: pytest.MonkeyPatch
+    client: PatientClient, reads: StraightReads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the disk does: who called may use the memory for something else from then on."""
     now = [0.0]

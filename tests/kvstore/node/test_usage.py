@@ -9,8 +9,7 @@ import pytest
 
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import About, NewBlock, Report
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.tiers.wrappers import Faults, Faulty, Wrapped
 
 BLOCK_BYTES, TOKENS = 10_000, 16
@@ -23,26 +22,26 @@ NAMESPACE = Namespace(
 class Site:
     """A node with a chain of four blocks in memory and in its bucket, and a client."""
 
-    def __init__(self, node: RunningNode, client: Client) -> None:
+    def __init__(self, node: RunningNode, client: PatientClient) -> None:
         self.node, self.client = node, client
         keyring = client.open_namespace(NAMESPACE, BLOCK_BYTES)
         self.keys = keyring.block_keys(chain_digests(list(range(6 * TOKENS)), TOKENS))
         held = self.keys[:4]
         client.reserve(NAMESPACE, [NewBlock(key, NO_PARENT, place) for place, key in enumerate(held)])
         client.commit(held)
-        client.call("drain", timeout=10.0)
+        assert client.call("drain", timeout=50.0)["drained"]
 
     def value(self, name: str, **labels: str) -> float:
         return self.node.node.store.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def lookup(self, request: str, keys: list[BlockKey], start: int = 0, waiting: int | None = None) -> None:
-        self.client.lookup(keys, start, 5.0, About(request), waiting)
+        self.client.lookup(keys, start, about=About(request), waiting=waiting)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     with RunningNode(tmp_path, "disk.enabled=false", f"object.url=file://{tmp_path}/b") as node:
-        with Client(node.socket) as client:
+        with PatientClient(node.socket) as client:
             yield Site(node, client)
 
 
@@ -76,10 +75,10 @@ def test_spared_prefill_is_what_the_engine_reported_it_would_take(site: Site) ->
 
 
 def test_loads_are_timed_by_the_slowest_tier_of_their_blocks(site: Site) -> None:
-    site.client.acquire(site.keys[:2], 5.0)
+    site.client.acquire(site.keys[:2], 50.0)
     site.client.release(site.keys[:2])
     site.client.call("evict", medium="host", keys=b"".join(site.keys[1:4]))
-    site.client.acquire(site.keys[:4], 5.0)
+    site.client.acquire(site.keys[:4], 50.0)
     assert site.value("kvstore_load_seconds_count", tier="host") == 1
     assert site.value("kvstore_load_seconds_count", tier="object") == 1
 
@@ -92,7 +91,7 @@ def test_a_tier_that_is_away_shows_in_its_breaker(site: Site) -> None:
     assert isinstance(tier, Wrapped)
     tier.inner = Faulty(tier.inner, Faults(unavailable=1.0))
     site.client.call("evict", medium="host", keys=b"".join(site.keys[:4]))
-    site.client.acquire(site.keys[:4], 5.0)
+    site.client.acquire(site.keys[:4], 50.0)
     wait_for(lambda: site.value("kvstore_breaker_state", tier="object", state="closed") == 0)
     states = [site.value("kvstore_breaker_state", tier="object", state=state) for state in ("open", "half_open")]
     assert sum(states) == 1

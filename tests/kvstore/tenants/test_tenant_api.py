@@ -15,9 +15,8 @@ from kvstore.admin.auth import Role
 from kvstore.admin.tokens import TokenBook
 from kvstore.cli import app
 from kvstore.errors import KVStoreError
-from kvstore.node.client import Client
 from kvstore.testing.admin import RunningApi
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.testing.tenants import BLOCK_BYTES, MODEL, TenantSite, keys_of, loaded, prompt_of, save, tenant_site
 
 PROMPT = prompt_of(5)
@@ -68,13 +67,13 @@ def test_a_tenants_life_over_http(served: Served, capfd: pytest.CaptureFixture[s
             "left": {"host": 0, "disk": 0},
             "job": None,
         }
-        assert acme.lookup(theirs, timeout=10).blocks == 0
+        assert acme.lookup(theirs).blocks == 0
 
     secret = served.ask("POST", "/acme/rotate-secret", {})["secret"]
     with served.site.engine("acme") as acme:
         wait_for(lambda: not set(reached(acme)) & set(theirs), 30)
         token = served.ask("POST", "/acme/rotate-token")["token"]
-        with Client(served.node.socket, token=lambda: made["token"]) as former, pytest.raises(KVStoreError):
+        with PatientClient(served.node.socket, token=lambda: made["token"]) as former, pytest.raises(KVStoreError):
             former.call("status")
         served.site.tokens["acme"] = token
     with served.site.engine("acme") as acme:
@@ -89,7 +88,7 @@ def test_a_tenants_life_over_http(served: Served, capfd: pytest.CaptureFixture[s
         assert text not in shown
 
 
-def reached(engine: Client) -> list[Any]:
+def reached(engine: PatientClient) -> list[Any]:
     try:
         return keys_of(engine, PROMPT)
     except KVStoreError:
@@ -193,6 +192,6 @@ def test_a_node_with_one_tenant_says_so(tmp_path: Path) -> None:
     with tenant_site() as site, RunningNode(site.folder), RunningApi(site.folder) as api:
         answer = httpx.get(f"{api.url}/v1/tenants")
         assert (answer.status_code, answer.json()["type"]) == (404, "urn:kvstore:problem:one-tenant")
-        with Client(site.folder / "node.sock") as client:
+        with PatientClient(site.folder / "node.sock") as client:
             assert loaded(client, keys_of(client, PROMPT)) == []
             assert client.open_namespace(MODEL, BLOCK_BYTES)

@@ -56,7 +56,7 @@ def test_one_report_tells_of_every_tenant(monkeypatch: pytest.MonkeyPatch, tmp_p
             for tenant in ("acme", "globex"):
                 with site.engine(tenant) as engine:
                     last.append(save(engine, PROMPT, durable=Medium.OBJECT)[-1])
-                    engine.lookup(keys_of(engine, PROMPT), timeout=10)
+                    engine.lookup(keys_of(engine, PROMPT))
             wait_for(all_told)
         assert list(in_bucket()) == [node_name(site.folder)]
 

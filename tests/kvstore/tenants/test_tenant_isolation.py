@@ -9,8 +9,7 @@ import pytest
 from kvstore.errors import ProtocolError
 from kvstore.identity import BlockKey, Namespace
 from kvstore.node.api import About
-from kvstore.node.client import Client
-from kvstore.testing.node import RunningNode, wait_for
+from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.testing.tenants import (
     BLOCK_BYTES,
     MODEL,
@@ -46,7 +45,7 @@ def test_equal_prompts_share_no_key_no_hit_and_no_byte(site: TenantSite, node: R
         ours = keys_of(globex, PROMPT)
         assert not set(ours) & set(theirs)
         nobodys = [BlockKey(bytes([number]) * 16) for number in range(1, 6)]
-        assert globex.lookup(ours, timeout=10) == globex.lookup(nobodys, timeout=10)
+        assert globex.lookup(ours) == globex.lookup(nobodys)
         assert save(globex, PROMPT, fill=9) == ours, "nothing of it was there"
         assert (loaded(acme, theirs), loaded(globex, ours)) == ([7] * 5, [9] * 5)
 
@@ -57,8 +56,8 @@ def test_whoever_has_anothers_keys_gets_nothing_by_them(site: TenantSite, node: 
         theirs = save(acme, PROMPT)
         keys_of(globex, PROMPT)
         joined = b"".join(theirs)
-        assert globex.lookup(theirs, timeout=10).blocks == 0
-        assert globex.holds(theirs, timeout=10) == [False] * 5
+        assert globex.lookup(theirs).blocks == 0
+        assert globex.holds(theirs) == [False] * 5
         assert loaded(globex, theirs) == []
         assert globex.call("inspect", key=theirs[0]) == {"media": []}
         assert set(globex.call("delete", keys=joined)["deleted"].values()) == {0}
@@ -72,7 +71,7 @@ def test_whoever_has_anothers_keys_gets_nothing_by_them(site: TenantSite, node: 
 def test_nothing_that_can_be_listed_is_anothers(site: TenantSite, node: RunningNode) -> None:
     with site.engine("acme") as acme, site.engine("globex") as globex:
         theirs = save(acme, PROMPT)
-        acme.lookup(theirs, timeout=10, about=About("acme's request"))
+        acme.lookup(theirs, about=About("acme's request"))
         mine = save(globex, PROMPT[:32])
         status = globex.call("status")
         assert [tier["blocks"] for tier in status["tiers"]] == [2, 2]
@@ -82,7 +81,7 @@ def test_nothing_that_can_be_listed_is_anothers(site: TenantSite, node: RunningN
             assert {one["key"] for one in globex.call("list", medium=medium, limit=100)["blocks"]} == set(mine)
         with site.engine("acme") as again:
             keys_of(again, PROMPT)
-            again.lookup(theirs, timeout=10)
+            again.lookup(theirs)
             wait_for(lambda: acme.call("hot", limit=10)["prompts"])
         assert globex.call("hot", limit=10)["prompts"] == []
         assert globex.call("pins") == {"pins": []}
@@ -119,14 +118,14 @@ def test_a_client_cannot_choose_its_tenant(site: TenantSite, node: RunningNode) 
 
 @pytest.mark.parametrize("token", ["", "kvt_acme_" + "A" * 43, "kvo_" + "A" * 43, "nonsense", "kvt_nobody_" + "A" * 43])
 def test_who_is_in_no_book_is_told_nothing(site: TenantSite, node: RunningNode, token: str) -> None:
-    with Client(node.socket, token=lambda: token) as client, pytest.raises(ProtocolError, match="of no tenant"):
+    with PatientClient(node.socket, token=lambda: token) as client, pytest.raises(ProtocolError, match="of no tenant"):
         client.call("status")
 
 
 def test_a_user_is_of_the_tenant_that_the_book_says(site: TenantSite, node: RunningNode) -> None:
     """Also root, and the user of the node itself: else every container that runs as root would be an operator."""
     site.book.change("acme", uids=(UID,))
-    with Client(node.socket, token=str) as by_user, site.engine("acme") as acme:
+    with PatientClient(node.socket, token=str) as by_user, site.engine("acme") as acme:
         theirs = save(acme, PROMPT)
         assert keys_of(by_user, PROMPT) == theirs
         assert loaded(by_user, theirs) == [1] * 5
@@ -139,9 +138,9 @@ def test_tenants_that_were_declared_to_share_do(site: TenantSite, node: RunningN
     with site.engine("acme") as acme, site.engine("subsidiary") as other, site.engine("globex") as globex:
         theirs = save(acme, PROMPT, fill=5)
         wait_for(lambda: keys_of(other, PROMPT) == theirs)
-        assert other.lookup(theirs, timeout=10).blocks == 5
+        assert other.lookup(theirs).blocks == 5
         assert loaded(other, theirs) == [5] * 5
-        assert globex.lookup(keys_of(globex, PROMPT), timeout=10).blocks == 0
+        assert globex.lookup(keys_of(globex, PROMPT)).blocks == 0
 
 
 def test_a_cache_salt_narrows_and_never_widens(site: TenantSite, node: RunningNode) -> None:
@@ -170,7 +169,7 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
         for _ in range(2):
             with site.engine("acme") as engine:
                 keys_of(engine, PROMPT)
-                engine.lookup(theirs, timeout=10)
+                engine.lookup(theirs)
         wait_for(lambda: operator.call("hot", limit=10)["prompts"])
         whole = operator.call("status")
         assert [(tier["medium"], tier["blocks"]) for tier in whole["tiers"]] == [("host", 5), ("disk", 5)]
@@ -180,7 +179,7 @@ def test_operators_see_every_tenant_and_name_the_one_they_mean(site: TenantSite,
         assert [pin["blocks"] for pin in operator.call("pins")["pins"]] == [5]
         joined = b"".join(theirs)
         assert operator.call("peek", keys=joined)["tiers"][0][1] == 5, "in whose memory it is"
-        acme.lookup(theirs, timeout=10, about=About("some request"))
+        acme.lookup(theirs, about=About("some request"))
         explained = operator.call("explain", request="some request")
         assert [block["key"] for block in explained["blocks"]] == theirs
         assert operator.call("inspect", key=theirs[0])["media"] == ["host", "disk"]

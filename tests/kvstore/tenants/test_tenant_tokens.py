@@ -51,7 +51,7 @@ def served() -> Iterator[tuple[Book, dict[str, list[str]]]]:
         for fill, tenant in enumerate(("acme", "globex"), 1):
             with site.engine(tenant) as engine:
                 held[tenant] = [key.hex() for key in save(engine, PROMPT, fill)]
-                engine.lookup(keys_of(engine, PROMPT), timeout=10)
+                engine.lookup(keys_of(engine, PROMPT))
         tokens = site.folder / "tokens.json"
         book = f"tenants.book={site.folder / 'tenants.json'}"
         api = stack.enter_context(RunningApi(site.folder, book, f"api.tokens={tokens}"))

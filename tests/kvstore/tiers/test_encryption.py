@@ -14,10 +14,9 @@ from kvstore.envelope import HEADER_BYTES, Header, crc32c
 from kvstore.errors import BlockCorrupt, ConfigError, TierUnavailable
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
 from kvstore.node.api import NewBlock
-from kvstore.node.client import Client
 from kvstore.testing.blocks import SealedBlock, aligned_buffer, random_block
 from kvstore.testing.conformance import PAYLOAD_BYTES, TierConformance, assert_holds, put
-from kvstore.testing.node import RunningNode
+from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium, PutResult, Tier
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.encryption import Encrypting
@@ -171,14 +170,14 @@ def test_a_node_without_the_keys_misses_and_one_with_them_hits(tmp_path: Path) -
     keys = [BlockKey(bytes([number]) * 16) for number in range(1, 6)]
 
     def loaded(*settings: str) -> tuple[int, str]:
-        with RunningNode(tmp_path, *settings) as node, Client(node.socket) as client:
+        with RunningNode(tmp_path, *settings) as node, PatientClient(node.socket) as client:
             client.open_namespace(namespace, 10_000)
-            acquired = client.acquire(keys, 5)
+            acquired = client.acquire(keys, 50)
             payloads = [bytes(acquired.arena.slot(offset, 1)) for offset in acquired.offsets]
             assert payloads == [bytes([index]) for index in range(len(payloads))]
             return len(payloads), acquired.miss.value if acquired.miss else ""
 
-    with RunningNode(tmp_path, f"encryption.keys={KEY}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"encryption.keys={KEY}") as node, PatientClient(node.socket) as client:
         client.open_namespace(namespace, 10_000)
         reserved = client.reserve(namespace, [NewBlock(key, NO_PARENT, 0) for key in keys])
         for index, offset in enumerate(reserved.offsets):
@@ -205,7 +204,7 @@ def test_a_node_serves_on_while_its_keys_rotate(tmp_path: Path) -> None:
         scratch.chmod(0o600)
         scratch.replace(file)
 
-    def save(client: Client, wanted: list[BlockKey]) -> None:
+    def save(client: PatientClient, wanted: list[BlockKey]) -> None:
         reserved = client.reserve(namespace, [NewBlock(key, NO_PARENT, 0) for key in wanted])
         for key, offset in zip(wanted, reserved.offsets, strict=True):
             assert offset is not None
@@ -213,8 +212,8 @@ def test_a_node_serves_on_while_its_keys_rotate(tmp_path: Path) -> None:
         assert client.commit(wanted, durable=Medium.DISK) == tuple(wanted)
         client.call("evict", medium="host", keys=b"".join(wanted))
 
-    def load(client: Client, wanted: list[BlockKey]) -> list[BlockKey]:
-        acquired = client.acquire(wanted, 10)
+    def load(client: PatientClient, wanted: list[BlockKey]) -> list[BlockKey]:
+        acquired = client.acquire(wanted, 50)
         found = wanted[: len(acquired.offsets)]
         for key, offset in zip(found, acquired.offsets, strict=True):
             assert bytes(acquired.arena.slot(offset, 10_000)) == key[:1] * 10_000
@@ -223,7 +222,7 @@ def test_a_node_serves_on_while_its_keys_rotate(tmp_path: Path) -> None:
         return found
 
     write(first)
-    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, PatientClient(node.socket) as client:
         client.open_namespace(namespace, 10_000)
         save(client, keys[:3])
         write(second, first)
@@ -231,7 +230,7 @@ def test_a_node_serves_on_while_its_keys_rotate(tmp_path: Path) -> None:
         save(client, keys[3:])
         assert load(client, keys) == keys
     write(second)
-    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, Client(node.socket) as client:
+    with RunningNode(tmp_path, f"encryption.key_file={file}") as node, PatientClient(node.socket) as client:
         client.open_namespace(namespace, 10_000)
         assert load(client, keys[3:]) == keys[3:]
         assert load(client, keys[:3]) == []
