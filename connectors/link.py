@@ -29,14 +29,24 @@ class Link:
     """Opens the namespace as soon as a node answers, and again after one went away. Any thread may ask."""
 
     def __init__(
-        self, client: NodeClient, namespace: Namespace, block_bytes: int, start_node: Callable[[], None] | None = None
+        self,
+        client: NodeClient,
+        namespace: Namespace,
+        block_bytes: int,
+        start_node: Callable[[], None] | None = None,
+        states: tuple[Namespace, int] | None = None,
     ) -> None:
-        """``start_node`` is called when no node answers; it need not wait for the node to be ready."""
+        """``start_node`` is called when no node answers; it need not wait for the node to be ready.
+
+        ``states``: a second namespace and the bytes of its blocks, for what stands behind blocks of the first.
+        """
         self.client = client
         self._namespace = namespace
         self._block_bytes = block_bytes
+        self._states = states
         self._start_node = start_node
         self._keyring: Keyring | None = None
+        self._state_keyring: Keyring | None = None
         self._on_node: Callable[[], None] | None = None
         self._epoch = 0
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=MOST_REPORTED)
@@ -51,6 +61,11 @@ class Link:
     def keyring(self) -> Keyring | None:
         """Makes the namespace's block keys; None while no node is known to answer."""
         return self._keyring
+
+    @property
+    def state_keyring(self) -> Keyring | None:
+        """Makes the keys of ``states``; not None where ``keyring`` is not."""
+        return self._state_keyring
 
     def on_node(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the link's thread for every run of a node that is found."""
@@ -83,7 +98,11 @@ class Link:
         silent = False
         while not self._closed:
             try:
-                self._keyring = self.client.open_namespace(self._namespace, self._block_bytes)
+                if self._states is not None:
+                    self._state_keyring = self.client.open_namespace(*self._states)
+                self._keyring = self.client.open_namespace(
+                    self._namespace, self._block_bytes
+                )  # last: it is the client's
                 silent = False
                 if self._on_node is not None and self.client.epoch != self._epoch:
                     self._epoch = self.client.epoch

@@ -19,7 +19,7 @@ from connectors.vllm.describe import Describer
 from connectors.vllm.keys import Geometry, geometry
 from connectors.vllm.metrics import PromMetrics, Recorder, Stats
 from connectors.vllm.options import Options
-from connectors.vllm.pagers import make_pager
+from connectors.vllm.pagers import make_pagers
 from connectors.vllm.plan import StepPlan, Told
 from connectors.vllm.scheduler import Planner
 from connectors.vllm.timing import Timing
@@ -57,7 +57,8 @@ def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
     socket = options.socket or default_socket()
     start = partial(launch, socket) if start_node and options.autostart else None
     client = Client(socket, "vLLM", max(CONNECT_TIMEOUT, options.lookup_timeout_s))
-    return Link(client, geometry.namespace, geometry.block_bytes, start)
+    states = (geometry.states.namespace, geometry.states.block_bytes) if geometry.states else None
+    return Link(client, geometry.namespace, geometry.block_bytes, start, states)
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -134,7 +135,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         state = getattr(scheduler_output, "kv_connector_block_state", None)  # vLLM 0.32 and later
-        return self.planner.step(scheduler_output, state.get_block_ids if state else None)
+        if state is None:
+            return self.planner.step(scheduler_output, None)
+        return self.planner.step(scheduler_output, state.get_block_ids, state.boundary_state_offloads)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._timing.ended(connector_output)
@@ -166,8 +169,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         rank = get_tensor_model_parallel_rank()
-        pager = make_pager(kv_caches, self._kv_cache_config.num_blocks, self._geometry, rank)
-        self._mover = Mover(self._link, pager, self._geometry, rank, self._recorder, self._options.load_timeout_s)
+        pager, states = make_pagers(kv_caches, self._kv_cache_config.num_blocks, self._geometry, rank)
+        timeout = self._options.load_timeout_s
+        self._mover = Mover(self._link, pager, self._geometry, rank, self._recorder, timeout, states)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepPlan)
@@ -175,7 +179,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self.mover.begin_saves(self._plan.saves)
+        self.mover.begin_saves(self._plan.saves, self._plan.states)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.mover.load_in_step([load for load in self._plan.loads if load.slots])

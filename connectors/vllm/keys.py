@@ -15,6 +15,8 @@ import vllm
 from connectors.modelid import model_name, rope_text, weights_revision
 from connectors.vllm.groups import ONE_TABLE, PageTables, Section, describe, is_a, page_tables, sections
 from connectors.vllm.options import Options
+from connectors.vllm.share import Share
+from connectors.vllm.states import States, has_states, states
 from connectors.weights import weights_digest
 from kvstore.errors import ConfigError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
@@ -37,6 +39,8 @@ class Geometry:
     """Canonical layouts of a block's parts, see ``sections``; none: a block is the pages of all ranks as they are."""
     sections: tuple[Section, ...] = ()
     tables: PageTables = ONE_TABLE
+    states: States | None = None
+    """What recurrent layers keep, for a model that has some."""
 
     @property
     def block_tokens(self) -> int:
@@ -56,10 +60,16 @@ class Geometry:
         page = self.block_bytes // self.pages_per_block // self.parts
         return page * self.tables.layers[table] // sum(self.tables.layers)
 
-    def part(self, rank: int) -> int | None:
-        """Which part of a block a rank writes; None: another rank writes the same."""
+    def share(self, rank: int) -> Share:
+        """What a rank writes of a block."""
         replicas = self.ranks // self.parts
-        return None if rank % replicas else rank // replicas
+        part = None if rank % replicas else rank // replicas
+        return Share(self.namespace, part, self.parts, self.block_bytes // self.parts, self.block_tokens)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a load is good as a whole or not at all: no first bad page could be told of it."""
+        return self.tables.windowed or self.states is not None
 
 
 def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geometry:
@@ -72,10 +82,11 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
             raise ConfigError(
                 name, getattr(parallel, name), "KV that is split this way is not supported", "Set it to 1."
             )
-    spec = groups[0].kv_cache_spec
+    spec = groups[tables.groups[0]].kv_cache_spec
     ranks = parallel.tensor_parallel_size
     page_tokens = spec.block_size
-    block_tokens = options.block_tokens or -(-DEFAULT_BLOCK_TOKENS // page_tokens) * page_tokens
+    least = page_tokens if has_states(groups) else DEFAULT_BLOCK_TOKENS  # a state stands behind any page
+    block_tokens = options.block_tokens or -(-least // page_tokens) * page_tokens
     if block_tokens < 1 or block_tokens % page_tokens:
         raise ConfigError(
             "block_tokens", block_tokens, f"vLLM's block size is {page_tokens}", f"Use a multiple of {page_tokens}."
@@ -89,8 +100,9 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
     layers, mla = sum(tables.layers), is_a(spec, "MLAAttentionSpec")
     kv_heads = 1 if mla else model.get_total_num_kv_heads()
     layouts: tuple[BlockLayout, ...] = ()
-    block_bytes = spec.page_size_bytes * layers * (block_tokens // page_tokens) * ranks
-    if vllm_config.device_config.device_type == "cuda":
+    block_bytes = spec.real_page_size_bytes * layers * (block_tokens // page_tokens) * ranks
+    device = vllm_config.device_config.device_type
+    if device == "cuda":
         layouts = tuple(
             BlockLayout(
                 tokens=block_tokens,
@@ -114,9 +126,12 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
         attention=_attention(spec, parts),
         rope=rope_text(model.hf_text_config.to_dict()),
         block_tokens=block_tokens,
-        layout=layouts[0].name if layouts else _opaque_layout(groups, kv_cache_config, ranks),
+        layout=layouts[0].name
+        if layouts
+        else _opaque_layout([groups[i] for i in tables.groups], kv_cache_config, ranks),
     )
-    return Geometry(namespace, page_tokens, ranks, block_bytes, layouts, parts, tables)
+    recurrent = states(groups, namespace, ranks, device)
+    return Geometry(namespace, page_tokens, ranks, block_bytes, layouts, parts, tables, recurrent)
 
 
 def request_seed(request: Any) -> bytes | None:
@@ -164,6 +179,10 @@ class Chain:
 
     def block(self, index: int) -> NewBlock:
         return NewBlock(self.keys[index], self.keys[index - 1] if index else NO_PARENT, index)
+
+    def states(self, blocks: range, keyring: Keyring) -> list[BlockKey]:
+        """Keys of the states behind blocks that ``extend`` has reached; ``keyring`` is their namespace's."""
+        return keyring.block_keys(self._digests[blocks.start : blocks.stop])
 
 
 def _weights(model: Any) -> str:

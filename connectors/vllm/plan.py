@@ -33,6 +33,15 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True)
+class StateLoad:
+    """The state behind the last of a load's blocks, see ``connectors/vllm/states.py``."""
+
+    key: BlockKey
+    pages: tuple[int, ...]
+    """The engine page to fill of each page table of recurrent layers."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Consecutive blocks to bring into a request's pages."""
 
@@ -50,6 +59,8 @@ class Load:
     slots: Slots | None = None
     """Set: the step that brings this plan computes with the blocks, so they are copied before it. None: they are acquired and
     copied meanwhile, and a later step computes with them."""
+    state: StateLoad | None = None
+    """What recurrent layers go on from."""
 
     def parts(self, pages_per_block: int, tables: int = 1) -> Iterator[tuple[BlockKey, tuple[int, ...], int]]:
         """Per block: its key, the engine pages to fill (as in ``BlockCopy``), and the page of the block at which they start."""
@@ -79,6 +90,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    states: list[Save] = field(default_factory=list)
+    """States of recurrent layers to save: one page of each of their page tables."""
     idle: bool = False
     """Nothing is computed in this step: vLLM only asks whether loads have ended."""
     overwritten: frozenset[int] = frozenset()

@@ -6,8 +6,9 @@ All calls come from vLLM's scheduler thread. Nothing here raises because of the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from connectors.link import Link
@@ -17,12 +18,13 @@ from connectors.vllm.groups import NULL_PAGE
 from connectors.vllm.in_step import Holder, Situation, fits
 from connectors.vllm.keys import Chain, Geometry, multimodal_extra, request_seed
 from connectors.vllm.metrics import Recorder
-from connectors.vllm.plan import Load, Save, Slots, StepPlan, Told
+from connectors.vllm.plan import Load, Save, Slots, StateLoad, StepPlan, Told
+from connectors.vllm.states import Handed, loadable
 from connectors.vllm.timing import Timing
 from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
-from kvstore.identity import BlockKey
-from kvstore.node.api import About, Lookup, Miss, Plan
+from kvstore.identity import NO_PARENT, BlockKey
+from kvstore.node.api import About, Lookup, Miss, NewBlock, Plan
 from kvstore.policy.planner import ENDLESS, Reason
 from kvstore.tiers.base import Medium
 
@@ -121,8 +123,8 @@ class Planner:
             return 0
         state.offer = None
         size = self._geometry.block_tokens
-        # The last token of a prompt that is loaded whole is computed again: a window would have passed its first token.
-        limit = (request.num_tokens - self._geometry.tables.windowed) // size
+        # The last token of a prompt that is loaded whole is computed again: for it a window or a state would be too new.
+        limit = (request.num_tokens - self._geometry.whole) // size
         first = computed // size
         if limit * size - computed < size or state.loaded_in == request.num_preemptions:
             return 0  # a part of a block is computed in the step that the prompt's last token needs anyway
@@ -159,7 +161,7 @@ class Planner:
             len(self._computing),
             self._timing.load_seconds((loading + stop - first) * geometry.block_bytes),
             self._holder.ready,
-            bool(geometry.tables.windowed) or len(geometry.tables.windows) > 1,
+            geometry.whole or len(geometry.tables.windows) > 1,
         )
         if fits(offer.media, situation):
             offer.slots = self._holder.hold(request.request_id, state.chain.keys[first:stop], traceparent(request))
@@ -194,6 +196,7 @@ class Planner:
                 offer.plan.patience,
                 traceparent(request),
                 offer.slots and offer.slots.first(len(blocks)),
+                self._state_behind(state, stop, tables),
             )
         )
         self._recorder.count("loads", label="in_step" if offer.slots else "async")
@@ -209,8 +212,16 @@ class Planner:
         state = self._states.get(request_id)
         return state.media if state else {}
 
-    def step(self, output: Any, tables_of: Callable[[str], Sequence[Sequence[int]]] | None) -> StepPlan:
-        """The plan of an engine step. ``tables_of`` gives a scheduled request's pages; None: take them from ``output``."""
+    def step(
+        self,
+        output: Any,
+        tables_of: Callable[[str], Sequence[Sequence[int]]] | None,
+        handed: Mapping[str, Sequence[Handed]] = MappingProxyType({}),
+    ) -> StepPlan:
+        """The plan of an engine step. ``tables_of`` gives a scheduled request's pages; None: take them from ``output``.
+
+        ``handed``: states of recurrent layers that the step leaves on pages of their own, by request.
+        """
         loads, self._loads = self._loads, []
         self._holder.step()
         if (epoch := self._link.client.epoch) != self._epoch:  # another run of the node: who knows what it holds
@@ -218,7 +229,8 @@ class Planner:
             self._stored.clear()
         plan = StepPlan(loads, idle=not output.num_scheduled_tokens)
         chunks = []
-        overwritten = {page for load in loads for page in load.pages}
+        overwritten = {page for load in loads for page in (*load.pages, *(load.state.pages if load.state else ()))}
+        overwritten.update(copy.dst_block_id for copy in getattr(output, "kv_cache_block_copies", None) or ())
         for request_id, computed, fresh, replace in _scheduled(output):
             overwritten.update(*fresh)
             self._waiting.discard(request_id)
@@ -230,6 +242,7 @@ class Planner:
                 _extend_tables(state.tables, fresh, replace)
             scheduled = computed + output.num_scheduled_tokens.get(request_id, 0)
             plan.saves += self._saves(state, computed, scheduled, tables_of)
+            plan.states += self._state_saves(state, handed.get(request_id, ()))
         plan.overwritten = frozenset(overwritten - {NULL_PAGE, ABSENT})
         self._computing.update(output.num_scheduled_tokens)
         self._timing.scheduled(chunks, any(load.slots for load in loads))
@@ -275,23 +288,65 @@ class Planner:
         self._remember(save.block.key for save in saves)
         return saves
 
+    def _state_saves(self, state: _State, handed: Sequence[Handed]) -> list[Save]:
+        """States that the store may not have, of those that the step leaves behind full blocks of a request."""
+        states = self._geometry.states
+        if states is None or not handed or (keyring := self._link.state_keyring) is None:
+            return []
+        saves = []
+        for tokens, pages in states.complete(handed).items():
+            count = tokens // self._geometry.block_tokens
+            if tokens > state.request.num_tokens or not self._extend(state, count):
+                continue  # the last of these tokens has not been heard of yet
+            (key,) = state.chain.states(range(count - 1, count), keyring)
+            if key not in self._stored:
+                block = NewBlock(key, state.chain.keys[count - 1], count)
+                saves.append(Save(block, pages, traceparent(state.request)))
+        self._remember(save.block.key for save in saves)
+        return saves
+
+    def _state_behind(self, state: _State, tokens: int, tables: Sequence[Sequence[int]]) -> StateLoad | None:
+        """What a load of a request's first ``tokens`` tokens needs besides their blocks."""
+        states = self._geometry.states
+        if states is None:
+            return None
+        count, rest = divmod(tokens, self._geometry.block_tokens)
+        if rest or (keyring := self._link.state_keyring) is None:  # no state is of so many tokens: the load fails
+            return StateLoad(NO_PARENT, ())
+        (key,) = state.chain.states(range(count - 1, count), keyring)
+        self._remember([key])
+        return StateLoad(key, states.pages(tables, tokens))
+
     def _lookup(self, state: _State, first: int, limit: int) -> tuple[Lookup, Miss]:
         if not self._extend(state, limit):
             return Lookup(0), Miss.UNAVAILABLE
         try:
             name, trace = state.request.request_id, traceparent(state.request)
-            behind = len(self._waiting - {name})
             with tracing.span("connector lookup", trace, request=name, blocks=limit - first) as span:
-                keys, patience = state.chain.keys[:limit], self._lookup_timeout
-                found = self._link.client.lookup(keys, first, patience, state.about, behind)
+                found = self._find(state, first, limit)
                 span.set(found=found.blocks)
-            self._forget(state.chain.keys[first + found.blocks : limit])
             return found, Miss.NOT_STORED
         except DeadlineExceeded:
             return Lookup(0), Miss.DEADLINE
         except KVStoreError:
             self._link.lost()
             return Lookup(0), Miss.UNAVAILABLE
+
+    def _find(self, state: _State, first: int, limit: int) -> Lookup:
+        """Ask the node for the blocks from ``first`` to ``limit``, or up to the last one that has a state."""
+        client, patience, keys = self._link.client, self._lookup_timeout, state.chain.keys
+        behind = len(self._waiting - {state.request.request_id})
+        if self._geometry.states is None or (keyring := self._link.state_keyring) is None:
+            found = client.lookup(keys[:limit], first, patience, state.about, behind)
+            self._forget(keys[first + found.blocks : limit])
+            return found
+        states = state.chain.states(range(first, limit), keyring)
+        held = client.holds(states, patience)
+        asked = max((index + 1 for index, here in enumerate(held) if here), default=limit - first)
+        found = client.lookup([*keys[: first + asked], states[asked - 1]], first, patience, state.about, behind, 1)
+        self._forget(keys[first + found.blocks : first + asked])
+        self._forget(key for key, here in zip(states, held, strict=True) if not here)
+        return loadable(found, asked, held)
 
     def _extend(self, state: _State, count: int) -> bool:
         """Make keys for the first ``count`` blocks; False while no node answers."""

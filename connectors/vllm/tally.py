@@ -19,11 +19,6 @@ class Tally:
         self._recorder = recorder
         self._page_bytes = [geometry.page_bytes(table) for table in range(len(geometry.tables.windows))]
 
-    @property
-    def block_bytes(self) -> int:
-        """This rank's share of a block."""
-        return self._geometry.pages_per_block * sum(self._page_bytes)
-
     def loaded(self, copies: Sequence[BlockCopy], media: Sequence[Medium]) -> int:
         """Copies have arrived, of blocks that came from ``media``; the bytes they moved."""
         nbytes = sum(map(self._bytes, copies))
@@ -33,6 +28,11 @@ class Tally:
                 pages = len(copy.pages) // len(self._page_bytes)
                 self._recorder.count("tokens_loaded", pages * self._geometry.page_tokens, medium.value)
         return nbytes
+
+    def state_loaded(self) -> None:
+        """The state behind blocks has arrived."""
+        assert self._geometry.states is not None
+        self._recorder.count("bytes_loaded", self._geometry.states.share(self._rank).nbytes)
 
     def _bytes(self, copy: BlockCopy) -> int:
         count = len(copy.pages) // len(self._page_bytes)

@@ -1,11 +1,7 @@
 """The worker's side: moves the bytes of one rank, following the scheduler's plan.
 
-Threads: the engine's thread makes all calls. Loads run in threads of their own, one acquiring ahead while another copies;
-reserving and publishing saves have one thread each. The pager loads under a lock. Loads within a step are
-``step_loads.py``.
-
-What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it; one that is late
-is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted.
+Threads: the engine's thread makes all calls. Loads run in threads of their own, one acquiring ahead while another copies; the
+pager loads under a lock. Loads within a step are ``step_loads.py``, saves ``saves.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -26,12 +21,13 @@ from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
 from connectors.vllm.plan import Load, Save, Told
+from connectors.vllm.saves import Saver
 from connectors.vllm.step_loads import StepLoads
 from connectors.vllm.tally import Tally
 from kvstore import tracing
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey
-from kvstore.node.api import Acquired, Miss, Reserved
+from kvstore.node.api import Acquired, Miss
 from kvstore.policy.planner import Patience
 
 logger = logging.getLogger("vllm.kvstore")
@@ -47,22 +43,26 @@ COPIES_AHEAD = 2
 
 CONCURRENT_LOADS = 2
 
-RESERVE_TIMEOUT = 1.0
-RESERVATION_WAIT = 0.05
-"""Seconds that the engine waits after a step for a reservation that was asked for before it."""
-
-MAX_UNPUBLISHED = 1024
-"""Blocks saved but not published yet, beyond which saves are dropped."""
-
 PREPARE_TIMEOUT = 5.0
-PUBLISH_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Blocks of a load that are acquired together."""
+
+    parts: Sequence[LoadPart]
+    pager: Pager
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        return [key for key, _, _ in self.parts]
 
 
 @dataclass(frozen=True, slots=True)
 class _Copying:
     """A chunk of a load on its way into the pages."""
 
-    chunk: Sequence[LoadPart]
+    chunk: _Chunk
     acquired: Acquired
     copies: Sequence[BlockCopy]
     transfer: Transfer
@@ -81,29 +81,35 @@ class Mover:
     """Loads and saves for one rank."""
 
     def __init__(
-        self, link: Link, pager: Pager, geometry: Geometry, rank: int, recorder: Recorder, load_timeout: float
+        self,
+        link: Link,
+        pager: Pager,
+        geometry: Geometry,
+        rank: int,
+        recorder: Recorder,
+        load_timeout: float,
+        state_pager: Pager | None = None,
     ) -> None:
+        """``state_pager`` moves what ``geometry.states`` describes."""
         self._link = link
         self._client = link.client
         self._pager = pager
+        self._state_pager = state_pager
         self._geometry = geometry
-        self._part = geometry.part(rank)
         self._tables = len(geometry.tables.windows)
         self._tally = Tally(geometry, rank, recorder)
         self._recorder = recorder
         self._load_timeout = load_timeout
         self._pager_lock = threading.Lock()
         self._in_step = StepLoads(pager, self._pager_lock, geometry, recorder, self._tally)
+        self._savers = [Saver(link, pager, geometry.share(rank), recorder, self._in_step)]
+        if geometry.states is not None and state_pager is not None:
+            self._savers.append(Saver(link, state_pager, geometry.states.share(rank), recorder, self._in_step))
         self._loads = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-load")
         self._acquires = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-acquire")
-        self._reserves = ThreadPoolExecutor(1, "kvstore-reserve")
-        self._publishes = ThreadPoolExecutor(1, "kvstore-publish")
-        self._reserving: tuple[Future[Reserved | None], Sequence[Save]] | None = None
-        self._copying: list[tuple[frozenset[int], Transfer]] = []
         self._lock = threading.Lock()
         self._load_ended = threading.Condition(self._lock)
         self._loading = 0
-        self._unpublished = 0
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._just_ended = False
@@ -114,50 +120,26 @@ class Mover:
         """Show the pager a node's arena before it is needed: pinning it takes seconds."""
         arena = self._client.acquire([], PREPARE_TIMEOUT).arena
         with self._pager_lock:
-            self._pager.load(arena, [])
+            for pager in self._pagers:
+                pager.load(arena, [])
         self._in_step.prepared(arena)
 
     # Saves
 
     def protect(self, pages: frozenset[int]) -> None:
         """Before ``pages`` are overwritten: wait for copies out of them."""
-        pending = []
-        for source, transfer in self._copying:
-            if not source.isdisjoint(pages):
-                _settle(transfer)
-            elif not transfer.done():
-                pending.append((source, transfer))
-        self._copying = pending
+        for saver in self._savers:
+            saver.protect(pages)
 
-    def begin_saves(self, saves: Sequence[Save]) -> None:
-        """Every step, before its forward pass: ask for slots, while the engine computes what goes there."""
-        self._pager.follow()
-        if not saves or self._part is None:
-            return
-        if self._reserving is not None or self._unpublished + len(saves) > MAX_UNPUBLISHED:
-            self._drop(saves, "busy")
-            return
-        self._reserving = self._reserves.submit(self._reserve, saves), saves
+    def begin_saves(self, saves: Sequence[Save], states: Sequence[Save] = ()) -> None:
+        """Every step, before its forward pass: ask for slots for the blocks, and the states, that it completes."""
+        for saver, theirs in zip(self._savers, (saves, states), strict=False):
+            saver.begin(theirs)
 
     def finish_saves(self) -> None:
-        """After the forward pass: copy what ``begin_saves`` got slots for, and leave publishing to its thread."""
-        if self._reserving is None:
-            return
-        started = time.perf_counter()
-        answer, saves = self._reserving
-        try:
-            reserved = answer.result(RESERVATION_WAIT)
-        except FutureTimeout:
-            self._drop(saves, "late")
-            answer.add_done_callback(lambda late: self._give_up(late.result(), saves))
-            reserved = None
-        self._reserving = None
-        if reserved is not None and not self._in_step.saving:
-            self._drop(saves, "load_failed")
-            self._publishes.submit(self._give_up, reserved, saves)
-        elif reserved is not None:
-            self._copy_out(reserved, saves)
-        self._recorder.count("save_seconds", time.perf_counter() - started)
+        """After the forward pass: copy what ``begin_saves`` got slots for."""
+        for saver in self._savers:
+            saver.finish()
 
     # Loads
 
@@ -200,11 +182,18 @@ class Mover:
 
     def close(self) -> None:
         """Finish what was started, within its deadlines, and let the node go."""
-        for executor in (self._loads, self._acquires, self._reserves, self._publishes):
+        for executor in (self._loads, self._acquires):
             executor.shutdown(wait=True)
+        for saver in self._savers:
+            saver.close()
         self._in_step.close()
         self._link.close()
-        self._pager.close()
+        for pager in self._pagers:
+            pager.close()
+
+    @property
+    def _pagers(self) -> list[Pager]:
+        return [self._pager] if self._state_pager is None else [self._pager, self._state_pager]
 
     def _load(self, load: Load, begun: float) -> None:
         """``_bring``, as part of the request's trace."""
@@ -214,11 +203,12 @@ class Mover:
     def _bring(self, load: Load, begun: float) -> int:
         """Copy block after block until one is missing; how many came. Never raises."""
         started = time.perf_counter()
-        parts = list(load.parts(self._geometry.pages_per_block, self._tables))
+        chunks = self._chunks(load)
+        parts = [part for chunk in chunks for part in chunk.parts]
         good, miss = 0, None
         copying: deque[_Copying] = deque()
         try:
-            for chunk, acquired in self._acquired(parts, load.patience, begun):
+            for chunk, acquired in self._acquired(chunks, load.patience, begun):
                 copying.append(self._begin_copy(chunk, acquired))
                 miss = acquired.miss
                 if len(copying) == COPIES_AHEAD:
@@ -240,7 +230,7 @@ class Mover:
             self._recorder.count("blocks_missed", len(parts) - good, (miss or Miss.NOT_STORED).value)
         self._recorder.count("load_seconds", time.perf_counter() - started)
         with self._load_ended:
-            if self._geometry.tables.windowed and good < len(parts):
+            if self._geometry.whole and good < len(parts):
                 self._failed.add(load.request_id)
             else:
                 self._bad_pages.update(page for _, pages, _ in parts[good:] for page in pages)
@@ -249,9 +239,17 @@ class Mover:
             self._load_ended.notify()
         return good
 
+    def _chunks(self, load: Load) -> list[_Chunk]:
+        """The blocks of a load, and behind them their state."""
+        parts = list(load.parts(self._geometry.pages_per_block, self._tables))
+        chunks = [_Chunk(parts[at : at + LOAD_CHUNK], self._pager) for at in range(0, len(parts), LOAD_CHUNK)]
+        if load.state is not None and self._state_pager is not None:
+            chunks.append(_Chunk([(load.state.key, load.state.pages, 0)], self._state_pager))
+        return chunks
+
     def _acquired(
-        self, parts: Sequence[LoadPart], patience: Patience, begun: float
-    ) -> Iterator[tuple[Sequence[LoadPart], Acquired]]:
+        self, chunks: Sequence[_Chunk], patience: Patience, begun: float
+    ) -> Iterator[tuple[_Chunk, Acquired]]:
         """Chunks with their slots, acquired one chunk ahead; the caller releases them. Ends after a miss.
 
         Each chunk has to be there when ``patience`` says so, counted from ``begun``.
@@ -260,15 +258,15 @@ class Mover:
         def deadline() -> float:
             return begun + min(patience.seconds(asked), self._load_timeout)
 
-        asked = min(LOAD_CHUNK, len(parts))
-        chunks = iter([parts[at : at + LOAD_CHUNK] for at in range(0, len(parts), LOAD_CHUNK)])
-        chunk = next(chunks)
+        rest = iter(chunks)
+        chunk = next(rest)
+        asked = len(chunk.parts)
         acquired = self._acquire(chunk, deadline())  # here: until the first is there, handing it to a thread costs time
         ahead = None
         try:
             while True:
-                if len(acquired.offsets) == len(chunk) and (following := next(chunks, None)):
-                    asked += len(following)
+                if len(acquired.offsets) == len(chunk.parts) and (following := next(rest, None)):
+                    asked += len(following.parts)
                     ahead = self._begin_acquire(following, deadline())
                 yield chunk, acquired
                 if ahead is None:
@@ -280,26 +278,27 @@ class Mover:
                 with suppress(KVStoreError):
                     self._release(ahead[0], ahead[1].result())
 
-    def _begin_acquire(self, chunk: Sequence[LoadPart], deadline: float) -> tuple[Sequence[LoadPart], Future[Acquired]]:
+    def _begin_acquire(self, chunk: _Chunk, deadline: float) -> tuple[_Chunk, Future[Acquired]]:
         return chunk, self._acquires.submit(copy_context().run, self._acquire, chunk, deadline)
 
-    def _acquire(self, chunk: Sequence[LoadPart], deadline: float) -> Acquired:
+    def _acquire(self, chunk: _Chunk, deadline: float) -> Acquired:
         left = deadline - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded("the KV load took longer than it may")
-        return self._client.acquire([key for key, _, _ in chunk], left)
+        return self._client.acquire(chunk.keys, left)
 
-    def _release(self, chunk: Sequence[LoadPart], acquired: Acquired) -> None:
+    def _release(self, chunk: _Chunk, acquired: Acquired) -> None:
         with suppress(KVStoreError):  # a node that is gone holds no leases
-            self._client.release([key for key, _, _ in chunk[: len(acquired.offsets)]])
+            self._client.release(chunk.keys[: len(acquired.offsets)])
 
-    def _begin_copy(self, chunk: Sequence[LoadPart], acquired: Acquired) -> _Copying:
+    def _begin_copy(self, chunk: _Chunk, acquired: Acquired) -> _Copying:
         copies = [
-            BlockCopy(pages, offset, first) for (_, pages, first), offset in zip(chunk, acquired.offsets, strict=False)
+            BlockCopy(pages, offset, first)
+            for (_, pages, first), offset in zip(chunk.parts, acquired.offsets, strict=False)
         ]
         try:
             with self._pager_lock:
-                transfer = self._pager.load(acquired.arena, copies)
+                transfer = chunk.pager.load(acquired.arena, copies)
         except BaseException:
             self._release(chunk, acquired)
             raise
@@ -311,82 +310,11 @@ class Mover:
             copying.transfer.wait()
         finally:
             self._release(copying.chunk, copying.acquired)
-        self._tally.loaded(copying.copies, copying.acquired.media)
+        if copying.chunk.pager is self._pager:
+            self._tally.loaded(copying.copies, copying.acquired.media)
+        else:
+            self._tally.state_loaded()
         return len(copying.copies)
-
-    def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
-        """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
-        geometry = self._geometry
-        if self._link.keyring is None:
-            self._drop(saves, "unavailable")
-            return None
-        try:
-            return self._client.reserve(
-                geometry.namespace, [save.block for save in saves], self._part or 0, geometry.parts, RESERVE_TIMEOUT
-            )
-        except DeadlineExceeded:
-            self._drop(saves, "deadline")
-        except KVStoreError:
-            self._link.lost()
-            self._drop(saves, "unavailable")
-        except Exception:
-            logger.exception("Reserving slots failed")
-            self._drop(saves, "unavailable")
-        return None
-
-    def _give_up(self, reserved: Reserved | None, saves: Sequence[Save]) -> None:
-        if reserved is not None:
-            self._abort([save.block.key for save, at in zip(saves, reserved.offsets, strict=True) if at is not None])
-
-    def _copy_out(self, reserved: Reserved, saves: Sequence[Save]) -> None:
-        for miss in reserved.misses.values():
-            self._recorder.count("blocks_not_saved", label=miss.value)
-        wanted = [(save, at) for save, at in zip(saves, reserved.offsets, strict=True) if at is not None]
-        if not wanted:
-            return
-        copies = [BlockCopy(save.pages, at) for save, at in wanted]
-        keys = [save.block.key for save, _ in wanted]
-        try:
-            transfer = self._pager.save(reserved.arena, copies)
-        except Exception:
-            logger.exception("Saving %d blocks failed", len(wanted))
-            self._publishes.submit(self._abort, keys)
-            return
-        if not transfer.done():
-            self._copying.append((frozenset(page for copy in copies for page in copy.pages), transfer))
-        with self._lock:
-            self._unpublished += len(keys)
-        trace = next((save.traceparent for save, _ in wanted if save.traceparent), "")
-        self._publishes.submit(self._publish, keys, transfer, trace, self._in_step.last)
-
-    def _publish(self, keys: Sequence[BlockKey], transfer: Transfer, trace: str, behind: Future[None] | None) -> None:
-        """Runs in the publishing thread. ``trace`` is that of the first request of the step that has one, ``behind`` the last
-        loads that a step waited for."""
-        published: Sequence[BlockKey] = ()
-        try:
-            with tracing.span("connector save", trace, blocks=len(keys)):
-                transfer.wait()
-                if not self._in_step.trusted(behind):
-                    raise RuntimeError("they were computed with KV that did not arrive")
-                published = self._client.commit(keys, self._part or 0, timeout=PUBLISH_TIMEOUT)
-            self._recorder.count("bytes_saved", len(keys) * self._tally.block_bytes)
-        except KVStoreError:
-            self._recorder.count("blocks_not_saved", len(keys), "unpublished")
-        except Exception:
-            logger.exception("Saving %d blocks failed", len(keys))
-            self._recorder.count("blocks_not_saved", len(keys), "unpublished")
-            self._abort(keys)
-        with self._lock:
-            self._unpublished -= len(keys)
-        # A block is published by the last of its parts, so only one rank counts its tokens.
-        self._recorder.count("tokens_saved", len(published) * self._geometry.block_tokens)
-
-    def _abort(self, keys: Sequence[BlockKey]) -> None:
-        with suppress(KVStoreError):  # a node that is gone holds no reservations
-            self._client.abort(keys)
-
-    def _drop(self, saves: Sequence[Save], reason: str) -> None:
-        self._recorder.count("blocks_not_saved", len(saves), reason)
 
 
 def _settle(transfer: Transfer) -> None:

@@ -8,7 +8,7 @@ never used for anything else, however long the client takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -32,6 +32,15 @@ class Lookup:
     """Estimated time until all of them are in the arena; 0 for blocks that are there."""
     plan: Plan | None = None
     """What to load of them, if a plan was asked for."""
+
+    def first(self, blocks: int) -> Lookup:
+        """The same of the first ``blocks`` at most."""
+        left, runs = blocks, []
+        for medium, count in self.runs:
+            if left > 0:
+                runs.append((medium, min(count, left)))
+            left -= count
+        return replace(self, blocks=min(self.blocks, blocks), runs=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +162,16 @@ class NodeClient(Protocol):
         timeout: float = 0.05,
         about: About | None = None,
         waiting: int | None = None,
+        states: int = 0,
     ) -> Lookup:
         """Longest usable prefix of ``keys[start:]``. ``keys`` is the whole chain, so that all of it counts as used.
 
-        ``waiting`` asks for a plan: how many requests of the engine wait to be computed, this one left out.
+        ``waiting`` asks for a plan: how many requests of the engine wait to be computed, this one left out. ``states``: how many
+        of the last keys hold no tokens of their own; the plan is about the others.
         """
+
+    def holds(self, keys: Sequence[BlockKey], timeout: float = 0.05, namespace: Namespace | None = None) -> list[bool]:
+        """Which blocks some tier holds, each by itself. With an opened namespace they count, in order, as a prompt of it."""
 
     def report(self, report: Report) -> None:
         """Tell the node how fast the engine is and how long its answers were. Waits for no answer, never raises."""

@@ -98,10 +98,11 @@ class Client:
         timeout: float = 0.05,
         about: About | None = None,
         waiting: int | None = None,
+        states: int = 0,
     ) -> Lookup:
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"states": states} if states else {}
         if about is not None:
-            more = {"request": about.request[:128], "seed": about.seed, "lora": about.lora}
+            more |= {"request": about.request[:128], "seed": about.seed, "lora": about.lora}
         if waiting is not None:
             more["waiting"] = waiting
         more |= _trace()

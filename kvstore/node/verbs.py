@@ -121,9 +121,12 @@ class Verbs:
             self._remember(
                 caller, keys, found.blocks, args
             )  # before the plan: what is explained came after the question
-            plan = self._plan(caller, keys, found, args)
+            tokens = len(keys) - integer_of(args, "states", 0, len(keys))  # behind them stands what holds none
+            of_tokens = found.first(tokens - start)
+            plan = self._plan(caller, keys[:tokens], of_tokens, args)
         self._observe(caller, keys, caller.namespace)
-        self._count(caller, request, keys, start, found, found.blocks if plan is None else plan[0])
+        offered = of_tokens.blocks if plan is None else plan[0]
+        self._count(caller, request, keys[:tokens], start, of_tokens, offered)
         runs = [(medium.value, count) for medium, count in found.runs]
         return [found.blocks, runs, found.seconds, plan]
 

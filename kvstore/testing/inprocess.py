@@ -71,6 +71,7 @@ class InProcessNode:
         timeout: float = 0.05,
         about: About | None = None,
         waiting: int | None = None,
+        states: int = 0,
     ) -> Lookup:
         with self._lock:
             blocks = 0
@@ -80,6 +81,9 @@ class InProcessNode:
                     break
                 blocks += 1
         return Lookup(blocks, ((Medium.HOST, blocks),) if blocks else (), plan=self.plan)
+
+    def holds(self, keys: Sequence[BlockKey], timeout: float = 0.05, namespace: Namespace | None = None) -> list[bool]:
+        return [key in self.keys for key in keys]
 
     def report(self, report: Report) -> None:
         self.reports.append(report)

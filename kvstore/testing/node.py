@@ -51,8 +51,9 @@ class PatientClient(Client):
         timeout: float = ANSWER_SECONDS,
         about: About | None = None,
         waiting: int | None = None,
+        states: int = 0,
     ) -> Lookup:
-        return super().lookup(keys, start, timeout, about, waiting)
+        return super().lookup(keys, start, timeout, about, waiting, states)
 
     def holds(
         self, keys: Sequence[BlockKey], timeout: float = ANSWER_SECONDS, namespace: Namespace | None = None

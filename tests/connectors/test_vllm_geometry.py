@@ -27,8 +27,8 @@ def geometry(kv_heads: int, ranks: int, mla: bool = False) -> Geometry:
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_ranks_write_every_head_once(kv_heads: int, ranks: int) -> None:
     shape = geometry(kv_heads, ranks)
-    writers = [rank for rank in range(ranks) if shape.part(rank) is not None]
-    assert [shape.part(rank) for rank in writers] == list(range(shape.parts))
+    writers = [rank for rank in range(ranks) if shape.share(rank).part is not None]
+    assert [shape.share(rank).part for rank in writers] == list(range(shape.parts))
     written = [head for rank in writers for head in range(*shape.layouts[0].rank_heads(rank, ranks))]
     assert written == list(range(kv_heads))
     assert shape.page_bytes(0) * shape.pages_per_block * shape.parts == shape.block_bytes
@@ -37,6 +37,6 @@ def test_ranks_write_every_head_once(kv_heads: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_one_rank_writes_latents_and_all_read_them(ranks: int) -> None:
     shape = geometry(1, ranks, mla=True)
-    assert [rank for rank in range(ranks) if shape.part(rank) is not None] == [0]
+    assert [rank for rank in range(ranks) if shape.share(rank).part is not None] == [0]
     assert {shape.layouts[0].rank_heads(rank, ranks) for rank in range(ranks)} == {(0, 1)}
     assert shape.parts == 1

@@ -35,7 +35,7 @@ def test_layers_are_in_the_models_order_whatever_the_groups() -> None:
     assert describe((full, window)) == "gqa@5,11+sliding_window:512@0,1,2,3,4,10"
     other = sections([group(FULL, [11]), group(WINDOW, list(range(5))), group(FULL, [5]), group(WINDOW, [10])])
     assert [part.layers for part in other] == [full.layers, window.layers]
-    assert page_tables(groups) == PageTables((512, 0, 512), (3, 2, 3))
+    assert page_tables(groups) == PageTables((512, 0, 512), (3, 2, 3), (0, 1, 2))
     assert describe(sections([group(FULL, [0, 1])])) == "gqa"
     assert describe(sections([group(WINDOW, [0, 1])])) == "sliding_window:512"
 
@@ -62,7 +62,7 @@ def test_a_load_cut_into_blocks_is_the_load(tables: int, per_block: int, blocks:
 
 
 def test_only_windows_lose_pages() -> None:
-    tables = PageTables((0, 64), (2, 4))
+    tables = PageTables((0, 64), (2, 4), (0, 1))
     assert tables.windowed
     assert tables.row([[7, 8, 9, 3], [0, 0, 5, 6]], range(1, 4)) == (8, 9, 3, ABSENT, 5, 6)
     assert not PageTables().windowed

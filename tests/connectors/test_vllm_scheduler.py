@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from kvstore.errors import ConfigError
 from kvstore.node.api import NewBlock
 from kvstore.testing.inprocess import InProcessNode
 from kvstore.testing.model import make_model
+from kvstore.testing.node import wait_for
 
 PAGE, PAGES = 16, 120
 BLOCK = 64
@@ -61,7 +63,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessNode]:
 
     def connect(options: Options, geometry: Geometry, start_node: bool) -> Link:
         links.append(link := Link(node, geometry.namespace, geometry.block_bytes))
-        link._thread.join(0.2)  # its first heartbeat
+        wait_for(lambda: link.keyring is not None)
         return link
 
     monkeypatch.setattr(module, "connect", connect)
@@ -472,8 +474,16 @@ def test_what_cannot_be_served_is_refused_by_name(model: Path) -> None:
     with pytest.raises(ConfigError, match="page sizes"):
         KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(window, large))
     state = MambaSpec(block_size=PAGE, shapes=((4,),), dtypes=(torch.float32,))
-    with pytest.raises(ConfigError, match="Mamba"):
+    with pytest.raises(ConfigError, match="align"):
         KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, state))
+    aligned = replace(state, mamba_cache_mode="align")
+    with pytest.raises(ConfigError, match="without attention layers"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(aligned))
+    other = replace(aligned, shapes=((8,),))
+    with pytest.raises(ConfigError, match="different kinds"):
+        KVStoreConnector(vllm_config, module.KVConnectorRole.SCHEDULER, kv_config(full, aligned, other))
+    with pytest.raises(ConfigError, match="states at pages of 16 tokens"):
+        KVStoreConnector(config(model, block_tokens=64), module.KVConnectorRole.SCHEDULER, kv_config(full, aligned))
     chunked = ChunkedLocalAttentionSpec(
         block_size=PAGE, num_kv_heads=4, head_size=64, dtype=torch.float32, attention_chunk_size=64
     )

@@ -238,7 +238,7 @@ def test_what_was_computed_with_a_copy_that_failed_is_never_saved(device: Rig, p
     assert device.mover.take_told().failed == {"a"}
     device.mover.load_in_step([])
     device.save(21)
-    device.mover._publishes.submit(lambda: None).result(30)
+    device.mover._savers[0]._publishes.submit(lambda: None).result(30)
     assert not {key(20), key(21)} & device.node.keys
     counted = device.counted()
     assert counted["blocks_missed:unavailable"] == 3
