@@ -417,4 +417,4 @@ def wait_readable(descriptor: int) -> None:
 def wait_until(condition: object) -> None:
     from kvstore.testing.node import wait_for
 
-    wait_for(condition, 10)  # type: ignore[arg-type]
+    wait_for(condition)  # type: ignore[arg-type]

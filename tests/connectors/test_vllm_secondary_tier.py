@@ -89,7 +89,7 @@ class Bench:
             self.tier.on_schedule_end(ScheduleEndContext((), ()))
             return all(self.tier.lookup(key, context) is not LookupResult.RETRY for key in keys)
 
-        wait_for(settled, 10)
+        wait_for(settled)
         found = [self.tier.lookup(key, context) for key in keys]
         self.tier.on_request_finished(context)
         return found
@@ -180,7 +180,7 @@ def test_a_flipped_bit_is_a_miss_of_one_row_and_storing_again_heals(tmp_path: Pa
         second = Bench(node)
         context = ReqContext("r")
         assert {second.tier.lookup(key, context) for key in keys(3)} == {LookupResult.RETRY}
-        wait_for(lambda: flushed(second.tier, keys(3), context) == [LookupResult.HIT] * 3, 10)
+        wait_for(lambda: flushed(second.tier, keys(3), context) == [LookupResult.HIT] * 3)
         result = second.move(keys(3), [5, 6, 7], load=True)
         assert not result.success
         assert list(result.successful_keys or ()) == [keys(3)[0], keys(3)[2]]

@@ -281,6 +281,9 @@ def test_an_idle_step_does_not_wait_right_after_a_load_ended(rigs: Any) -> None:
     rig.node.go.clear()
     rig.mover.load(Load("second", (key(1),), (6,), 0))
     assert rig.mover.take_ended(30.0).received == {"first"}
-    threading.Timer(0.5, rig.node.go.set).start()
+    stuck = threading.Timer(20, rig.node.go.set)
+    stuck.start()
     assert rig.mover.take_ended(30.0).received == set()
+    stuck.cancel()
+    rig.node.go.set()
     assert rig.mover.take_ended(30.0).received == {"second"}

@@ -211,9 +211,9 @@ async def test_a_block_that_is_overdue_is_known_before_it_comes(rig: Rig, chain:
     assert meter.known
     rig.disk.gate.clear()
     fetching = asyncio.create_task(rig.store.acquire(rig.session, keys_of(chain[2:]), 30))
-    await asyncio.sleep(0.3)
-    speed = meter.speed(0, time.monotonic())
-    assert speed.queued_bytes / speed.bandwidth > 0.1
+    async with asyncio.timeout(30):
+        while (speed := meter.speed(0, time.monotonic())).queued_bytes / speed.bandwidth < 0.1:
+            await asyncio.sleep(0.01)
     rig.disk.gate.set()
     assert len((await fetching).offsets) == 4
     speed = meter.speed(0, time.monotonic() + 60)

@@ -104,7 +104,7 @@ async def test_a_node_that_does_not_answer_is_named(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
 
     rounding = asyncio.create_task(rounds())
-    assert await ask_nodes(documents, 1.0) == Heard(("quick",), ("dead",))
+    assert await ask_nodes(documents, 3.0) == Heard(("quick",), ("dead",))
     rounding.cancel()
     assert reports == ["quick"] * 2, "once"
     await catalog.close()

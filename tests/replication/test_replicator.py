@@ -505,4 +505,4 @@ class TestCommands:
                 time.sleep(0.1)
         finally:
             process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0

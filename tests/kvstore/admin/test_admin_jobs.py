@@ -74,6 +74,13 @@ class Stepper:
         self.done: list[int] = []
         self.kind = JobKind("steps", "Counts.", Steps, self._run)
 
+    async def step(self) -> None:
+        """Let it go one step, and wait until it has."""
+        before = len(self.done)
+        self.go.release()
+        while len(self.done) == before:
+            await asyncio.sleep(0.001)
+
     async def _run(self, job: Running, options: Steps) -> dict[str, Any]:
         for step in range(job.checkpoint.get("next", 0), options.count):
             await self.go.acquire()
@@ -96,8 +103,7 @@ async def test_a_cancelled_job_goes_on_from_its_checkpoint(tmp_path: Path) -> No
     jobs, stepper = Jobs(tmp_path), Stepper()
     jobs.register(stepper.kind)
     name = jobs.create("steps", {}).id
-    stepper.go.release()
-    await asyncio.sleep(0.01)
+    await stepper.step()
     assert (await jobs.cancel(name)).state is JobState.CANCELLED
     assert stepper.done == [0]
     stepper.go = asyncio.Semaphore(9)
@@ -113,8 +119,7 @@ async def test_a_job_is_interrupted_by_the_end_of_the_api_and_resumed_by_the_nex
     jobs, stepper = Jobs(tmp_path), Stepper()
     jobs.register(stepper.kind)
     name = jobs.create("steps", {"count": 4}).id
-    stepper.go.release()
-    await asyncio.sleep(0.01)
+    await stepper.step()
     await jobs.close()
     after = Jobs(tmp_path)
     after.register(stepper.kind)

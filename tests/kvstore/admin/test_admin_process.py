@@ -36,7 +36,7 @@ def node_with_api(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def ready(port: int) -> bool:
@@ -58,7 +58,7 @@ def test_the_api_ends_with_its_node(tmp_path: Path, number: signal.Signals) -> N
         settings = httpx.get(f"http://127.0.0.1:{port}/v1/config").json()
         assert {setting["name"]: setting["origin"] for setting in settings}["host.bytes"] == "--set"
         process.send_signal(number)
-        process.wait(20)
+        process.wait(60)
         wait_for(lambda: not listens(port))
 
 
@@ -83,12 +83,12 @@ def assert_port_is_refused(port: int, folder: Path) -> None:
 
 
 def test_live_views_do_not_keep_it_from_stopping(tmp_path: Path) -> None:
-    with node_with_api(tmp_path) as (process, port), httpx.Client(timeout=20) as client:
+    with node_with_api(tmp_path) as (process, port), httpx.Client(timeout=60) as client:
         with client.stream("GET", f"http://127.0.0.1:{port}/v1/events") as stream:
             lines = stream.iter_lines()
             next(lines)
             process.terminate()
-            process.wait(20)
+            process.wait(60)
             assert list(lines)[-1:] in ([""], [])  # the stream ended whole
 
 
