@@ -1,4 +1,4 @@
-"""Real S3 servers, one of each for the whole run, and a bucket for each test."""
+"""Real S3 servers, one of each for the whole run, and a bucket for each test. Hypothesis does not judge a test by its pace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from contextlib import AbstractContextManager
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvstore.testing.servers import S3Server, ServerUnavailable, ministack, radosgw
 from kvstore.tiers.object import Bucket, ObjectSettings
+
+settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any pace")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def test_the_real_index_under_lru_hits_as_the_baseline_does(prompts: list[list[i
     assert policy_hits(keyed(trace), Cache(capacity, LRU())) == baseline_hits(trace, BaselineLRU(capacity))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(prompts, st.integers(2, 12))
 def test_the_cache_holds_its_capacity_and_no_orphan(prompts: list[list[int]], capacity: int) -> None:
     trace, traffic = traced(prompts), Traffic(256)

@@ -140,7 +140,7 @@ def ranks(side: tuple[str, str, int], block: BlockLayout, dtype: torch.dtype) ->
     return [Rank(engine, layout, block, each, dtype) for each in heads]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(crossing=crossings())
 def test_what_one_engine_saved_another_loads(arena: Arena, crossing: dict[str, Any]) -> None:
     """Of ranks that hold the same heads, any one may write."""

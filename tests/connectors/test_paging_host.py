@@ -69,7 +69,7 @@ def arena() -> Iterator[Arena]:
     arena.close()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_equals_the_reference(cuda: ModuleType, arena: Arena, case: Case, seed: int) -> None:
     pages = random_fill(case.build("cpu"), seed)

@@ -37,7 +37,7 @@ def arena() -> Iterator[Arena]:
     arena.close()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), seed=st.integers(0, 2**32), grid=st.integers(1, 3))
 def test_kernels_equal_the_reference(arena: Arena, tmp_path: Path, case: Case, seed: int, grid: int) -> None:
     pages = random_fill(case.build("cpu"), seed)

@@ -46,7 +46,7 @@ def stored_bytes(case: Case, pages: PagedKV, copy: BlockCopy) -> dict[int, int]:
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_save_puts_every_element_where_the_layout_says(arena: Arena, case: Case, seed: int) -> None:
     pages = random_fill(case.build("cpu"), seed)
@@ -63,7 +63,7 @@ def test_save_puts_every_element_where_the_layout_says(arena: Arena, case: Case,
     assert bytes(arena.buffer) == bytes(expected)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_load_returns_the_pages_asked_for_and_touches_no_other(arena: Arena, case: Case, seed: int) -> None:
     pages = random_fill(case.build("cpu"), seed)
@@ -83,7 +83,7 @@ def test_load_returns_the_pages_asked_for_and_touches_no_other(arena: Arena, cas
     assert torch.equal(engine_bytes(pages), after)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_a_block_passes_between_engines_of_different_layout(arena: Arena, case: Case, seed: int) -> None:
     """What one layout and page size saved, another loads."""

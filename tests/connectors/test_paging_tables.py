@@ -54,7 +54,7 @@ def rows(choice: random.Random, tables: int = 3) -> tuple[int, ...]:
 
 
 @given(seed=st.integers(0, 2**32), tables=st.permutations(range(3)), lost=st.sets(st.integers(0, 5)))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_layer_goes_by_its_own_table(arena: Arena, seed: int, tables: list[int], lost: set[int]) -> None:
     choice = random.Random(seed)
     tables = [*tables, choice.randrange(3)]

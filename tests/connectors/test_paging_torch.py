@@ -39,7 +39,7 @@ def strided(values: torch.Tensor) -> torch.Tensor:
 
 
 @given(st.permutations(range(PAGES)), st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_is_saved_is_loaded(order: list[int], dtype: torch.dtype, per_block: int) -> None:
     arena = Arena.create(1 << 20, epoch=1)
     source, target = caches(1, dtype=dtype), caches(2, dtype=dtype)

@@ -140,7 +140,7 @@ def spoiled(draw: Any, sound: Any, values: st.SearchStrategy[Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", JSON)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_document_is_read_or_refused(kind: str, data: Any) -> None:
     sound, read, refusals = JSON[kind]
@@ -152,7 +152,7 @@ def test_a_document_is_read_or_refused(kind: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_packed_document_is_read_or_refused(kind: str, data: Any) -> None:
     sound, read, refusals = PACKED[kind]
@@ -163,7 +163,7 @@ def test_a_packed_document_is_read_or_refused(kind: str, data: Any) -> None:
         pass
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_manifest_is_read_or_refused(data: Any) -> None:
     """One that its region signed, so that only its fields speak against it."""

@@ -22,7 +22,7 @@ def removed() -> Iterator[None]:
     disk.cache_clear()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(changes=CHANGES, cut=st.integers(0, 256), more=st.binary(max_size=200), again=st.integers(0, 3))
 def test_whatever_a_journal_says_blocks_lie_apart_in_their_segments(
     changes: list[tuple[int, int]], cut: int, more: bytes, again: int

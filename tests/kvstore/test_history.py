@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.history import EVENTS_SHOWN, History, What
@@ -42,7 +42,6 @@ def test_events_come_back_with_all_that_was_said() -> None:
     assert all(history.since <= event.at for event in of_one)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.lists(st.integers(0, 9), max_size=60), max_size=12))
 def test_the_latest_events_are_kept_in_order_whatever_the_batches(size: int, batches: list[list[int]]) -> None:
     history, names = History(size), keys(10)
@@ -71,7 +70,6 @@ def test_a_plan_that_is_made_again_is_one_event() -> None:
     assert len(history) == 14
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
 def test_plans_that_repeat_never_hide_what_came_later(size: int, batches: list[tuple[bool, int]]) -> None:
     history, names = History(size), keys(6)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.config import load
@@ -109,7 +109,7 @@ def verbs(node: RunningNode) -> list[str]:
     return sorted(node.node._verbs.table.keys() - {"drain"})  # drain ends saving for everybody, by right
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(data=st.data())
 def test_every_verb_answers_any_arguments_and_stays_true_to_others(
     node: RunningNode, verbs: list[str], data: Any
@@ -214,7 +214,7 @@ def damage(path: Path, source: random.Random) -> None:
                 file.write(source.randbytes(5000))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text(max_size=200)
     | st.from_regex(r"(\[[a-z]{1,9}\]\n([a-z_]{1,12} = .{0,20}\n){0,3}){0,3}", fullmatch=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.identity import BlockKey
@@ -20,7 +20,6 @@ def asked(name: str, blocks: int = 1, at: float = 0.0) -> Asked:
     return Asked(name, "engine", b"n" * 16, b"".join(keys(name, blocks)), 0, 0, at)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=60))
 def test_the_latest_requests_within_both_bounds_are_remembered(said: list[tuple[int, int]]) -> None:
     requests = RecentRequests(most_requests=4, most_blocks=10)

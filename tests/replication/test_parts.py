@@ -96,7 +96,7 @@ class TestHotnessSnapshot:
         return added
 
     @given(st.integers(0, 2**32 - 1))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_a_report_says_the_same_of_all_blocks_by_naming_few(self, seed: int) -> None:
         source, traffic, index = random.Random(seed), Traffic(1 << 10), BlockIndex()
         chains = [random_chain(source, 6, 100)]

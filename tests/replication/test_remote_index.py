@@ -64,7 +64,7 @@ def topology(**more: object) -> Topology:
     return Topology.model_validate({"mode": "enforce", "regions": regions, "flows": flows, **more})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(manifests("ap"), st.lists(stones, max_size=3))
 def test_tombstones_bury_what_they_bury_elsewhere(manifest: Manifest, dead: Sequence[Tombstone]) -> None:
     offer = offered([table(manifest)], topology(), ["tenant-0", "tenant-1"], dead)
@@ -79,7 +79,7 @@ def test_tombstones_bury_what_they_bury_elsewhere(manifest: Manifest, dead: Sequ
             assert (found.block, found.tokens, found.flow.source) == (block, 16, "ap")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(manifests("na"), manifests("ap"))
 def test_the_flow_that_is_named_first_brings_a_block(na: Manifest, ap: Manifest) -> None:
     offer = offered([table(na), table(ap)], topology(), ["tenant-0"])
@@ -94,7 +94,7 @@ def test_the_flow_that_is_named_first_brings_a_block(na: Manifest, ap: Manifest)
         assert found.flow.source == ("ap" if name in of_ap else "na")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(manifests("ap"))
 def test_residency_forbids(manifest: Manifest) -> None:
     strict = topology(residency=[{"models": ["model-0"], "forbidden": ["EU"]}])

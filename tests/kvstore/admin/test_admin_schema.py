@@ -39,7 +39,7 @@ def any_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @schema.parametrize()
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_requests_from_the_document_meet_no_server_error(case: Any, any_api: Site) -> None:
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     case.call_and_validate(base_url=any_api.api.url, checks=checks)

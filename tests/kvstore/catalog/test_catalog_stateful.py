@@ -170,7 +170,7 @@ class CatalogMachine(RuleBasedStateMachine):
         assert {claim.name: (claim.holder, claim.token) for claim in status.claims} == self.held
 
 
-EXAMPLES = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck))
 
 
 def test_sqlite_behaves_like_a_dict() -> None:

@@ -89,7 +89,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
         yield running
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(REQUESTS, min_size=1, max_size=5), st.binary(max_size=30))
 def test_a_hostile_client_harms_only_itself(node: RunningNode, requests: list[tuple[object, ...]], tail: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as hostile:

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.envelope import Header
@@ -116,7 +116,6 @@ def test_without_hits_nothing_is_given_up() -> None:
     assert budget.least_chance <= 0.001
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=30), st.sampled_from(list(Target))
 )

@@ -25,7 +25,7 @@ def prompt(name: object, tokens: list[int], context: bytes = b"") -> Prompt:
     return Prompt(str(name), pieces(tokens, SECRET), context)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(100, 800), st.integers(1, 60), st.integers(600, 2000), st.integers(2, 6))
 def test_a_part_that_changes_is_found_with_what_it_costs(head: int, breaking: int, body: int, prompts: int) -> None:
     """As a date in a system prompt does."""
@@ -41,14 +41,12 @@ def test_a_part_that_changes_is_found_with_what_it_costs(head: int, breaking: in
     assert report.anywhere == report.by_prefix + breaker.shareable
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2000), min_size=2, max_size=8))
 def test_prompts_that_share_nothing_are_not_reported(lengths: list[int]) -> None:
     report = find_breakers([prompt(n, text(n, length)) for n, length in enumerate(lengths)])
     assert (report.by_prefix, report.anywhere, report.breakers) == (0, 0, ())
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1500), st.lists(st.integers(0, 1500), min_size=1, max_size=5))
 def test_prompts_that_share_a_prefix_only_are_not_reported(head: int, tails: list[int]) -> None:
     front = text("front", head)

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.policy.content import REACH, pieces
@@ -17,7 +17,6 @@ def text(seed: int, tokens: int) -> list[int]:
     return [source.randrange(50_000) for _ in range(tokens)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=300))
 def test_pieces_cover_a_prompt(tokens: list[int]) -> None:
     cut = pieces(tokens, b"secret")
@@ -28,7 +27,6 @@ def test_pieces_cover_a_prompt(tokens: list[int]) -> None:
     assert (cut.lengths[1:-1] > REACH).all()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 1 << 30))
 def test_the_same_text_is_cut_alike_wherever_it_stands(before: int, other: int, seed: int) -> None:
     shared = text(seed, 1200)

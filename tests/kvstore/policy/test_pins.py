@@ -22,7 +22,6 @@ def keys(count: int) -> list[BlockKey]:
     return [BlockKey(source.randbytes(16)) for _ in range(count)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(1, 2 * LONGEST), max_size=20), st.floats(0, LONGEST))
 def test_pins_that_have_not_ended_survive(lengths: list[float], later: float) -> None:
     pins, names = Pins(), keys(len(lengths))
@@ -86,7 +85,7 @@ made = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(made, st.randoms(use_true_random=False))
 def test_nodes_that_heard_of_the_same_wishes_pin_the_same(
     events: list[tuple[int, str, int, bool, int]], source: random.Random

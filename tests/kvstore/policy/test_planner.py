@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.policy.planner import Decision, Prefetch, Reason, Request, Run, Speed, Wait, plan
@@ -142,7 +142,6 @@ def decide(asked: Request, table: Mapping[Medium, Speed], wait: Wait) -> Decisio
     return plan(asked, table, prefill, wait)
 
 
-@settings(deadline=None)
 @given(requests, tables, waits)
 def test_a_plan_stays_within_what_was_found(asked: Request, table: Mapping[Medium, Speed], wait: Wait) -> None:
     decision = decide(asked, table, wait)
@@ -155,7 +154,6 @@ def test_a_plan_stays_within_what_was_found(asked: Request, table: Mapping[Mediu
     assert decision.blocks in ends
 
 
-@settings(deadline=None)
 @given(requests, tables)
 def test_a_plan_is_never_worse_than_loading_all_or_computing_all(asked: Request, table: Mapping[Medium, Speed]) -> None:
     decision = decide(replace(asked, line=EMPTY), table, FOREVER)
@@ -166,7 +164,6 @@ def test_a_plan_is_never_worse_than_loading_all_or_computing_all(asked: Request,
         assert decision.chosen <= min(decision.load_all, decision.recompute_all) * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(requests, tables, st.sampled_from(Medium), st.floats(1, 100))
 def test_a_faster_tier_never_makes_a_request_slower(
     asked: Request, table: Mapping[Medium, Speed], medium: Medium, factor: float

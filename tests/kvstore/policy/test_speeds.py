@@ -7,7 +7,7 @@ import random
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.policy.fit import OnlineFit
@@ -220,7 +220,6 @@ timings = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(timings)
 def test_whatever_is_reported_predictions_are_finite_and_not_negative(rows: list[tuple[float, float, float]]) -> None:
     fit = OnlineFit((0.005, 33e-6, 1e-9), 100)
@@ -253,7 +252,6 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(plain)
 def test_what_cannot_have_been_learnt_is_refused_and_changes_nothing(packed: object) -> None:
     meter, speed = SpeedMeter(Medium.DISK, 16), PrefillSpeed()

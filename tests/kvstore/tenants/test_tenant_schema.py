@@ -30,7 +30,7 @@ def served() -> Iterator[RunningApi]:
 
 
 @schema.parametrize()
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_requests_about_tenants_meet_no_server_error(case: Any, served: RunningApi) -> None:
     if "name" in case.path_parameters and len(case.path_parameters["name"]) % 2:
         case.path_parameters["name"] = "acme"  # else hardly any request is about a tenant that there is

@@ -54,4 +54,4 @@ class DiskMachine(TierMachine):
 
 
 TestDiskMachine = DiskMachine.TestCase
-TestDiskMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestDiskMachine.settings = settings(max_examples=40, stateful_step_count=40)
