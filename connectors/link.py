@@ -48,6 +48,7 @@ class Link:
         self._keyring: Keyring | None = None
         self._state_keyring: Keyring | None = None
         self._on_node: Callable[[], None] | None = None
+        self._on_gone: Callable[[], None] | None = None
         self._epoch = 0
         self._steps: deque[tuple[int, float, float]] = deque(maxlen=MOST_REPORTED)
         self._loads: deque[tuple[int, float]] = deque(maxlen=MOST_REPORTED)
@@ -67,9 +68,12 @@ class Link:
         """Makes the keys of ``states``; not None where ``keyring`` is not."""
         return self._state_keyring
 
-    def on_node(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` in the link's thread for every run of a node that is found."""
-        self._on_node = callback
+    def on_node(self, callback: Callable[[], None], gone: Callable[[], None] | None = None) -> None:
+        """Call ``callback`` in the link's thread for every run of a node that is found, and ``gone`` each time that none answers.
+
+        Who keeps a gone node's arena keeps its memory, and the next node may not have room for one of its own.
+        """
+        self._on_node, self._on_gone = callback, gone
         self._epoch = 0
         self._wake.set()
 
@@ -111,14 +115,26 @@ class Link:
             except KVStoreError as error:
                 self._keyring = None
                 if not silent:
-                    logger.warning("KV store: %s; requests are computed until a node answers", error)
+                    # The text: a record that somebody keeps would keep the error's stack, and with that the arena.
+                    logger.warning("KV store: %s; requests are computed until a node answers", str(error))
                     silent = True
                 if isinstance(error, NodeUnavailable):
+                    self._forget()
                     self._start()
             except Exception:
                 logger.exception("KV store: connecting failed")
             self._wake.wait(RETRY_SECONDS if self._keyring is None else HEARTBEAT_SECONDS)
             self._wake.clear()
+
+    def _forget(self) -> None:
+        """Tell that the node is gone, unless only the connection to it was lost."""
+        if self._on_gone is None or self.client.epoch:
+            return
+        self._epoch = 0
+        try:
+            self._on_gone()
+        except Exception:
+            logger.exception("KV store: letting go of the memory of a node that is gone failed")
 
     def _report(self) -> None:
         report = Report(_drain(self._steps), _drain(self._loads), _drain(self._answered))

@@ -69,6 +69,9 @@ class Pager(ABC):
         """Whether all of the arena is prepared, so that no copy waits for that. Never blocks."""
         return False
 
+    def forget(self) -> None:  # noqa: B027 (who does not prepare arenas keeps none)
+        """Let go of the arena, as its node is gone. Not while ``load`` is called; saves that were begun go on."""
+
     def follow(self) -> None:  # noqa: B027 (a CPU has nothing to do)
         """The engine's thread begins a step: what is "enqueued so far" is on its present stream."""
 

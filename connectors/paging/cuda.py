@@ -10,9 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ class CudaPager(Pager):
         with cupy.cuda.Device(self._device.index):
             moves = Kernels(pages, share)
             self._saves, self._loads = (_Lane(direction, pages, share, moves, sharers) for direction in Direction)
-        self._saving = _Background(self._saves)
+        self._saving = _Background()
         self.follow()
 
     def follow(self) -> None:
@@ -117,7 +118,7 @@ class CudaPager(Pager):
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
         job = self._job(arena, copies)
-        self._saving.submit(job)
+        self._saving.submit(partial(self._saves.run, job))
         return job.transfer
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
@@ -128,6 +129,11 @@ class CudaPager(Pager):
 
     def ready(self, arena: Arena) -> bool:
         return self._loads.ready(arena)
+
+    def forget(self) -> None:
+        """Waits for loads that were handed over, and unregisters once the saves before it have been, too."""
+        self._saving.submit(self._saves.forget)
+        self._loads.forget()
 
     def close(self) -> None:
         self._saving.close()
@@ -144,13 +150,13 @@ class CudaPager(Pager):
 class _Background:
     """Runs a lane's jobs in a thread of its own."""
 
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="kv-save", daemon=True)
         self._thread.start()
 
-    def submit(self, job: _Job) -> None:
+    def submit(self, job: Callable[[], None]) -> None:
+        """``job`` must not raise."""
         self._jobs.put(job)
 
     def close(self) -> None:
@@ -159,7 +165,7 @@ class _Background:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._lane.run(job)
+            job()
 
 
 class _Lane:
@@ -190,11 +196,18 @@ class _Lane:
         pinned = self._pinned
         return pinned is not None and pinned.arena is arena and pinned.complete
 
+    def forget(self) -> None:
+        """``close``, until the next job. Never raises: on a device that fails the next job will."""
+        with suppress(Exception):
+            self.close()
+
     def close(self) -> None:
+        """Wait for what was handed over, and give the arena's registration back."""
         with cupy.cuda.Device(self._device):
             self._drain()
             if self._pinned is not None:
                 self._pinned.close()
+                self._pinned = None
 
     def _hand_over(self, job: _Job) -> Any:
         """Enqueue a whole job; the event behind it."""

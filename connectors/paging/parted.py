@@ -43,6 +43,10 @@ class PartedPager(Pager):
     def ready(self, arena: Arena) -> bool:
         return all(part.pager.ready(arena) for part in self._parts)
 
+    def forget(self) -> None:
+        for part in self._parts:
+            part.pager.forget()
+
     def close(self) -> None:
         for part in self._parts:
             part.pager.close()

@@ -90,6 +90,9 @@ class OpaquePager(Pager):
     def ready(self, arena: Arena) -> bool:
         return True
 
+    def forget(self) -> None:
+        self._arena = None
+
     def close(self) -> None:
         self._layers = []
         self._arena = None

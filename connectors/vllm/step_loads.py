@@ -32,7 +32,7 @@ SUSPECT_STEPS = 2
 
 
 class StepLoads:
-    """Of one rank. The engine's thread makes all calls but ``prepared`` and ``trusted``."""
+    """Of one rank. The engine's thread makes all calls but ``prepared``, ``forget`` and ``trusted``."""
 
     def __init__(
         self, pager: Pager, pager_lock: threading.Lock, geometry: Geometry, recorder: Recorder, tally: Tally
@@ -57,6 +57,10 @@ class StepLoads:
     def prepared(self, arena: Arena) -> None:
         """The pager has been shown the arena of the node's present run. Any thread."""
         self._arena = arena
+
+    def forget(self) -> None:
+        """No node answers. Any thread."""
+        self._arena, self._told_of = None, 0
 
     def load(self, loads: Sequence[Load]) -> set[int]:
         """Before every step's forward pass: copy these requests' blocks; gives the pages that hold nothing good. Never raises."""

@@ -114,7 +114,7 @@ class Mover:
         self._failed: set[str] = set()
         self._just_ended = False
         self._bad_pages: set[int] = set()
-        link.on_node(self._prepare)
+        link.on_node(self._prepare, self._forget)
 
     def _prepare(self) -> None:
         """Show the pager a node's arena before it is needed: pinning it takes seconds."""
@@ -123,6 +123,13 @@ class Mover:
             for pager in self._pagers:
                 pager.load(arena, [])
         self._in_step.prepared(arena)
+
+    def _forget(self) -> None:
+        """No node answers: let go of the arena, whose memory the next one may need."""
+        with self._pager_lock:
+            for pager in self._pagers:
+                pager.forget()
+        self._in_step.forget()
 
     # Saves
 

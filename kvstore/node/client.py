@@ -79,6 +79,7 @@ class Client:
 
     @property
     def epoch(self) -> int:
+        """0 while no node is known to answer."""
         connection = self._connection
         return connection.arena.epoch if connection else 0
 
@@ -212,6 +213,7 @@ class Client:
             try:
                 self._connection = self._connect()
             except KVStoreError:
+                self._connection = None  # and with it the arena of a node that is gone: the next may need the memory
                 now = time.monotonic()
                 least, most = RECONNECT_SECONDS
                 self._retry_at = now + min(max(2 * (now - began), least), most)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,39 @@ def test_a_node_that_does_not_answer_is_tried_again_before_the_next_heartbeat() 
     link = Link(client, NAMESPACE, 64)
     wait_for(lambda: link.keyring is not None)
     link.close()
+
+
+def test_nothing_is_kept_of_the_arena_of_a_node_that_is_gone(tmp_path: Path) -> None:
+    """The next node may not have room for another one beside it."""
+    gone = threading.Event()
+    with RunningNode(tmp_path) as node:
+        client = Client(node.socket, connect_timeout=5.0)
+        link = Link(client, NAMESPACE, 64)
+        link.on_node(lambda: None, gone.set)
+        wait_for(lambda: link.keyring is not None)
+        freed = weakref.ref(client.arena)
+    link.lost()
+    assert gone.wait(60)
+    wait_for(lambda: freed() is None)
+    link.close()
+
+
+def test_who_kept_nothing_of_a_node_is_told_when_it_is_found_again(tmp_path: Path) -> None:
+    """Also when it was the same run of it that did not answer for a while."""
+    found: list[int] = []
+    with RunningNode(tmp_path) as node:
+        client = Client(node.socket, connect_timeout=5.0)
+        link = Link(client, NAMESPACE, 64)
+        link.on_node(lambda: found.append(client.epoch), lambda: None)
+        wait_for(lambda: len(found) == 1)
+        node.socket.rename(tmp_path / "away")
+        client.close()
+        link.lost()
+        wait_for(lambda: link.keyring is None)
+        (tmp_path / "away").rename(node.socket)
+        wait_for(lambda: len(found) == 2)
+        link.close()
+    assert found[0] == found[1]
 
 
 def test_a_node_that_returns_is_found_before_the_next_heartbeat(tmp_path: Path) -> None:

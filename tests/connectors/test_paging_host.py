@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -22,6 +23,7 @@ from connectors.paging.reference import ReferencePager
 from kvstore.errors import ConfigError, IdentityError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
+from kvstore.testing.node import wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -134,6 +136,20 @@ def test_a_group_begins_and_ends_within_a_block(cuda: ModuleType, arena: Arena) 
     arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
     ReferencePager(pages, case.block, case.heads).save(arena, copies).wait()
     assert bytes(arena.buffer) == saved
+
+
+def test_nothing_is_kept_of_the_arena_of_a_node_that_is_gone(cuda: ModuleType, registry: cupy_on_cpu.Registry) -> None:
+    pager = cuda.CudaPager(random_fill(SMALL.build("cpu"), 1), SMALL.block, SMALL.heads)
+    for epoch in (1, 2):
+        arena = Arena.create(1 << 20, epoch)
+        pager.save(arena, [BlockCopy((0, 1), 0)]).wait()
+        pager.load(arena, [BlockCopy((2, 3), 0)]).wait()
+        freed = weakref.ref(arena)
+        del arena
+        assert registry.ranges
+        pager.forget()
+        wait_for(lambda freed=freed: freed() is None and not registry.ranges)
+    pager.close()
 
 
 def test_copies_follow_the_engine_to_another_stream(

@@ -77,7 +77,7 @@ class FakeLink:
     def keyring(self) -> Any:
         return self.client.open_namespace(NAMESPACE, GEOMETRY.block_bytes)
 
-    def on_node(self, callback: Any) -> None:
+    def on_node(self, callback: Any, gone: Any) -> None:
         self.found = callback
 
     def lost(self) -> None:
