@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -173,20 +173,20 @@ class NodeProcess:
 _OWN_NAME = "testing"
 
 
-def alter_host_blocks(client: Client) -> int:
-    """Change the first page of every block in host memory, as a broken engine would; how many there are.
+def alter_host_blocks(client: Client, only: Container[BlockKey] | None = None) -> int:
+    """Change the first page of every block in host memory, or of some, as a broken engine would; how many these are.
 
     Blocks of the host tier are not verified when they are loaded, so this is what wrong KV looks like to an engine.
     """
     blocks = client.call("list", medium="host", limit=1000)["blocks"]
-    for block in blocks:
-        key = BlockKey(bytes(block["key"]))
+    keys = [key for block in blocks if (key := BlockKey(bytes(block["key"]))) and (only is None or key in only)]
+    for key in keys:
         acquired = client.acquire([key], 5)
         for offset in acquired.offsets:
             page = acquired.arena.buffer[offset : offset + 4096]
             acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
         client.release([key])
-    return len(blocks)
+    return len(keys)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
