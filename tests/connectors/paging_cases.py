@@ -28,6 +28,8 @@ VLLM_ORDERS = {
 """vLLM's physical orders of the logical axes (layer, page, head, token, content)."""
 GQA_LAYOUTS = (*VLLM_ORDERS, "padded", "kv_heads", "kv_pages", "subpages", "sglang")
 MLA_LAYOUTS = ("LBHNC", "BLHNC", "mla_3d", "subpages", "sglang")
+STATE_LAYOUTS = ("LBHNC", "BLHNC", "padded")
+"""Of recurrent layers' states: one a page, opaque."""
 SLOT_ALIGNMENT = 4096
 
 
@@ -109,12 +111,14 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    mla = draw(st.booleans())
-    dtype = draw(st.sampled_from(DTYPES))
-    layout = draw(st.sampled_from(MLA_LAYOUTS if mla else GQA_LAYOUTS))
-    page_tokens = draw(st.sampled_from((2, 4) if layout == "subpages" else (1, 2, 3, 4)))
-    per_block = draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(("gqa", "mla", "state")))
+    state, mla = kind == "state", kind == "mla"
+    dtype = torch.int8 if state else draw(st.sampled_from(DTYPES))
+    layout = draw(st.sampled_from(STATE_LAYOUTS if state else MLA_LAYOUTS if mla else GQA_LAYOUTS))
+    page_tokens = 1 if state else draw(st.sampled_from((2, 4) if layout == "subpages" else (1, 2, 3, 4)))
+    per_block = 1 if state else draw(st.integers(1, 3))
     kv_heads = 1 if mla else draw(st.integers(1, 4))
+    orders = ("kv_head_token_layer",) if state else ("kv_head_token_layer", "headgroup_layer_kv_token_head")
     first = draw(st.integers(0, kv_heads - 1))
     block = BlockLayout(
         tokens=page_tokens * per_block,
@@ -122,8 +126,8 @@ def cases(draw: st.DrawFn) -> Case:
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from((1, 3, 8, 20, 64))),
         itemsize=dtype.itemsize,
-        kv=1 if mla else 2,
-        order="token_layer" if mla else draw(st.sampled_from(("kv_head_token_layer", "headgroup_layer_kv_token_head"))),
+        kv=2 if kind == "gqa" else 1,
+        order="token_layer" if mla else draw(st.sampled_from(orders)),
     )
     return Case(
         block=block,

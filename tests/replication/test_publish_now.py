@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from kvstore.catalog import open_catalog
 from kvstore.catalog.asking import Answering, Heard, ask_nodes
 from kvstore.catalog.presence import Presence
 from kvstore.cli import app
-from kvstore.identity import NO_PARENT, chain_digests
+from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import NewBlock
 from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.tiers.base import Medium
 from replication.keys import create_key, public_text
+from replication.manifest import read_trusted
+from replication.names import manifest_name
 
 
 @dataclass
@@ -33,18 +35,21 @@ class Place:
     catalog: str
     client: PatientClient
 
-    def save(self, first_token: int) -> None:
+    def save(self, first_token: int) -> list[BlockKey]:
         """A chain of three blocks, durable in the bucket, that an engine asked for before."""
         keyring = self.client.open_namespace(LLAMA, PAYLOAD_BYTES)
         keys = keyring.block_keys(chain_digests(range(first_token, first_token + 48), LLAMA.block_tokens))
         self.client.lookup(keys, timeout=30)
-        reserved = self.client.reserve(
-            LLAMA, [NewBlock(key, keys[i - 1] if i else NO_PARENT, i) for i, key in enumerate(keys)]
-        )
+        self.put(LLAMA, [NewBlock(key, keys[i - 1] if i else NO_PARENT, i) for i, key in enumerate(keys)])
+        return keys
+
+    def put(self, namespace: Namespace, blocks: list[NewBlock]) -> None:
+        reserved = self.client.reserve(namespace, blocks)
         for offset in reserved.offsets:
             assert offset is not None
             reserved.arena.slot(offset, PAYLOAD_BYTES)[:] = bytes(PAYLOAD_BYTES)
-        assert self.client.commit(keys, durable=Medium.OBJECT, timeout=30) == tuple(keys)
+        keys = tuple(block.key for block in blocks)
+        assert self.client.commit(keys, durable=Medium.OBJECT, timeout=30) == keys
 
     def publish(self, *settings: str) -> tuple[dict[str, Any], str]:
         """What ``kvstore region publish`` says, and what it notes."""
@@ -73,6 +78,19 @@ def test_what_was_saved_a_moment_ago_is_published(place: Place) -> None:
         assert said["blocks"] == 3 * number
         assert len(said["nodes"]["reported"]) == 1
         assert (said["nodes"]["silent"], notes) == ([], "")
+
+
+def test_the_state_behind_a_prompt_is_published_with_it(place: Place) -> None:
+    states = replace(LLAMA, layout="opaque:state", group=1)
+    (state,) = place.client.open_namespace(states, PAYLOAD_BYTES).block_keys([bytes(32)])
+    keys = place.save(1000)
+    place.put(states, [NewBlock(state, keys[-1], len(keys))])
+    for _ in range(2):
+        found = place.client.lookup([*keys, state], timeout=30, states=1)
+        assert found.blocks == 4
+    place.publish(f"object.url={place.bucket}", f"catalog.url={place.catalog}")
+    found = read_trusted((place.folder / "bucket" / manifest_name("na")).read_bytes()).blocks
+    assert {block.key: block.namespace for block in found} == dict.fromkeys(keys, LLAMA.digest) | {state: states.digest}
 
 
 def test_without_a_catalog_it_says_what_may_be_missing(place: Place) -> None:

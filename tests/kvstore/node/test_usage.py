@@ -57,6 +57,17 @@ def test_a_request_counts_once_however_often_it_is_looked_up(site: Site) -> None
     assert site.value("kvstore_lookup_seconds_count") == 4
 
 
+def test_states_behind_a_prompt_are_found_and_count_as_no_tokens(site: Site) -> None:
+    """The last key of the chain stands for one; what is found counts it, what is planned and what is used does not."""
+    found = site.client.lookup(site.keys[:4], about=About("r1"), waiting=0, states=1)
+    assert found.blocks == 4
+    assert found.plan is not None
+    assert found.plan.blocks == 3
+    assert site.value("kvstore_asked_tokens_total") == 3 * TOKENS
+    assert site.value("kvstore_found_tokens_total", tier="host") == 3 * TOKENS
+    assert site.value("kvstore_offered_tokens_total") == 3 * TOKENS
+
+
 def test_lookups_count_by_what_they_found(site: Site) -> None:
     site.lookup("a", site.keys[:4])
     site.lookup("b", site.keys)
