@@ -42,6 +42,12 @@ class Arena:
         arena.fd = -1
         return arena
 
+    @staticmethod
+    def most_bytes(directory: str = SHM_DIRECTORY) -> int:
+        """All shared memory of this machine or container, free or not."""
+        found = os.statvfs(directory)
+        return found.f_blocks * found.f_frsize
+
     @classmethod
     def create(cls, nbytes: int, epoch: int, directory: str = SHM_DIRECTORY) -> Arena:
         """Reserve ``nbytes`` of shared memory. Raises ConfigError when there is not enough.

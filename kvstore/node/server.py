@@ -46,6 +46,8 @@ log = structlog.get_logger(__name__)
 HANDSHAKE_SECONDS = 5.0
 MAX_REQUESTS = 1024
 """Unanswered requests of one client; a client beyond that is broken."""
+MEMORY_SECONDS = 10.0
+"""Engines keep the memory of a node that is gone until they miss it, a heartbeat later, and have unregistered it."""
 SWITCH_INTERVAL = 0.0002
 """Threads that move bytes need the interpreter for microseconds; the default of 5 ms would keep the disk idle (measured:
 0.41-0.69 of its speed beside one busy thread)."""
@@ -97,7 +99,7 @@ class Node:
         make_folder(path, others)
         with _exclusive(path):
             namespaces = NamespaceBook(config.node.directory / "namespaces")
-            arena = Arena.create(config.host.bytes, secrets.randbits(63) or 1)
+            arena = await _arena(config.host.bytes)
             if not config.disk.enabled:
                 forget_warmth(config.node.directory)  # it was in the memory of the node that was here before
             tenants = None if config.tenants.book is None else Tenants(config, namespaces)
@@ -307,6 +309,19 @@ async def _serve(config: Config, stop: asyncio.Event) -> None:
         log.info("listening", socket=str(config.node.socket), arena_bytes=config.host.bytes)
         await stop.wait()
         log.info("stopping")
+
+
+async def _arena(nbytes: int) -> Arena:
+    """A new arena, as soon as there is memory for it. Raises ConfigError when there is none in time, or can never be."""
+    deadline = time.monotonic() + (MEMORY_SECONDS if nbytes <= Arena.most_bytes() else 0.0)
+    while True:
+        try:
+            return Arena.create(nbytes, secrets.randbits(63) or 1)
+        except ConfigError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.info("waiting for memory that may be given back", error=str(error))
+        await asyncio.sleep(0.5)
 
 
 @contextlib.contextmanager

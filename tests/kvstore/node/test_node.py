@@ -13,6 +13,7 @@ import pytest
 from kvstore.errors import ConfigError, KVStoreError, NodeUnavailable
 from kvstore.identity import NO_PARENT, BlockKey, Namespace, chain_digests
 from kvstore.node.api import Miss, NewBlock
+from kvstore.node.arena import Arena
 from kvstore.node.protocol import encode
 from kvstore.testing.node import PatientClient, RunningNode, wait_for
 from kvstore.tiers.base import Medium
@@ -65,6 +66,24 @@ def loaded(client: PatientClient, keys: list[BlockKey], timeout: float = 50.0) -
     data = [bytes(acquired.arena.buffer[o : o + BLOCK_BYTES]) for o in acquired.offsets]
     client.release(keys[: len(data)])
     return data
+
+
+def test_a_node_waits_for_memory_that_is_still_to_be_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines miss the node that was here before it a moment after it has gone."""
+    create, refused = Arena.create, threading.Event()
+
+    def crowded(nbytes: int, epoch: int) -> Arena:
+        if not refused.is_set():
+            refused.set()
+            raise ConfigError("host.bytes", nbytes, "/dev/shm has only 0 bytes free", "")
+        return create(nbytes, epoch)
+
+    monkeypatch.setattr(Arena, "create", crowded)
+    with RunningNode(tmp_path, "disk.enabled=false") as node, PatientClient(node.socket) as client:
+        assert refused.is_set()
+        assert client.call("status")["tiers"]
 
 
 def test_what_one_client_saves_another_loads(node: RunningNode, client: PatientClient) -> None:
