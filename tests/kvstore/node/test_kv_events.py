@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from kvstore.config import load
 from kvstore.errors import ConfigError
+from kvstore.history import What
 from kvstore.identity import NO_PARENT, BlockKey, Namespace
+from kvstore.kvevents import KVEvents
 from kvstore.node.api import NewBlock
 from kvstore.testing.node import PatientClient, RunningNode
 from kvstore.testing.servers import free_port
@@ -28,30 +31,38 @@ NAMESPACE = Namespace(
 KEYS = [BlockKey(bytes([number]) * 16) for number in range(1, 4)]
 
 
-def save(client: PatientClient) -> None:
+def save(client: PatientClient, keys: list[BlockKey]) -> None:
     client.open_namespace(NAMESPACE, BLOCK_BYTES)
     blocks = [
-        NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(KEYS, [NO_PARENT, *KEYS], strict=False))
+        NewBlock(key, parent, index) for index, (key, parent) in enumerate(zip(keys, [NO_PARENT, *keys], strict=False))
     ]
     client.reserve(NAMESPACE, blocks)
-    assert len(client.commit(KEYS, durable=Medium.DISK)) == len(KEYS)
+    assert len(client.commit(keys, durable=Medium.DISK)) == len(keys)
 
 
 class Subscriber:
-    """Reads one node's events."""
+    """Reads one node's events, from when it has subscribed."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, client: PatientClient) -> None:
+        """``client`` saves and deletes blocks until events come: a subscription takes a moment to arrive, and PUB does not
+        wait for it."""
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.connect(address)
         self._socket.subscribe(b"")
         self.numbers: list[int] = []
         self.payloads: list[bytes] = []
-        time.sleep(0.3)  # a subscription takes a moment to arrive, and PUB does not wait for it
+        for probe in (BlockKey(bytes([0xFF, number]) * 8) for number in range(256)):
+            save(client, [probe])
+            client.delete([probe])
+            if self._socket.poll(100):
+                self.until(lambda seen, probe=probe: _removed(seen, [probe]) == {"disk", "host"})
+                break
+        self.payloads.clear()
 
     def until(self, enough: Callable[[list[Any]], bool]) -> list[Any]:
         """All events so far, once they are enough."""
         events: list[Any] = []
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not enough(events):
             assert self._socket.poll(1000) or time.monotonic() < deadline, f"only {events}"
             while self._socket.poll(0):
@@ -65,16 +76,18 @@ class Subscriber:
         self._socket.close(0)
 
 
+def _removed(events: list[Any], keys: list[BlockKey]) -> set[str]:
+    """The tiers that these blocks were removed from."""
+    return {e["ownership"] for e in events if e["type"] == "BlockRemoved" and e["block_hashes"] == keys}
+
+
 def test_saves_writes_and_deletions_are_published_in_order(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     with RunningNode(tmp_path, f"events.listen={address}") as node, PatientClient(node.socket) as client:
-        subscriber = Subscriber(address)
-        save(client)
+        subscriber = Subscriber(address, client)
+        save(client, KEYS)
         client.delete(KEYS[2:])
-        removed = {"disk", "host"}
-        events = subscriber.until(
-            lambda seen: {event["ownership"] for event in seen if event["type"] == "BlockRemoved"} == removed
-        )
+        events = subscriber.until(lambda seen: _removed(seen, KEYS[2:]) == {"disk", "host"})
         subscriber.close()
     stored = [event for event in events if event["type"] == "BlockStored"]
     in_host = [event for event in stored if event["ownership"] == "host"]
@@ -86,7 +99,8 @@ def test_saves_writes_and_deletions_are_published_in_order(tmp_path: Path) -> No
         ("disk", "STORAGE", "LOCAL"),
     }
     assert all(event["block_hashes"] == KEYS[2:] for event in events if event["type"] == "BlockRemoved")
-    assert subscriber.numbers == list(range(len(subscriber.numbers)))
+    first = subscriber.numbers[0]
+    assert subscriber.numbers == list(range(first, first + len(subscriber.numbers)))
 
 
 def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
@@ -94,10 +108,10 @@ def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
     msgspec = pytest.importorskip("msgspec")
     address = f"ipc://{tmp_path / 'events'}"
     with RunningNode(tmp_path, f"events.listen={address}") as node, PatientClient(node.socket) as client:
-        subscriber = Subscriber(address)
-        save(client)
+        subscriber = Subscriber(address, client)
+        save(client, KEYS)
         client.delete(KEYS)
-        subscriber.until(lambda seen: sum(event["type"] == "BlockRemoved" for event in seen) == 2)
+        subscriber.until(lambda seen: _removed(seen, KEYS) == {"disk", "host"})
         subscriber.close()
     decoder = msgspec.msgpack.Decoder(kv_events.KVEventBatch)
     events = []
@@ -122,6 +136,23 @@ def test_vllms_own_classes_read_them(tmp_path: Path) -> None:
     assert {event.locality for event in events} == {"LOCAL"}
     assert {(event.medium, event.ownership) for event in events} == {("CPU", "host"), ("STORAGE", "disk")}
     assert all(event.block_hashes == KEYS for event in removed)
+
+
+async def test_numbers_begin_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscriber who sees another one first knows that something was missed."""
+    monkeypatch.setattr(zmq, "PUB", zmq.XPUB)  # which says who subscribes
+    address = f"tcp://127.0.0.1:{free_port()}"
+    events = KVEvents(address, lambda _: None)
+    with zmq.Context.instance().socket(zmq.SUB) as subscriber:
+        subscriber.connect(address)
+        subscriber.subscribe(b"")
+        assert events._socket.recv() == b"\x01"
+        events.tell(What.SAVED, KEYS, Medium.HOST)
+        while not subscriber.poll(0):
+            await asyncio.sleep(0.01)
+        _, number, _ = subscriber.recv_multipart()
+    events.close()
+    assert int.from_bytes(number, "big") == 0
 
 
 @pytest.mark.parametrize("address", ["5557", "tcp://0.0.0.0:5557", "tcp://*:5557", "udp://127.0.0.1:1"])
