@@ -108,8 +108,9 @@ class AdminClient(Calls):
     def lookup(self, prompt: Prompt) -> LookupAnswer:
         return self._post(LookupAnswer, "/v1/lookup", _body(prompt))
 
-    def router_lookup(self, prompts: list[Prompt]) -> RouterAnswer:
-        body = {"prompts": [_body(prompt) for prompt in prompts]}
+    def router_lookup(self, prompts: list[Prompt], timeout: float = 0.1) -> RouterAnswer:
+        """``timeout``: seconds that nodes have to answer, at most 10; the others go without."""
+        body = {"prompts": [_body(prompt) for prompt in prompts], "timeout_seconds": timeout}
         return self._post(RouterAnswer, "/v1/router/lookup", body)
 
     def router_peek(self, chains: list[bytes]) -> RouterPeeked:

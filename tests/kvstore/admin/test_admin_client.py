@@ -30,9 +30,9 @@ def test_reads_give_models(shared_api: Site) -> None:
         assert [block.key for block in client.blocks(TierName.DISK)] == sorted(key.hex() for key in shared_api.keys)
         assert client.block(shared_api.keys[0].hex()).media == [TierName.HOST, TierName.DISK]
         assert client.lookup(PROMPT).tiers[0].usable_blocks == BLOCKS
-        assert client.router_lookup([PROMPT]).prompts[0].blocks == BLOCKS
+        assert client.router_lookup([PROMPT], timeout=10).prompts[0].blocks == BLOCKS
         packed = Prompt(namespace="org/toy", packed_tokens=np.array(TOKENS, dtype="<u4").tobytes())
-        assert client.router_lookup([packed]) == client.router_lookup([PROMPT])
+        assert client.router_lookup([packed], timeout=10) == client.router_lookup([PROMPT], timeout=10)
         assert client.explain(PROMPT).usable_blocks == BLOCKS
         assert [space.model for space in client.namespaces()] == ["org/toy"]
         assert [model.model for model in client.models()] == ["org/toy"]

@@ -97,7 +97,9 @@ def test_lookup_of_tokens_tells_each_tier(shared_api: Site) -> None:
 def test_packed_tokens_name_the_same_prompt(shared_api: Site) -> None:
     prompt = {"namespace": "org/toy", "packed_tokens": np.array(TOKENS, dtype="<u4").tobytes().hex()}
     assert shared_api.post("/v1/lookup", prompt) == shared_api.post("/v1/lookup", PROMPT)
-    found, wanted = (shared_api.post("/v1/router/lookup", {"prompts": [each]}) for each in (prompt, PROMPT))
+    found, wanted = (
+        shared_api.post("/v1/router/lookup", {"prompts": [each], "timeout_seconds": 10}) for each in (prompt, PROMPT)
+    )
     assert found == wanted
     pages = [shared_api.post("/v1/blocks/query", {"prompt": each}) for each in (prompt, PROMPT)]
     assert [item["key"] for item in pages[0]["items"]] == [item["key"] for item in pages[1]["items"]]
@@ -117,7 +119,8 @@ def test_a_slower_tier_serves_what_the_faster_one_gave_up(own_api: Site) -> None
 
 
 def test_router_lookup_answers_each_prompt(shared_api: Site) -> None:
-    answer = shared_api.post("/v1/router/lookup", {"prompts": [PROMPT, {"namespace": "nobody", "tokens": [1]}]})
+    asked = [PROMPT, {"namespace": "nobody", "tokens": [1]}]
+    answer = shared_api.post("/v1/router/lookup", {"prompts": asked, "timeout_seconds": 10})
     good, bad = answer["prompts"]
     assert good["nodes"][0]["url"] == shared_api.api.url
     assert good["nodes"][0]["tiers"][0]["usable_tokens"] == 80

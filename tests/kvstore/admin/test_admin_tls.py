@@ -56,7 +56,7 @@ def site() -> Iterator[Site]:
 def test_nodes_show_each_other_their_own_certificates(site: Site) -> None:
     tls = towards_api(str(site.authority), str(site.certificate))
     with AdminClient(site.urls[1], tls=tls) as client:
-        answer = client.router_lookup([Prompt(namespace=NAMESPACE.model, tokens=TOKENS)])
+        answer = client.router_lookup([Prompt(namespace=NAMESPACE.model, tokens=TOKENS)], timeout=10)
     assert answer.unanswered == []
     assert {node.url: node.tiers[0].usable_blocks for node in answer.prompts[0].nodes} == dict.fromkeys(
         site.urls, BLOCKS
