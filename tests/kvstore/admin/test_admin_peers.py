@@ -69,7 +69,7 @@ def test_a_peer_that_did_not_answer_is_left_alone_for_a_moment(monkeypatch: pyte
         mute = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with node_and_api(f"api.peers={mute}", blocks=BLOCKS) as here, AdminClient(here.url) as client:
             for _ in range(2):
-                answer = client.router_lookup([PROMPT], timeout=1)
+                answer = client.router_lookup([PROMPT], timeout=2)
                 assert [one.url for one in answer.unanswered] == [mute]
                 assert answer.prompts[0].nodes[0].tiers[0].usable_blocks == BLOCKS
         listener.setblocking(False)
