@@ -1,7 +1,7 @@
 """The shared arena: one anonymous shared mapping, made by the node and attached by its clients.
 
 The file behind it has no name: it is made with O_TMPFILE in ``/dev/shm`` and handed over as a descriptor, so nothing is
-left behind when the node is killed, and a client needs no access to the node's mounts.
+left behind when the node is killed and its clients have missed it, and a client needs no access to the node's mounts.
 """
 
 from __future__ import annotations
