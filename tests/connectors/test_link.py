@@ -69,15 +69,16 @@ def test_nothing_is_kept_of_the_arena_of_a_node_that_is_gone(tmp_path: Path) -> 
 def test_who_kept_nothing_of_a_node_is_told_when_it_is_found_again(tmp_path: Path) -> None:
     """Also when it was the same run of it that did not answer for a while."""
     found: list[int] = []
+    gone: list[bool] = []
     with RunningNode(tmp_path) as node:
         client = Client(node.socket, connect_timeout=5.0)
         link = Link(client, NAMESPACE, 64)
-        link.on_node(lambda: found.append(client.epoch), lambda: None)
+        link.on_node(lambda: found.append(client.epoch), lambda: gone.append(True))
         wait_for(lambda: len(found) == 1)
         node.socket.rename(tmp_path / "away")
         client.close()
         link.lost()
-        wait_for(lambda: link.keyring is None)
+        wait_for(lambda: gone)
         (tmp_path / "away").rename(node.socket)
         wait_for(lambda: len(found) == 2)
         link.close()
