@@ -50,8 +50,8 @@ def link(na: ObjectSettings) -> Iterator[ShapedLink]:
 
 @pytest.fixture
 def na_far(na: ObjectSettings, link: ShapedLink) -> ObjectSettings:
-    """The source's bucket as the destination reaches it."""
-    return replace(na, endpoint=link.endpoint)
+    """The source's bucket as the destination reaches it, over a link that may be cut."""
+    return replace(na, endpoint=link.endpoint, connect_timeout=3.0, read_timeout=3.0)
 
 
 @pytest.fixture

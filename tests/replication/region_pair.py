@@ -28,9 +28,9 @@ def bucket_on(server: S3Server, name: str) -> ObjectSettings:
         region=server.region,
         access_key_id=server.access_key,
         secret_access_key=server.secret_key,
-        connect_timeout=3.0,
-        read_timeout=3.0,
-        request_timeout=30.0,
+        connect_timeout=30.0,
+        read_timeout=30.0,
+        request_timeout=60.0,
         retries=0,
     )
     Bucket(settings).create()

@@ -254,8 +254,8 @@ class TestOutage:
             endpoint=server.endpoint,
             access_key_id=server.access_key,
             secret_access_key=server.secret_key,
-            request_timeout=1.0,
-            connect_timeout=0.5,
+            request_timeout=3.0,
+            connect_timeout=3.0,
             create_bucket=True,
         )
         Bucket(settings).check()
