@@ -273,7 +273,11 @@ def _survey(config: Config, wanted: str) -> tuple[set[BlockKey], Namespace, int]
 
 
 def _named(wanted: str, namespaces: dict[bytes, Namespace]) -> Namespace:
-    found = [n for n in namespaces.values() if n.model == wanted or n.digest.hex().startswith(wanted.lower())]
+    found = [
+        namespace
+        for namespace in namespaces.values()
+        if (namespace.model == wanted and not namespace.group) or namespace.digest.hex().startswith(wanted.lower())
+    ]  # a model's states, of group 1, are no prompts
     if len(found) == 1:
         return found[0]
     digests = ", ".join(f"{n.digest.hex()[:12]} ({n.model})" for n in found or namespaces.values())
