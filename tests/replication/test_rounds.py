@@ -159,7 +159,7 @@ async def test_a_slow_copy_holds_up_nobody_and_nothing_of_it_is_sent_by_another(
     await three.publish("ap", shared)
     async with replicating(three, patience=600.0) as replicator:
         await rounds_until(replicator, lambda cycle: three.has("ap"))
-        more = chain(random_source, 3)
+        more = chain(random_source, 5)
         await three.publish("ap", more)
         three.links["ap"].shape.bytes_per_second = 20_000
         await rounds_until(replicator, lambda _: "ap" in replicator._visits)
@@ -169,6 +169,7 @@ async def test_a_slow_copy_holds_up_nobody_and_nothing_of_it_is_sent_by_another(
         assert "ap" in replicator._visits, "still under way"
         three.links["ap"].shape.bytes_per_second = None
         cycle = await rounds_until(replicator, lambda cycle: "ap" in cycle.lag)
-        (report,) = (report for report in cycle.flows if report.source == "ap")
-        assert report.copied.nbytes == sum(block.header.envelope_bytes for block in more)
-        assert three.links["na"].bytes_down < report.copied.nbytes
+        # A round may tell of a copy that ended before it began, and of the next, which found nothing to do.
+        copied = sum(report.copied.nbytes for report in cycle.flows if report.source == "ap")
+        assert copied == sum(block.header.envelope_bytes for block in more)
+        assert three.links["na"].bytes_down < copied
