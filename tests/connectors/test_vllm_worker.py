@@ -115,7 +115,7 @@ def test_a_late_reservation_is_given_up_and_its_slots_return(rigs: Any) -> None:
 
 
 def test_saves_beyond_the_bound_are_dropped(rigs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MAX_UNPUBLISHED", 2)
+    monkeypatch.setattr("connectors.vllm.saves.MAX_UNPUBLISHED", 2)
     rig = rigs(SlowNode("commit"))
     rig.save(1, 2)
     rig.save(3)
