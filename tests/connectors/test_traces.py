@@ -22,6 +22,7 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 
 import torch
 
+import connectors.vllm.saves as saves
 from connectors.link import Link
 from connectors.paging.torch import OpaquePager
 from connectors.vllm.keys import Geometry
@@ -110,8 +111,9 @@ def collector() -> Iterator[Collector]:
 
 
 def test_one_trace_from_the_engine_to_the_bucket_without_the_prompt(
-    collector: Collector, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    collector: Collector, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(saves, "RESERVATION_WAIT", 30.0)
     caplog.set_level(logging.DEBUG)
     port = free_port()
     api = f"127.0.0.1:{port}"

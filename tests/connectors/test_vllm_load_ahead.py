@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import connectors.vllm.saves as saves
 import connectors.vllm.worker as worker
 from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager
@@ -87,6 +88,7 @@ class Rig:
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(worker, "LOAD_CHUNK", CHUNK)
+    monkeypatch.setattr(saves, "RESERVATION_WAIT", 30.0)
     rig = Rig()
     yield rig
     for copy in rig.pager.loads:

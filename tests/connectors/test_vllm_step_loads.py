@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import connectors.vllm.saves as saves
 import connectors.vllm.worker as worker
 from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager
@@ -127,6 +128,12 @@ def wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, no save is dropped because its reservation came late."""
+    monkeypatch.setattr(saves, "RESERVATION_WAIT", 30.0)
 
 
 def make(pager: Callable[[torch.Tensor], Pager]) -> Rig:
