@@ -31,6 +31,7 @@ CLIENTS = 16
 WARM_UP = 9
 """Rounds until every slot of the arena was used once: a node in service recycles slots."""
 HOST_BYTES = 1 << 30
+MAPPINGS = 9
 
 
 def run(args: Any) -> Mapping[str, float]:
@@ -38,6 +39,7 @@ def run(args: Any) -> Mapping[str, float]:
     with node_process(HOST_BYTES) as socket_path, Client(socket_path) as client:
         figures |= lookup_figures(client)
         figures |= copy_figures(client)
+        figures |= mapping_figures(socket_path)
         figures |= crowd_figures(socket_path)
     return figures
 
@@ -145,6 +147,28 @@ def copy_figures(client: Client) -> dict[str, float]:
     }
 
 
+def mapping_figures(socket_path: Path) -> dict[str, float]:
+    """How often a thread gets the interpreter while the arena of a node that was restarted is mapped beside it, against alone.
+
+    As an engine's thread does with each of its operators, it gives the interpreter lock away and takes it again.
+    """
+    shares = []
+    for _ in range(MAPPINGS):
+        with Client(socket_path) as client:
+            beside = _turns_per_second(threading.Thread(target=client.arena.populate))
+        shares.append(beside / _turns_per_second(threading.Thread(target=time.sleep, args=(0.3,))))
+    return {"turns_while_mapping": statistics.median(shares)}
+
+
+def _turns_per_second(beside: threading.Thread) -> float:
+    started, turns = time.perf_counter(), 0
+    beside.start()
+    while beside.is_alive():
+        time.sleep(0.0002)
+        turns += 1
+    return turns / (time.perf_counter() - started)
+
+
 def crowd_figures(socket_path: Path) -> dict[str, float]:
     """Lookups of 16 clients at once, each a process's worth of work in a thread."""
     samples: list[float] = []
@@ -213,6 +237,7 @@ STUDY = Study(
         "lookup_2048_us": "<1000",
         "save_ratio_to_memcpy": ">=0.9",
         "load_ratio_to_memcpy": ">=0.9",
+        "turns_while_mapping": ">=0.8",
         "node_heap_mb_1m_blocks": "<300",
     },
 )
