@@ -73,6 +73,7 @@ MEASURED = {
         "save_ratio_to_memcpy": "saving 8 MiB blocks, share of memcpy's speed",
         "load_ratio_to_memcpy": "loading 8 MiB blocks from host memory, share of memcpy's speed",
         "node_heap_mb_1m_blocks": "memory of a node with a million blocks indexed, MB",
+        "turns_while_mapping": "an engine's thread while the arena of a restarted node is mapped, turns against alone",
     },
     "planner": {
         "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, worst of 720 cases",

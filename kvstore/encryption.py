@@ -16,8 +16,6 @@ from threading import Thread
 from typing import Protocol
 
 import structlog
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvstore.errors import ConfigError
 from kvstore.kms import KEY_ID_BYTES as KEY_ID_BYTES  # a block's header has room for one
@@ -148,4 +146,7 @@ def new_key() -> str:
 
 
 def _derive(secret: bytes, tenant: str) -> bytes:
+    from cryptography.hazmat.primitives.hashes import SHA256  # here: a node that encrypts nothing has 7 MB less
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     return HKDF(SHA256(), SECRET_BYTES, salt=None, info=b"kvstore block " + tenant.encode()).derive(secret)
