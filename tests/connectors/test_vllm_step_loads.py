@@ -221,8 +221,12 @@ def test_a_load_that_is_refused_is_bad_in_the_same_step_and_not_saved_from(devic
     device.save(21)  # scheduled before the failure was known
     assert device.counted()["blocks_not_saved:load_failed"] == 1
     device.mover.load_in_step([])
-    device.save(20, 22)  # the slot was given back
-    wait(lambda: {key(20), key(22)} <= device.node.keys)
+
+    def saved() -> bool:
+        device.save(20, 22)  # the slot is given back in a moment
+        return {key(20), key(22)} <= device.node.keys
+
+    wait(saved)
     assert key(21) not in device.node.keys
 
 
