@@ -104,9 +104,8 @@ class Link:
             try:
                 if self._states is not None:
                     self._state_keyring = self.client.open_namespace(*self._states)
-                self._keyring = self.client.open_namespace(
-                    self._namespace, self._block_bytes
-                )  # last: it is the client's
+                # The last one opened is what the node plans for and counts by.
+                self._keyring = self.client.open_namespace(self._namespace, self._block_bytes)
                 silent = False
                 if self._on_node is not None and self.client.epoch != self._epoch:
                     self._epoch = self.client.epoch

@@ -16,7 +16,7 @@ from connectors.modelid import model_name, rope_text, weights_revision
 from connectors.vllm.groups import ONE_TABLE, PageTables, Section, describe, is_a, page_tables, sections
 from connectors.vllm.options import Options
 from connectors.vllm.share import Share
-from connectors.vllm.states import States, has_states, states
+from connectors.vllm.states import States, states
 from connectors.weights import weights_digest
 from kvstore.errors import ConfigError
 from kvstore.identity import NO_PARENT, BlockKey, Keyring, Namespace, chain_digests, chain_seed
@@ -85,7 +85,8 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
     spec = groups[tables.groups[0]].kv_cache_spec
     ranks = parallel.tensor_parallel_size
     page_tokens = spec.block_size
-    least = page_tokens if has_states(groups) else DEFAULT_BLOCK_TOKENS  # a state stands behind any page
+    recurrent = len(tables.groups) < len(groups)
+    least = page_tokens if recurrent else DEFAULT_BLOCK_TOKENS  # a state stands behind any page
     block_tokens = options.block_tokens or -(-least // page_tokens) * page_tokens
     if block_tokens < 1 or block_tokens % page_tokens:
         raise ConfigError(
@@ -100,7 +101,6 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
     layers, mla = sum(tables.layers), is_a(spec, "MLAAttentionSpec")
     kv_heads = 1 if mla else model.get_total_num_kv_heads()
     layouts: tuple[BlockLayout, ...] = ()
-    block_bytes = spec.real_page_size_bytes * layers * (block_tokens // page_tokens) * ranks
     device = vllm_config.device_config.device_type
     if device == "cuda":
         layouts = tuple(
@@ -115,7 +115,10 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
             )
             for part in parts
         )
-        block_bytes = sum(layout.nbytes for layout in layouts)
+        block_bytes, layout = sum(layout.nbytes for layout in layouts), layouts[0].name
+    else:
+        block_bytes = spec.real_page_size_bytes * layers * (block_tokens // page_tokens) * ranks
+        layout = _opaque_layout([groups[i] for i in tables.groups], kv_cache_config, ranks)
     namespace = Namespace(
         model=options.model or model_name(model.model),
         weights=options.weights or _weights(model),
@@ -126,12 +129,10 @@ def geometry(vllm_config: Any, kv_cache_config: Any, options: Options) -> Geomet
         attention=_attention(spec, parts),
         rope=rope_text(model.hf_text_config.to_dict()),
         block_tokens=block_tokens,
-        layout=layouts[0].name
-        if layouts
-        else _opaque_layout([groups[i] for i in tables.groups], kv_cache_config, ranks),
+        layout=layout,
     )
-    recurrent = states(groups, namespace, ranks, device)
-    return Geometry(namespace, page_tokens, ranks, block_bytes, layouts, parts, tables, recurrent)
+    behind = states(groups, namespace, ranks, device)
+    return Geometry(namespace, page_tokens, ranks, block_bytes, layouts, parts, tables, behind)
 
 
 def request_seed(request: Any) -> bytes | None:

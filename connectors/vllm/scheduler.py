@@ -132,10 +132,8 @@ class Planner:
         plan = found.plan or Plan(found.blocks, Reason.OFF, ENDLESS)
         tokens = max((first + plan.blocks) * size - computed, 0) if plan.blocks else 0
         media: dict[Medium, int] = {}
-        left = plan.blocks
-        for medium, blocks in found.runs:
-            media[medium] = media.get(medium, 0) + min(blocks, left) * size
-            left -= min(blocks, left)
+        for medium, blocks in found.first(plan.blocks).runs:
+            media[medium] = media.get(medium, 0) + blocks * size
         if tokens:
             media[found.runs[0][0]] -= computed - first * size
         media = {medium: count for medium, count in media.items() if count}

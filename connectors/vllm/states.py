@@ -88,7 +88,6 @@ def loadable(found: Lookup, asked: int, held: Sequence[bool]) -> Lookup:
 
     ``held``: which of the blocks have one in the store.
     """
-
     whole = found.blocks > asked
 
     def usable(blocks: int) -> int:
@@ -98,11 +97,6 @@ def loadable(found: Lookup, asked: int, held: Sequence[bool]) -> Lookup:
 
     plan = found.plan and replace(found.plan, blocks=usable(found.plan.blocks))
     return replace(found.first(usable(found.blocks)), plan=plan)
-
-
-def has_states(groups: Sequence[Any]) -> bool:
-    """Whether the model has recurrent layers."""
-    return any(is_a(group.kv_cache_spec, "MambaSpec") for group in groups)
 
 
 def states(groups: Sequence[Any], blocks: Namespace, ranks: int, device: str) -> States | None:
@@ -150,7 +144,7 @@ def states(groups: Sequence[Any], blocks: Namespace, ranks: int, device: str) ->
     )
     return States(
         namespace, names, tables, tuple(index for index, _ in found), spec.num_heads,
-         spec.real_page_size_bytes // spec.num_heads, ranks,
+        spec.real_page_size_bytes // spec.num_heads, ranks,
     )  # fmt: skip
 
 

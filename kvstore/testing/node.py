@@ -179,7 +179,8 @@ def alter_host_blocks(client: Client, only: Container[BlockKey] | None = None) -
     Blocks of the host tier are not verified when they are loaded, so this is what wrong KV looks like to an engine.
     """
     blocks = client.call("list", medium="host", limit=1000)["blocks"]
-    keys = [key for block in blocks if (key := BlockKey(bytes(block["key"]))) and (only is None or key in only)]
+    held = [BlockKey(bytes(block["key"])) for block in blocks]
+    keys = [key for key in held if only is None or key in only]
     for key in keys:
         acquired = client.acquire([key], 5)
         for offset in acquired.offsets:
