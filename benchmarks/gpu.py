@@ -23,7 +23,10 @@ HEADER_BYTES = 4096
 ARENA_BYTES = 18 << 30
 """Room for a round of blocks of which only a rank's share is moved."""
 ROUND_BYTES = 2 << 30
-ROUNDS = 7
+ROUNDS = 15
+PEERS_EVERY = 5
+"""Rounds from one measurement of the others to the next: torch takes seconds."""
+DECODE_ROUNDS = 5
 DECODE_BATCHES = 10
 QUIET_SECONDS = 0.3
 PREFILL_GBPS = 4.0
@@ -58,6 +61,8 @@ GEOMETRIES = (
     Geometry("qwen3_32b", BlockLayout(64, 64, 8, 128, 2), (0, 8)),
     Geometry("deepseek_v3", BlockLayout(64, 61, 1, 576, 2, kv=1, order="token_layer"), (0, 1)),
 )
+DECODED_BESIDE = GEOMETRIES[:2]
+"""Copies of whole blocks, and short ones."""
 
 
 class Rig:
@@ -224,8 +229,11 @@ def timed(work: Callable[[], object], nbytes: int) -> float:
     return nbytes / (time.perf_counter() - started) / 1e9
 
 
+CEILINGS = {"offload": "memcpy_out", "reload": "memcpy_back", "both": "memcpy_both"}
+
+
 def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
-    """Medians of GB/s over interleaved rounds."""
+    """Medians over interleaved rounds: GB/s; the pager's share of the ceiling in the same round, with its quartiles."""
     nbytes = rig.bytes
     runs: dict[str, Callable[[], object]] = {
         "memcpy_out": lambda: memcpy.out(nbytes),
@@ -234,20 +242,27 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
         "reload": lambda: rig.load().wait(),
         "memcpy_both": lambda: memcpy.both(nbytes),
         "both": rig.both,
-        **offloads(rig, memcpy.host[0]),
     }
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, work in runs.items():
+    peers = offloads(rig, memcpy.host[0])
+    samples: dict[str, list[float]] = {name: [] for name in (*runs, *peers)}
+    for work in (*runs.values(), *peers.values()):
+        work()
+    for turn in range(ROUNDS):
+        for name, work in (runs | peers if turn % PEERS_EVERY == 0 else runs).items():
             samples[name].append(timed(work, nbytes))
-    return {name: statistics.median(values[1:]) for name, values in samples.items()}
+    figures = {f"{name}_gbps": statistics.median(values) for name, values in samples.items()}
+    for name, ceiling in CEILINGS.items():
+        ratios = [ours / most for ours, most in zip(samples[name], samples[ceiling], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        figures |= {f"{name}_ratio": middle, f"{name}_ratio_low": low, f"{name}_ratio_high": high}
+    return figures
 
 
 def decode_slowdown(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
     """A decode loop of CUDA graphs, as vLLM's, beside traffic; and an eager one, which shares the interpreter with the pager.
 
-    At full rate offloading, and plain memcpy as the least that any offloading costs; and at the rate at which a prefill of this
-    model makes new KV.
+    At full rate offloading, and plain memcpy as the least that any offloading costs; and at the rate at which a prefill of an
+    8B model makes new KV.
     """
     eager = beside(rig, decode := Decode(), memcpy)
     decode.capture()
@@ -265,7 +280,7 @@ def decode_slowdown(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
 def beside(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
     """Medians of the loop's slowdown by traffic, each against the loop alone just before; and GB/s of saves."""
     samples: dict[str, list[float]] = {name: [] for name in ("offload", "memcpy", "prefill_rate", "gbps")}
-    for _ in range(ROUNDS):
+    for _ in range(DECODE_ROUNDS):
         quiet = decode.seconds(Countdown(QUIET_SECONDS))
         started = time.perf_counter()
         saving = Underway([rig.save() for _ in range(DECODE_BATCHES)])
@@ -322,21 +337,20 @@ def run(args: Any) -> Mapping[str, float]:
         rig.save().wait()
         print(f"{geometry.name}: pinning and first save {time.perf_counter() - started:.2f} s", file=sys.stderr)
         rig.check()
-        gbps = bandwidth(rig, memcpy)
-        print(geometry.name, {name: round(value, 1) for name, value in gbps.items()}, file=sys.stderr)
-        figures |= {f"{name}_gbps_{geometry.name}": value for name, value in gbps.items()}
-        if geometry is GEOMETRIES[0]:
-            figures |= decode_slowdown(rig, memcpy)
+        measured = bandwidth(rig, memcpy)
+        if geometry in DECODED_BESIDE:
+            measured |= decode_slowdown(rig, memcpy)
             torch.cuda.empty_cache()
+        print(geometry.name, {name: round(value, 3) for name, value in measured.items()}, file=sys.stderr)
+        figures |= {f"{name}_{geometry.name}": value for name, value in measured.items()}
         rig.close()
-
-    def worst(ours: str, ceiling: str) -> float:
-        return min(figures[f"{ours}_gbps_{g.name}"] / figures[f"{ceiling}_gbps_{g.name}"] for g in GEOMETRIES)
-
+    worst = {name: min(figures[f"{name}_ratio_{g.name}"] for g in GEOMETRIES) for name in CEILINGS}
     return {
-        "offload_ratio_to_memcpy": worst("offload", "memcpy_out"),
-        "reload_ratio_to_memcpy": worst("reload", "memcpy_back"),
-        "both_ratio_to_memcpy": worst("both", "memcpy_both"),
+        **{f"{name}_ratio_to_memcpy": value for name, value in worst.items()},
+        **{
+            name: max(figures[f"{name}_{g.name}"] for g in DECODED_BESIDE)
+            for name in ("decode_slowdown", "decode_slowdown_eager")
+        },
         **figures,
     }
 

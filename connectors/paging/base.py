@@ -50,8 +50,8 @@ class Pager(ABC):
     """Moves this rank's share of blocks between engine pages and arena slots.
 
     ``save`` and ``load`` may be called by two threads at a time, each by one. An arena is prepared (pinned) when it is first
-    seen; a restarted node brings another one. The engine's pages must not be reused, and the arena slots stay leased or
-    reserved, until the returned transfer is done.
+    seen; a restarted node brings another one. The engine's pages must not be reused, the arena slots stay leased or reserved,
+    and ``copies`` stays as it is, until the returned transfer is done.
     """
 
     block_bytes: int

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
 import torch
-from cupy.cuda import driver, runtime
+from cupy.cuda import driver
 
 from connectors.paging import kernels, l2, pinned
 from connectors.paging.batchcopy import CopyBatch
@@ -27,19 +28,12 @@ KEPT_BYTES = 15 << 20
 """Of a buffer that is to stay in L2: an H100 sets 31 MiB aside. In smaller groups the bus stands still more often."""
 LEAST_KEPT = 4 << 20
 """A GPU that keeps less of a buffer than this had better pass it through memory in large groups."""
-GENTLE_BELOW = 4 << 20
-"""While a gather runs at full speed, copies of runs shorter than this come to the bus late. One thread block on each
-multiprocessor is fast enough, and leaves them be; but it stays longer, so long runs have the short gather that an engine's
-own kernels feel less."""
 WINDOW_BYTES = 64 << 20
 """Prepared at a time, or up to twice that: were all of a large transfer prepared first, the bus would stand idle meanwhile."""
 DIRECT_BELOW = 128 << 10
 """Runs shorter than this go between pages and arena in the kernel: the copy engine would be no faster, and cost the CPU more."""
 DIRECT_THREAD_BLOCKS = 32
 """Of a kernel that is held up by the bus: enough to keep that busy, and no more, since they stay as long as the copy."""
-
-_MULTIPROCESSORS = 16
-"""``cudaDevAttrMultiProcessorCount``."""
 
 
 class Direction(Enum):
@@ -84,7 +78,6 @@ class Kernels:
         self._directory = torch.tensor(kernels.directory(pages), dtype=torch.int64, device=pages.sample.device)
         self.directory = self._directory.data_ptr()
         self.device = pages.sample.device
-        self.processors = int(runtime.deviceGetAttribute(_MULTIPROCESSORS, self.device.index))
         self.vector_bytes = kernels.vector_bytes(pages)
         units = len(pages.planes) * pages.heads * (share.block.tokens // pages.page_tokens)
         self.unit_bytes = share.nbytes // units
@@ -103,10 +96,10 @@ class Kernels:
 @dataclass(frozen=True, slots=True)
 class _Buffer:
     address: int
-    full: Any
-    """Event: what a kernel or a copy put there has arrived."""
-    empty: Any
-    """Event: it has been taken out."""
+    copied: Any
+    """Event: a copy has filled it, or emptied it; the kernel's turn."""
+    moved: Any
+    """Event: the kernel has; the copy's turn."""
 
 
 class Staged:
@@ -127,49 +120,47 @@ class Staged:
         self._addresses = self._memory.data_ptr() + group_bytes * np.arange(BUFFERS)
         self._buffers = [_Buffer(int(at), _event(), _event()) for at in self._addresses]
         self._turn = 0
-        gentle = self._save and min(run.length for run in share.runs) < GENTLE_BELOW
-        self._most = moves.processors if gentle else None
         if self._save:
             l2.keep(self._memory.data_ptr(), self._memory.numel(), streams.kernels.ptr)
 
     def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
+        starts = range(0, len(offsets) * self._share, self._group)
+        launches = iter(enumerate(starts))
+        if self._save:
+            self._move(*next(launches), pages)  # copies are cut meanwhile
         pieces = self._cut(offsets)
         staged = pieces.staged + self._addresses[(self._turn + pieces.groups) % BUFFERS]
         host = pieces.arena + arena.address
         copies = CopyBatch(host, staged, pieces.sizes) if self._save else CopyBatch(staged, host, pieces.sizes)
-        total = len(offsets) * self._share
-        for start, first, stop in zip(range(0, total, self._group), pieces.bounds, pieces.bounds[1:], strict=False):
-            buffer = self._buffers[self._turn % BUFFERS]
-            self._turn += 1
-            vectors = self._fill(buffer, pages, start, min(start + self._group, total))
-            if self._save:
-                self._move(vectors, buffer.empty, buffer.full)
-                self._copy(copies, first, stop, buffer.full, buffer.empty)
-            else:
-                self._copy(copies, first, stop, buffer.empty, buffer.full)
-                self._move(vectors, buffer.full, buffer.empty)
+        for group, (first, stop) in enumerate(pairwise(pieces.bounds)):
+            self._copy(group, copies, first, stop)
+            if following := next(launches, None):
+                self._move(*following, pages)
+        self._turn += len(starts)
 
-    def _fill(self, buffer: _Buffer, pages: Pages, start: int, stop: int) -> int:
-        """Set the kernel's arguments for these bytes of the window; how many vectors they are."""
+    def _move(self, group: int, start: int, pages: Pages) -> None:
+        """Enqueue the kernel of a group: the bytes of the window from ``start`` on."""
+        buffer, stream = self._buffer(group), self._streams.kernels
+        stop = min(start + self._group, len(pages) * self._share)
         first, skipped = divmod(start, self._share)
         last = -(-stop // self._share)
         payloads = self._shares[: last - first] + (buffer.address - skipped)
         width = self._kernels.vector_bytes
         vectors = (stop - start) // width
         self._arguments.fill(payloads, pages[first:last], skipped // width, vectors)
-        return vectors
+        stream.wait_event(buffer.copied)
+        self._kernels.launch(self._direction, self._arguments, vectors, stream)
+        stream.record(buffer.moved)
 
-    def _move(self, vectors: int, before: Any, after: Any) -> None:
-        stream = self._streams.kernels
-        stream.wait_event(before)
-        self._kernels.launch(self._direction, self._arguments, vectors, stream, self._most)
-        stream.record(after)
-
-    def _copy(self, copies: CopyBatch, first: int, stop: int, before: Any, after: Any) -> None:
-        stream = self._streams.copies
-        stream.wait_event(before)
+    def _copy(self, group: int, copies: CopyBatch, first: int, stop: int) -> None:
+        buffer, stream = self._buffer(group), self._streams.copies
+        stream.wait_event(buffer.moved)
         copies.enqueue(first, stop, stream.ptr)
-        stream.record(after)
+        stream.record(buffer.copied)
+
+    def _buffer(self, group: int) -> _Buffer:
+        """Of a group of this window: the buffers take turns, on from the window before."""
+        return self._buffers[(self._turn + group) % BUFFERS]
 
 
 class Direct:
