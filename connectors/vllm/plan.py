@@ -108,6 +108,8 @@ class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """The step computed with blocks that were copied before it."""
     failed: frozenset[str] = frozenset()
     """Requests that a step computed with, or was to compute with, blocks that could not be copied."""
+    dropped: frozenset[BlockKey] = frozenset()
+    """Blocks that were to be saved and were not, for want of time. Not those that may hold something wrong."""
     arrived: int = 0
     """Steps whose copies have arrived, summed over ranks."""
     arrived_bytes: int = 0
@@ -121,6 +123,7 @@ class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
             self.ready + other.ready,
             self.in_step or other.in_step,
             self.failed | other.failed,
+            self.dropped | other.dropped,
             self.arrived + other.arrived,
             self.arrived_bytes + other.arrived_bytes,
             self.arrived_seconds + other.arrived_seconds,

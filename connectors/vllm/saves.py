@@ -3,7 +3,8 @@
 Threads: the engine's thread makes all calls; reserving and publishing have one thread each.
 
 What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it; one that is late
-is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted.
+is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted. The scheduler's side
+hears of them, and offers them again when a request comes across them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import suppress
 from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.metrics import Recorder
-from connectors.vllm.plan import Save
+from connectors.vllm.plan import Save, Told
 from connectors.vllm.share import Share
 from connectors.vllm.step_loads import StepLoads
 from kvstore import tracing
@@ -43,7 +44,7 @@ class Saver:
     """Saves blocks of one namespace for one rank."""
 
     def __init__(self, link: Link, pager: Pager, share: Share, recorder: Recorder, in_step: StepLoads) -> None:
-        """``in_step`` says whether what a step computed may be saved."""
+        """``in_step`` says whether what a step computed may be saved, and tells the scheduler's side what was not."""
         self._link = link
         self._client = link.client
         self._pager = pager
@@ -92,7 +93,7 @@ class Saver:
             reserved = None
         self._reserving = None
         if reserved is not None and not self._in_step.saving:
-            self._drop(saves, "load_failed")
+            self._recorder.count("blocks_not_saved", len(saves), "load_failed")
             self._publishes.submit(self._give_up, reserved, saves)
         elif reserved is not None:
             self._copy_out(reserved, saves)
@@ -160,7 +161,7 @@ class Saver:
                 published = self._client.commit(keys, self._share.part or 0, timeout=PUBLISH_TIMEOUT)
             self._recorder.count("bytes_saved", len(keys) * self._share.nbytes)
         except KVStoreError:
-            self._recorder.count("blocks_not_saved", len(keys), "unpublished")
+            self._count_dropped(keys, "unpublished")
         except Exception:
             logger.exception("Saving %d blocks failed", len(keys))
             self._recorder.count("blocks_not_saved", len(keys), "unpublished")
@@ -175,4 +176,8 @@ class Saver:
             self._client.abort(keys)
 
     def _drop(self, saves: Sequence[Save], reason: str) -> None:
-        self._recorder.count("blocks_not_saved", len(saves), reason)
+        self._count_dropped([save.block.key for save in saves], reason)
+
+    def _count_dropped(self, keys: Sequence[BlockKey], reason: str) -> None:
+        self._recorder.count("blocks_not_saved", len(keys), reason)
+        self._in_step.tell(Told(dropped=frozenset(keys)))

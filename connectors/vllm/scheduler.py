@@ -250,6 +250,7 @@ class Planner:
     def heard(self, told: Told) -> None:
         """What the workers told with a step's results."""
         self._holder.heard(told)
+        self._forget(told.dropped)
         for request_id in told.failed:  # vLLM may lose track of what it computes for it: nothing of that is saved
             self._states.pop(request_id, None)
 

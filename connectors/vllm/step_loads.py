@@ -32,7 +32,7 @@ SUSPECT_STEPS = 2
 
 
 class StepLoads:
-    """Of one rank. The engine's thread makes all calls but ``prepared``, ``forget`` and ``trusted``."""
+    """Of one rank. The engine's thread makes all calls but ``prepared``, ``forget``, ``trusted`` and ``tell``."""
 
     def __init__(
         self, pager: Pager, pager_lock: threading.Lock, geometry: Geometry, recorder: Recorder, tally: Tally
@@ -74,9 +74,9 @@ class StepLoads:
             logger.exception("Loading within a step failed")
             self._recorder.count("blocks_missed", sum(len(load.keys) for load in loads), Miss.UNAVAILABLE.value)
             self._suspect = SUSPECT_STEPS
-            self._tell(Told(in_step=True, failed=frozenset(load.request_id for load in loads)))
+            self.tell(Told(in_step=True, failed=frozenset(load.request_id for load in loads)))
             return {page for load in loads for page in load.pages}
-        self._tell(Told(in_step=True))
+        self.tell(Told(in_step=True))
         self._last = self._arrivals.submit(self._arrive, loads, copies, transfer, begun)
         return set()
 
@@ -101,7 +101,7 @@ class StepLoads:
         arena = self._arena
         if arena is not None and arena.epoch != self._told_of and self._pager.ready(arena):
             self._told_of = arena.epoch
-            self._tell(Told(ready=Counter({arena.epoch: 1})))
+            self.tell(Told(ready=Counter({arena.epoch: 1})))
         with self._lock:
             told, self._told = self._told, Told()
         return None if told == Told() else told
@@ -147,13 +147,14 @@ class StepLoads:
                     "KV of requests %s did not arrive, but was computed with: nothing is saved any more", names
                 )
                 self._recorder.count("blocks_missed", len(copies), Miss.UNAVAILABLE.value)
-                self._tell(Told(failed=frozenset(load.request_id for load in loads)))
+                self.tell(Told(failed=frozenset(load.request_id for load in loads)))
                 return
         seconds = time.perf_counter() - begun
         nbytes = self._tally.loaded(copies, [medium for load in loads if load.slots for medium in load.slots.media])
         self._recorder.count("load_seconds", seconds)
-        self._tell(Told(arrived=1, arrived_bytes=nbytes * self._geometry.parts, arrived_seconds=seconds))
+        self.tell(Told(arrived=1, arrived_bytes=nbytes * self._geometry.parts, arrived_seconds=seconds))
 
-    def _tell(self, told: Told) -> None:
+    def tell(self, told: Told) -> None:
+        """Have the scheduler's side hear this with the results of a step. Any thread."""
         with self._lock:
             self._told = self._told.aggregate(told)

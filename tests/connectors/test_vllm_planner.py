@@ -320,8 +320,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 100), token=ALPHABET)
     @precondition(lambda self: self.engine.running)
     def decode(self, index: int, token: int) -> None:
-        """A running request samples a token."""
-        self.engine.running[index % len(self.engine.running)].all_token_ids.append(token)
+        """A running request samples a token, while there is room for it on its pages."""
+        request = self.engine.running[index % len(self.engine.running)]
+        if request.num_tokens < len(request.pages) * PAGE:
+            request.all_token_ids.append(token)
 
     @rule()
     def forget(self) -> None:
@@ -401,6 +403,18 @@ def test_a_second_engine_loads_instead_of_computing(engine: Engine) -> None:
     second.step(100)
     assert request.computed == 40, "five blocks loaded, one token left"
     assert second.mover._recorder.take().data["tokens_loaded:host"] == 40
+
+
+def test_what_could_not_be_saved_is_when_a_request_comes_across_it(engine: Engine) -> None:
+    """Also while it lies in the engine's own cache: what is hot there would never be saved."""
+    tokens = list(range(41))
+    engine.client.failures["reserve"] = DeadlineExceeded("injected")
+    engine.add(Request("first", tokens))
+    engine.step(100)
+    assert not engine.client.keys
+    engine.add(Request("second", [*tokens, 7]))
+    engine.step(100)
+    assert len(engine.client.keys) == 5
 
 
 def test_an_engine_that_computes_nothing_loads_within_the_step(engine: Engine) -> None:

@@ -116,6 +116,7 @@ def test_a_late_reservation_is_given_up_and_its_slots_return(rigs: Any, monkeypa
     rig.save(1)
     monkeypatch.setattr(saves, "RESERVATION_WAIT", 30.0)
     assert rig.counted()["blocks_not_saved:late"] == 1
+    assert rig.mover.take_told().dropped == {key(1)}
     rig.node.go.set()
     rig.save(2)
     wait(lambda: rig.node.keys == {key(2)})
@@ -129,6 +130,7 @@ def test_saves_beyond_the_bound_are_dropped(rigs: Any, monkeypatch: pytest.Monke
     rig.save(1, 2)
     rig.save(3)
     assert rig.counted()["blocks_not_saved:busy"] == 1
+    assert rig.mover.take_told().dropped == {key(3)}
     rig.node.go.set()
     wait(lambda: rig.node.keys == {key(1), key(2)})
 
