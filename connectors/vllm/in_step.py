@@ -26,9 +26,6 @@ from kvstore.tiers.base import Medium
 IN_STEP_SECONDS = 0.1
 """That a step may wait for its loads: whoever comes next waits as long. A prefill step of 8k tokens takes twice that."""
 
-DELAY_SECONDS = 0.01
-"""That the loads of a step may wait for one more, all of them together: about what it spares that one, a step of decoding."""
-
 MOST_EPOCHS = 4
 """Runs of the node of which is remembered who prepared their arena."""
 
@@ -41,8 +38,6 @@ class Situation:
     """Requests that earlier steps computed on and that have not finished."""
     seconds: float
     """Until all that this step would load has arrived."""
-    delay: float
-    """Seconds that the other loads of the step would wait longer, added up."""
     ready: bool
     """Every rank can copy from the arena at once."""
     windowed: bool
@@ -52,8 +47,7 @@ class Situation:
 def fits(media: Collection[Medium], now: Situation) -> bool:
     """Whether to load within the step."""
     alone = not now.others and not now.windowed
-    soon = now.seconds <= IN_STEP_SECONDS and now.delay <= DELAY_SECONDS
-    return alone and soon and now.ready and set(media) == {Medium.HOST}
+    return alone and now.ready and set(media) == {Medium.HOST} and now.seconds <= IN_STEP_SECONDS
 
 
 class Holder:

@@ -154,11 +154,10 @@ class Planner:
         if tokens <= 0:
             return
         first, stop = offer.start // geometry.block_tokens, -(-(offer.start + tokens) // geometry.block_tokens)
-        loading = [len(load.keys) for load in self._loads if load.slots]
+        loading = sum(len(load.keys) for load in self._loads if load.slots)
         situation = Situation(
             len(self._computing),
-            self._timing.load_seconds((sum(loading) + stop - first) * geometry.block_bytes),
-            self._timing.load_seconds((stop - first) * geometry.block_bytes) * len(loading),
+            self._timing.load_seconds((loading + stop - first) * geometry.block_bytes),
             self._holder.ready,
             geometry.whole or len(geometry.tables.windows) > 1,
         )

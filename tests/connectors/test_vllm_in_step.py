@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from connectors.vllm.in_step import DELAY_SECONDS, IN_STEP_SECONDS, Holder, Situation, fits
+from connectors.vllm.in_step import IN_STEP_SECONDS, Holder, Situation, fits
 from connectors.vllm.plan import Told
 from connectors.vllm.timing import Timing
 from kvstore.errors import NodeUnavailable
@@ -25,7 +24,7 @@ NAMESPACE = Namespace(
     layout="opaque:test",
 )  # fmt: skip
 KEYS = tuple(BlockKey(number.to_bytes(16, "big")) for number in range(6))
-ALONE = Situation(others=0, seconds=0.01, delay=0.0, ready=True, windowed=False)
+ALONE = Situation(others=0, seconds=0.01, ready=True, windowed=False)
 READY = Told(ready=Counter({1: 2}))
 
 
@@ -33,20 +32,18 @@ READY = Told(ready=Counter({1: 2}))
     ("media", "now", "expected"),
     [
         ({Medium.HOST}, ALONE, True),
-        ({Medium.HOST}, replace(ALONE, seconds=IN_STEP_SECONDS), True),
-        ({Medium.HOST}, replace(ALONE, seconds=IN_STEP_SECONDS * 1.01), False),
-        ({Medium.HOST}, replace(ALONE, delay=DELAY_SECONDS), True),
-        ({Medium.HOST}, replace(ALONE, delay=DELAY_SECONDS * 1.01), False),
-        ({Medium.HOST}, replace(ALONE, others=1), False),
-        ({Medium.HOST}, replace(ALONE, ready=False), False),
-        ({Medium.HOST}, replace(ALONE, windowed=True), False),
+        ({Medium.HOST}, Situation(0, IN_STEP_SECONDS, True, False), True),
+        ({Medium.HOST}, Situation(0, IN_STEP_SECONDS * 1.01, True, False), False),
+        ({Medium.HOST}, Situation(1, 0.01, True, False), False),
+        ({Medium.HOST}, Situation(0, 0.01, False, False), False),
+        ({Medium.HOST}, Situation(0, 0.01, True, True), False),
         ({Medium.HOST, Medium.DISK}, ALONE, False),
         ({Medium.OBJECT}, ALONE, False),
         ({Medium.REMOTE}, ALONE, False),
         (set(), ALONE, False),
     ],
 )
-def test_only_memory_for_who_keeps_nobody_waiting_is_loaded_in_the_step(
+def test_only_memory_for_a_lone_request_is_loaded_in_the_step(
     media: set[Medium], now: Situation, expected: bool
 ) -> None:
     assert fits(media, now) is expected
