@@ -50,7 +50,7 @@ def arena() -> Iterator[Arena]:
     arena.close()
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_equals_the_reference(route: str, arena: Arena, case: Case, seed: int) -> None:
     pages = random_fill(case.build("cuda"), seed)
