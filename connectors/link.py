@@ -60,7 +60,7 @@ class Link:
 
     @property
     def keyring(self) -> Keyring | None:
-        """Makes the namespace's block keys; None while no node is known to answer."""
+        """Makes the namespace's block keys; None while no node is known to answer, and then nobody asks it anything."""
         return self._keyring
 
     @property
@@ -78,7 +78,7 @@ class Link:
         self._wake.set()
 
     def lost(self) -> None:
-        """A call found the node gone."""
+        """A call found the node gone, or had no answer in time. The engine waits for it no more until it has answered here."""
         self._keyring = None
         self._wake.set()
 

@@ -75,6 +75,7 @@ class Holder:
                 acquired = self._link.client.acquire(keys, 0.0)
                 span.set(held=len(acquired.offsets))
         except KVStoreError:
+            self._link.lost()
             return None
         got = keys[: len(acquired.offsets)]
         if len(got) < len(keys) or self._ready[acquired.arena.epoch] < self._ranks:

@@ -2,9 +2,9 @@
 
 Threads: the engine's thread makes all calls; reserving and publishing have one thread each.
 
-What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it; one that is late
-is given up, and while it is, or while too many blocks wait to be published, saves are dropped and counted. The scheduler's side
-hears of them, and offers them again when a request comes across them.
+What the engine waits for is bounded. A reservation is asked for before the forward pass and used after it. One that is late is
+given up, and no other is asked for until the node has answered the link; then, and while too many blocks wait to be published,
+saves are dropped and counted. The scheduler's side hears of them, and offers them again when a request comes across them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Saver:
         self._in_step = in_step
         self._reserves = ThreadPoolExecutor(1, "kvstore-reserve")
         self._publishes = ThreadPoolExecutor(1, "kvstore-publish")
-        self._reserving: tuple[Future[Reserved | None], Sequence[Save]] | None = None
+        self._reserving: tuple[Future[Reserved | str], Sequence[Save]] | None = None
         self._copying: list[tuple[frozenset[int], Transfer]] = []
         self._lock = threading.Lock()
         self._unpublished = 0
@@ -74,8 +74,11 @@ class Saver:
         self._pager.follow()
         if not saves or self._share.part is None:
             return
+        if self._link.keyring is None:
+            self._drop(_keys(saves), "unavailable")
+            return
         if self._reserving is not None or self._unpublished + len(saves) > MAX_UNPUBLISHED:
-            self._drop(saves, "busy")
+            self._drop(_keys(saves), "busy")
             return
         self._reserving = self._reserves.submit(self._reserve, saves), saves
 
@@ -88,14 +91,16 @@ class Saver:
         try:
             reserved = answer.result(RESERVATION_WAIT)
         except FutureTimeout:
-            self._drop(saves, "late")
+            self._link.lost()
             answer.add_done_callback(lambda late: self._give_up(late.result(), saves))
-            reserved = None
+            reserved = "late"
         self._reserving = None
-        if reserved is not None and not self._in_step.saving:
+        if isinstance(reserved, str):
+            self._drop(_keys(saves), reserved)
+        elif not self._in_step.saving:
             self._recorder.count("blocks_not_saved", len(saves), "load_failed")
             self._publishes.submit(self._give_up, reserved, saves)
-        elif reserved is not None:
+        else:
             self._copy_out(reserved, saves)
         self._recorder.count("save_seconds", time.perf_counter() - started)
 
@@ -104,28 +109,22 @@ class Saver:
         for executor in (self._reserves, self._publishes):
             executor.shutdown(wait=True)
 
-    def _reserve(self, saves: Sequence[Save]) -> Reserved | None:
-        """Slots for the blocks; None, counted, when the node does not give any. Runs in the reserving thread."""
+    def _reserve(self, saves: Sequence[Save]) -> Reserved | str:
+        """Slots for the blocks, or why there are none. Runs in the reserving thread."""
         share = self._share
-        if self._link.keyring is None:
-            self._drop(saves, "unavailable")
-            return None
         try:
             return self._client.reserve(
                 share.namespace, [save.block for save in saves], share.part or 0, share.parts, RESERVE_TIMEOUT
             )
-        except DeadlineExceeded:
-            self._drop(saves, "deadline")
-        except KVStoreError:
+        except KVStoreError as error:
             self._link.lost()
-            self._drop(saves, "unavailable")
+            return "deadline" if isinstance(error, DeadlineExceeded) else "unavailable"
         except Exception:
             logger.exception("Reserving slots failed")
-            self._drop(saves, "unavailable")
-        return None
+            return "unavailable"
 
-    def _give_up(self, reserved: Reserved | None, saves: Sequence[Save]) -> None:
-        if reserved is not None:
+    def _give_up(self, reserved: Reserved | str, saves: Sequence[Save]) -> None:
+        if not isinstance(reserved, str):
             self._abort([save.block.key for save, at in zip(saves, reserved.offsets, strict=True) if at is not None])
 
     def _copy_out(self, reserved: Reserved, saves: Sequence[Save]) -> None:
@@ -135,7 +134,7 @@ class Saver:
         if not wanted:
             return
         copies = [BlockCopy(save.pages, at) for save, at in wanted]
-        keys = [save.block.key for save, _ in wanted]
+        keys = _keys([save for save, _ in wanted])
         try:
             transfer = self._pager.save(reserved.arena, copies)
         except Exception:
@@ -161,7 +160,7 @@ class Saver:
                 published = self._client.commit(keys, self._share.part or 0, timeout=PUBLISH_TIMEOUT)
             self._recorder.count("bytes_saved", len(keys) * self._share.nbytes)
         except KVStoreError:
-            self._count_dropped(keys, "unpublished")
+            self._drop(keys, "unpublished")
         except Exception:
             logger.exception("Saving %d blocks failed", len(keys))
             self._recorder.count("blocks_not_saved", len(keys), "unpublished")
@@ -175,9 +174,10 @@ class Saver:
         with suppress(KVStoreError):  # a node that is gone holds no reservations
             self._client.abort(keys)
 
-    def _drop(self, saves: Sequence[Save], reason: str) -> None:
-        self._count_dropped([save.block.key for save in saves], reason)
-
-    def _count_dropped(self, keys: Sequence[BlockKey], reason: str) -> None:
+    def _drop(self, keys: Sequence[BlockKey], reason: str) -> None:
         self._recorder.count("blocks_not_saved", len(keys), reason)
         self._in_step.tell(Told(dropped=frozenset(keys)))
+
+
+def _keys(saves: Sequence[Save]) -> list[BlockKey]:
+    return [save.block.key for save in saves]

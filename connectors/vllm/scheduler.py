@@ -325,11 +325,9 @@ class Planner:
                 found = self._find(state, first, limit)
                 span.set(found=found.blocks)
             return found, Miss.NOT_STORED
-        except DeadlineExceeded:
-            return Lookup(0), Miss.DEADLINE
-        except KVStoreError:
+        except KVStoreError as error:
             self._link.lost()
-            return Lookup(0), Miss.UNAVAILABLE
+            return Lookup(0), Miss.DEADLINE if isinstance(error, DeadlineExceeded) else Miss.UNAVAILABLE
 
     def _find(self, state: _State, first: int, limit: int) -> Lookup:
         """Ask the node for the blocks from ``first`` to ``limit``, or up to the last one that has a state."""

@@ -60,7 +60,7 @@ def node() -> InProcessNode:
 
 @pytest.fixture
 def holder(node: InProcessNode) -> Holder:
-    link: Any = SimpleNamespace(client=node)
+    link: Any = SimpleNamespace(client=node, lost=lambda: None)
     return Holder(link, ranks=2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ from connectors.vllm.keys import Geometry
 from connectors.vllm.options import Options
 from connectors.vllm.plan import Told
 from connectors.vllm.process import transfer_config
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, DeadlineExceeded
 from kvstore.node.api import NewBlock
 from kvstore.testing.inprocess import InProcessNode
 from kvstore.testing.model import make_model
@@ -324,6 +325,30 @@ def test_requests_admitted_together_load_in_one_step_while_that_is_short(
     answer(prepared, step, kv_connector_worker_meta=LOADED, finished_recving={"c"})
     finish(prepared)
     assert all(load.slots for load in three("de").kv_connector_metadata.loads), "each step anew"
+
+
+def test_a_node_that_hangs_is_waited_for_once(
+    prepared: Scheduler, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answers, open_namespace = threading.Event(), node.open_namespace
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        asked.append("lookup")
+        raise DeadlineExceeded("no answer")
+
+    def ask(name: str) -> tuple[int, bool]:
+        request = make_request(name, TOKENS)
+        prepared.connector.on_new_request(request)
+        found: tuple[int, bool] = prepared.connector.get_num_new_matched_tokens(request, 0)
+        return found
+
+    monkeypatch.setattr(node, "lookup", hang)
+    monkeypatch.setattr(node, "open_namespace", lambda *args: answers.wait(30) and open_namespace(*args))
+    assert [ask("a"), ask("b")] == [(0, False)] * 2
+    assert len(asked) == 1
+    answers.set()
+    wait_for(lambda: ask("c") and len(asked) > 1)
 
 
 def test_asking_twice_holds_once_and_what_is_not_admitted_is_let_go(prepared: Scheduler, node: InProcessNode) -> None:

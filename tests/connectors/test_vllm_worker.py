@@ -118,9 +118,32 @@ def test_a_late_reservation_is_given_up_and_its_slots_return(rigs: Any, monkeypa
     assert rig.counted()["blocks_not_saved:late"] == 1
     assert rig.mover.take_told().dropped == {key(1)}
     rig.node.go.set()
+    wait(lambda: rig.link.keyring)
     rig.save(2)
     wait(lambda: rig.node.keys == {key(2)})
     rig.save(1)  # its slot was not left reserved
+    wait(lambda: rig.node.keys == {key(1), key(2)})
+
+
+def test_a_node_that_hangs_is_waited_for_once(rigs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = rigs(SlowNode("reserve"))
+    monkeypatch.setattr(rig.node, "open_namespace", rig.node.behind(rig.node.open_namespace))
+    monkeypatch.setattr(saves, "RESERVATION_WAIT", 0.05)
+    rig.save(1)
+    asked: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.node, "reserve", lambda *args: asked.append(args))
+        rig.save(2)
+    assert not asked
+    assert {name: count for name, count in rig.counted().items() if "not_saved" in name} == {
+        "blocks_not_saved:late": 1,
+        "blocks_not_saved:unavailable": 1,
+    }
+    assert rig.mover.take_told().dropped == {key(1), key(2)}
+    monkeypatch.setattr(saves, "RESERVATION_WAIT", 30.0)
+    rig.node.go.set()
+    wait(lambda: rig.link.keyring)
+    rig.save(1, 2)
     wait(lambda: rig.node.keys == {key(1), key(2)})
 
 
