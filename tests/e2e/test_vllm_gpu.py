@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from hybrid_cases import flip_every_fifth_block
 
 from connectors.vllm.process import Answer, EngineProcess
 from kvstore.testing.model import make_model
@@ -152,6 +153,21 @@ def test_blocks_come_from_disk_when_the_node_was_restarted(
     answers = one_by_one(engine)
     assert tokens(answers) == reference
     check_loaded(answers)
+
+
+def test_a_load_that_fails_half_way_is_computed_from_there(
+    site: Site, engine: EngineProcess, reference: list[list[int]]
+) -> None:
+    stored = site.node.blocks()["disk"]
+    site.node.stop()
+    flip_every_fifth_block(site.node)
+    site.node.start()
+    wait_for(site.linked)
+    engine.forget()
+    answers = one_by_one(engine)
+    assert tokens(answers) == reference
+    assert sum(tier["quarantined"] for tier in site.node.status()["tiers"])
+    wait_for(lambda: site.node.blocks()["disk"] == stored)  # what was computed took their place
 
 
 def test_transformers_reads_what_vllm_saved(site: Site, reference: list[list[int]]) -> None:
