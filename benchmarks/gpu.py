@@ -26,6 +26,8 @@ ROUND_BYTES = 2 << 30
 ROUNDS = 15
 PEERS_EVERY = 5
 """Rounds from one measurement of the others to the next: torch takes seconds."""
+CEILINGS = {"offload": "memcpy_out", "reload": "memcpy_back", "both": "memcpy_both"}
+"""What each way of the pager is compared with."""
 DECODE_ROUNDS = 5
 DECODE_BATCHES = 10
 QUIET_SECONDS = 0.3
@@ -227,9 +229,6 @@ def timed(work: Callable[[], object], nbytes: int) -> float:
     started = time.perf_counter()
     work()
     return nbytes / (time.perf_counter() - started) / 1e9
-
-
-CEILINGS = {"offload": "memcpy_out", "reload": "memcpy_back", "both": "memcpy_both"}
 
 
 def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:

@@ -58,12 +58,10 @@ class CudaTransfer:
         return self._error is not None or (self._end is not None and bool(self._end.done))
 
     def wait(self) -> None:
-        if (end := self._ended()) is not None:
-            end.synchronize()
+        self._ended().synchronize()
 
     def precede(self) -> None:
-        if (end := self._ended()) is not None:
-            runtime.streamWaitEvent(self._engine, end.ptr)
+        runtime.streamWaitEvent(self._engine, self._ended().ptr)
 
     def handed_over(self, end: Any) -> None:
         """``end`` is the event behind all of it."""
@@ -75,6 +73,7 @@ class CudaTransfer:
         self._handing_over.release()
 
     def _ended(self) -> Any:
+        """The event behind all of it, once it was handed over. Raises what that raised."""
         with self._handing_over:
             pass
         if self._error is not None:
