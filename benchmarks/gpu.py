@@ -1,4 +1,4 @@
-"""Paging between GPU and arena against pinned memcpy of the same bytes, and what it costs a decoding engine.
+"""Paging between GPU and arena against pinned memcpy of the same bytes, and what it costs an engine that computes.
 
 Everything is measured in interleaved rounds on one GPU: each round times the ceiling and the pager, for every geometry. Blocks
 are gathered from and scattered to random 16-token pages of vLLM's NHD layout; the arena is a real one, in ``/dev/shm``.
@@ -10,10 +10,12 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpuloops import Countdown, Decode, Loop, Prefill
 from benchmarks.gpupeers import PAGE_TOKENS, offloads
 from benchmarks.study import Study
 from kvstore.layout import BlockLayout
@@ -28,12 +30,12 @@ PEERS_EVERY = 5
 """Rounds from one measurement of the others to the next: torch takes seconds."""
 CEILINGS = {"offload": "memcpy_out", "reload": "memcpy_back", "both": "memcpy_both"}
 """What each way of the pager is compared with."""
-DECODE_ROUNDS = 5
-DECODE_BATCHES = 10
+LOOP_ROUNDS = 5
+ROUNDS_BESIDE = 4
+"""Of bytes, that move while a loop is timed."""
 QUIET_SECONDS = 0.3
 PREFILL_GBPS = 4.0
 """What a prefill of an 8B model makes at 30,000 tokens a second and 128 KiB a token."""
-WARM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ GEOMETRIES = (
     Geometry("qwen3_32b", BlockLayout(64, 64, 8, 128, 2), (0, 8)),
     Geometry("deepseek_v3", BlockLayout(64, 61, 1, 576, 2, kv=1, order="token_layer"), (0, 1)),
 )
-DECODED_BESIDE = GEOMETRIES[:2]
+BESIDE_LOOPS = GEOMETRIES[:2]
 """Copies of whole blocks, and short ones."""
 
 
@@ -97,11 +99,11 @@ class Rig:
             for i in range(self.geometry.blocks)
         ]
 
-    def save(self, part: slice = slice(None), batch: int = 0) -> Any:
-        return self.pager.save(self.arena, self.batches[batch][part])
+    def save(self, part: slice = slice(None), times: int = 1) -> Any:
+        return self.pager.save(self.arena, self.batches[0][part] * times)
 
-    def load(self, part: slice = slice(None), batch: int = 1) -> Any:
-        return self.pager.load(self.arena, self.batches[batch][part])
+    def load(self, part: slice = slice(None)) -> Any:
+        return self.pager.load(self.arena, self.batches[1][part])
 
     def both(self) -> None:
         """Half of the blocks out while the other half comes in."""
@@ -173,54 +175,6 @@ class CopyTransfer:
         return bool(self.event.query())
 
 
-class Decode:
-    """What one decode step of an 8B-sized model asks of a GPU: reads all weights and a KV cache, computes little."""
-
-    LAYERS = 40
-
-    def __init__(self) -> None:
-        import torch
-
-        self.weights = [torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(self.LAYERS)]
-        self.keys = [torch.randn(8, 8, 4096, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-        self.queries = torch.randn(8, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
-        self.hidden = torch.randn(8, 8192, dtype=torch.bfloat16, device="cuda")
-
-    def step(self) -> None:
-        import torch
-
-        hidden = self.hidden
-        for weight in self.weights:
-            hidden = hidden @ weight
-            torch.nn.functional.scaled_dot_product_attention(self.queries, self.keys[0], self.keys[1])
-
-    def capture(self) -> None:
-        """From now on a step is one CUDA graph, as vLLM decodes unless told not to."""
-        import torch
-
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.step = graph.replay  # type: ignore[method-assign]
-
-    def seconds(self, busy: Callable[[], bool]) -> float:
-        """Mean seconds of a step, stepping while ``busy`` says so."""
-        import torch
-
-        for _ in range(WARM_STEPS):
-            self.step()
-        events = []
-        while len(events) < 2 or busy():
-            self.step()
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-            if len(events) > 2:  # an engine runs one or two steps ahead of its GPU, not more
-                events[-3].synchronize()
-        torch.cuda.synchronize()
-        return events[0].elapsed_time(events[-1]) / 1e3 / (len(events) - 1)
-
-
 def timed(work: Callable[[], object], nbytes: int) -> float:
     """GB/s of one run."""
     import torch
@@ -257,48 +211,66 @@ def bandwidth(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
     return figures
 
 
-def decode_slowdown(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
-    """A decode loop of CUDA graphs, as vLLM's, beside traffic; and an eager one, which shares the interpreter with the pager.
+def slowdowns(rig: Rig, memcpy: Memcpy) -> dict[str, float]:
+    """Of loops beside traffic: decoding by CUDA graphs, as vLLM's, and eager, which needs the interpreter more; and prefill."""
+    loops = {"decode": Decode().captured(), "decode_eager": Decode(), "prefill": Prefill()}
+    figures = {}
+    for name, loop in loops.items():
+        measured = beside(rig, loop, memcpy)
+        figures |= {f"{name}_slowdown{traffic}": value for traffic, value in measured.items()}
+    return figures
 
-    At full rate offloading, and plain memcpy as the least that any offloading costs; and at the rate at which a prefill of an
-    8B model makes new KV.
+
+def beside(rig: Rig, loop: Loop, memcpy: Memcpy) -> dict[str, float]:
+    """Medians of a loop's slowdown by traffic, each against the loop alone just before; and GB/s of saves.
+
+    Saves as fast as the pager lets them beside an engine; without its rests; plain memcpy, as the least that any offloading
+    costs; saves at the rate at which a prefill of an 8B model makes new KV.
     """
-    eager = beside(rig, decode := Decode(), memcpy)
-    decode.capture()
-    graphs = beside(rig, decode, memcpy)
-    return {
-        "decode_slowdown": graphs["offload"],
-        "decode_slowdown_of_memcpy": graphs["memcpy"],
-        "decode_slowdown_at_prefill_rate": graphs["prefill_rate"],
-        "decode_offload_gbps": graphs["gbps"],
-        "decode_slowdown_eager": eager["offload"],
-        "decode_slowdown_eager_of_memcpy": eager["memcpy"],
+    samples: dict[str, list[float]] = {}
+
+    def saves() -> Underway:
+        return Underway(rig.save(times=ROUNDS_BESIDE))
+
+    traffics: dict[str, Callable[[], Callable[[], bool]]] = {
+        "": saves,
+        "_without_rests": saves,
+        "_of_memcpy": lambda: Underway([memcpy.start_out(rig.bytes) for _ in range(ROUNDS_BESIDE)][-1]),
+        "_at_prefill_rate": lambda: Paced(rig, QUIET_SECONDS),
     }
-
-
-def beside(rig: Rig, decode: Decode, memcpy: Memcpy) -> dict[str, float]:
-    """Medians of the loop's slowdown by traffic, each against the loop alone just before; and GB/s of saves."""
-    samples: dict[str, list[float]] = {name: [] for name in ("offload", "memcpy", "prefill_rate", "gbps")}
-    for _ in range(DECODE_ROUNDS):
-        quiet = decode.seconds(Countdown(QUIET_SECONDS))
-        started = time.perf_counter()
-        saving = Underway([rig.save() for _ in range(DECODE_BATCHES)])
-        samples["offload"].append(decode.seconds(saving) / quiet)
-        samples["gbps"].append(DECODE_BATCHES * rig.bytes / (time.perf_counter() - started) / 1e9)
-        copying = Underway([memcpy.start_out(rig.bytes) for _ in range(DECODE_BATCHES)])
-        samples["memcpy"].append(decode.seconds(copying) / quiet)
-        samples["prefill_rate"].append(decode.seconds(Paced(rig, QUIET_SECONDS)) / quiet)
+    for _ in range(LOOP_ROUNDS):
+        quiet = loop.seconds(Countdown(QUIET_SECONDS))
+        for name, traffic in traffics.items():
+            with without_rests() if name == "_without_rests" else nullcontext():
+                started = time.perf_counter()
+                samples.setdefault(name, []).append(loop.seconds(traffic()) / quiet)
+                seconds = time.perf_counter() - started
+            if traffic is saves:
+                samples.setdefault(f"{name}_gbps", []).append(ROUNDS_BESIDE * rig.bytes / seconds / 1e9)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-class Underway:
-    """True until the last transfer has arrived."""
+@contextmanager
+def without_rests() -> Iterator[None]:
+    """Pagers save beside an engine that computes as if it did not."""
+    from connectors.paging import cuda
 
-    def __init__(self, transfers: Sequence[Any]) -> None:
-        self.last = transfers[-1]
+    share = cuda.SAVING_SHARE
+    cuda.SAVING_SHARE = 1.0
+    try:
+        yield
+    finally:
+        cuda.SAVING_SHARE = share
+
+
+class Underway:
+    """True until a transfer has arrived."""
+
+    def __init__(self, transfer: Any) -> None:
+        self.transfer = transfer
 
     def __call__(self) -> bool:
-        return not self.last.done()
+        return not self.transfer.done()
 
 
 class Paced:
@@ -314,16 +286,6 @@ class Paced:
         return self.running()
 
 
-class Countdown:
-    """True for ``seconds``."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.perf_counter() + seconds
-
-    def __call__(self) -> bool:
-        return time.perf_counter() < self.end
-
-
 def run(args: Any) -> Mapping[str, float]:
     import torch
 
@@ -337,8 +299,8 @@ def run(args: Any) -> Mapping[str, float]:
         print(f"{geometry.name}: pinning and first save {time.perf_counter() - started:.2f} s", file=sys.stderr)
         rig.check()
         measured = bandwidth(rig, memcpy)
-        if geometry in DECODED_BESIDE:
-            measured |= decode_slowdown(rig, memcpy)
+        if geometry in BESIDE_LOOPS:
+            measured |= slowdowns(rig, memcpy)
             torch.cuda.empty_cache()
         print(geometry.name, {name: round(value, 3) for name, value in measured.items()}, file=sys.stderr)
         figures |= {f"{name}_{geometry.name}": value for name, value in measured.items()}
@@ -347,8 +309,8 @@ def run(args: Any) -> Mapping[str, float]:
     return {
         **{f"{name}_ratio_to_memcpy": value for name, value in worst.items()},
         **{
-            name: max(figures[f"{name}_{g.name}"] for g in DECODED_BESIDE)
-            for name in ("decode_slowdown", "decode_slowdown_eager")
+            f"{name}_slowdown": max(figures[f"{name}_slowdown_{g.name}"] for g in BESIDE_LOOPS)
+            for name in ("decode", "decode_eager", "prefill")
         },
         **figures,
     }
@@ -356,7 +318,7 @@ def run(args: Any) -> Mapping[str, float]:
 
 STUDY = Study(
     name="gpu",
-    summary="GPU pages to the arena and back, worst of four geometries against pinned memcpy, and beside decoding",
+    summary="GPU pages to the arena and back, worst of four geometries against pinned memcpy, and beside an engine",
     run=run,
     targets={"offload_ratio_to_memcpy": ">=0.97", "reload_ratio_to_memcpy": ">=0.97", "decode_slowdown": "<1.03"},
 )

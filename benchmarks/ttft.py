@@ -310,7 +310,7 @@ def run(args: Any) -> Mapping[str, float]:
 
 
 def figures(samples: Samples, gbps: float) -> dict[str, float]:
-    """The worst ratios over the lengths, and the medians."""
+    """The worst ratios over the lengths (of prompts that are computed the median, of few samples), and the medians."""
     medians = {kind: samples.medians(kind) for kind in samples.kinds()}
     limit = {n: floor + n * KV_BYTES / gbps / 1e6 for n, floor in medians["gpu_hit"].items()}
     ratios = {
@@ -322,6 +322,8 @@ def figures(samples: Samples, gbps: float) -> dict[str, float]:
     }
     if "vllm_native_host" in medians:
         ratios["host_ratio_to_vllm_native"] = worst(medians["host"], medians["vllm_native_host"])
+        pairs = [(ms, medians["vllm_native_computed"][n]) for n, ms in medians["computed"].items()]
+        ratios["computed_ratio_to_vllm_native"] = statistics.median(ours / theirs for ours, theirs in pairs)
     if "crowd_vllm_native_host" in medians:
         ratios["crowd_ratio_to_vllm_native"] = worst(medians["crowd_host"], medians["crowd_vllm_native_host"])
     longest = max(LENGTHS)

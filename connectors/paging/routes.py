@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from cupy.cuda import driver
 
-from connectors.paging import kernels, l2, pinned
+from connectors.paging import kernels, pinned
 from connectors.paging.batchcopy import CopyBatch
 from connectors.paging.geometry import PagedKV, Pages, Share, strides
 from connectors.paging.kernels import Arguments
@@ -24,10 +24,6 @@ BUFFERS = 2
 """Of a direction: one on the bus, one under the kernel, which is over twenty times as fast."""
 STAGING_BYTES = 32 << 20
 """Of one buffer at most. Larger groups: fewer CUDA calls."""
-KEPT_BYTES = 15 << 20
-"""Of a buffer that is to stay in L2: an H100 sets 31 MiB aside. In smaller groups the bus stands still more often."""
-LEAST_KEPT = 4 << 20
-"""A GPU that keeps less of a buffer than this had better pass it through memory in large groups."""
 WINDOW_BYTES = 64 << 20
 """Prepared at a time, or up to twice that: were all of a large transfer prepared first, the bus would stand idle meanwhile."""
 DIRECT_BELOW = 128 << 10
@@ -120,8 +116,6 @@ class Staged:
         self._addresses = self._memory.data_ptr() + group_bytes * np.arange(BUFFERS)
         self._buffers = [_Buffer(int(at), _event(), _event()) for at in self._addresses]
         self._turn = 0
-        if self._save:
-            l2.keep(self._memory.data_ptr(), self._memory.numel(), streams.kernels.ptr)
 
     def move(self, arena: PinnedArena, offsets: Column, pages: Pages) -> None:
         starts = range(0, len(offsets) * self._share, self._group)
@@ -181,18 +175,17 @@ class Direct:
 
 def choose(direction: Direction, share: Share, moves: Kernels, streams: Streams, sharers: int = 1) -> Route:
     """The better one for a share; with its own buffers if it needs them, as one of ``sharers`` pagers of an engine."""
-    group = _group_bytes(direction, share, moves, sharers)
+    group = _group_bytes(share, moves, sharers)
     if group and min(run.length for run in share.runs) >= DIRECT_BELOW:
         return Staged(direction, share, moves, streams, group)
     return Direct(direction, share, moves, streams)
 
 
-def _group_bytes(direction: Direction, share: Share, moves: Kernels, sharers: int) -> int:
+def _group_bytes(share: Share, moves: Kernels, sharers: int) -> int:
     """How much to stage at a time; 0 where not even one unit fits."""
-    most = STAGING_BYTES
-    if direction is Direction.SAVE and (kept := min(KEPT_BYTES, l2.room(moves.device.index) // BUFFERS)) >= LEAST_KEPT:
-        most = min(most, kept)
-    most = min(most // sharers, (moves.max_blocks - 1) * share.nbytes)  # a group may begin and end within a block
+    most = min(
+        STAGING_BYTES // sharers, (moves.max_blocks - 1) * share.nbytes
+    )  # a group may begin and end within a block
     return most // moves.unit_bytes * moves.unit_bytes
 
 

@@ -93,10 +93,8 @@ def modules(registry: Registry, folder: Path) -> dict[str, ModuleType]:
         eventRecord=lambda event, stream: None,
         runtimeGetVersion=lambda: 13000,
         driverGetVersion=lambda: 13000,
-        deviceGetAttribute=lambda attribute, device: 24 << 20,
-        deviceGetLimit=lambda limit: 0,
-        deviceSetLimit=lambda limit, value: None,
         streamWaitEvent=lambda stream, event: None,
+        streamQuery=lambda stream: 0,
     )
 
     class Idle:

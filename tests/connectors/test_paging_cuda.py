@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -122,6 +123,31 @@ def test_a_copy_follows_the_engines_work_that_was_enqueued_before_it(arena: Aren
     pager.load(arena, [BlockCopy((1,), 0)]).wait()
     assert all((plane[1] == 7).all() and (plane[0] == 0).all() for half in pages.planes for plane in half)
     pager.close()
+
+
+def test_a_token_is_not_held_up_by_a_save_beside_a_step() -> None:
+    """A copy engine serves one stream until that has nothing left for it."""
+    case = Case(LLAMA, (0, 8), torch.bfloat16, "LBNHC", page_tokens=64, pages=64)
+    pager = CudaPager(random_fill(case.build("cuda"), 1), LLAMA, (0, 8))
+    arena = Arena.create(1 << 30, epoch=1)
+    copies = [BlockCopy((i,), i * LLAMA.nbytes) for i in range(64)] * 4  # 2 GiB: 40 ms of the bus
+    pager.save(arena, copies[:64]).wait()
+    token, host = torch.ones(8, dtype=torch.int64, device="cuda"), torch.zeros(8, dtype=torch.int64, pin_memory=True)
+    tokens = torch.cuda.Stream()
+
+    save = pager.save(arena, copies)
+    torch.cuda._sleep(1_000_000_000)  # the next step
+    time.sleep(0.005)
+    with torch.cuda.stream(tokens):
+        host.copy_(token, non_blocking=True)
+    tokens.synchronize()
+
+    assert host.tolist() == [1] * 8
+    assert not save.done()
+    save.wait()
+    torch.cuda.synchronize()
+    pager.close()
+    arena.close()
 
 
 def test_a_bad_batch_fails_alone(arena: Arena) -> None:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import cupy_on_cpu
 import pytest
@@ -27,7 +28,7 @@ from kvstore.testing.node import wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
-OURS = ("batchcopy", "l2", "pinned", "routes", "cuda")
+OURS = ("batchcopy", "pinned", "routes", "cuda")
 SMALL = Case(BlockLayout(4, 2, 2, 8, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=2, pages=4)
 
 
@@ -167,6 +168,40 @@ def test_copies_follow_the_engine_to_another_stream(
     pager.load(arena, [BlockCopy((2, 3), 0)]).precede()
     pager.close()
     assert streams == [0, 7, 7], "ordered behind the engine's work, and the engine's next work behind the load"
+
+
+@pytest.mark.parametrize("computing", [False, True])
+def test_saves_leave_room_for_an_engine_that_computes(
+    cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch, computing: bool
+) -> None:
+    case = Case(BlockLayout(16, 6, 2, 16, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=4, pages=40)
+    copies = [BlockCopy(tuple(range(at, at + 4)), 24 * 1024 * at // 4) for at in range(0, 40, 4)]
+    pager = cuda.CudaPager(random_fill(case.build("cpu"), 3), case.block, case.heads)
+    rests: list[float] = []
+    saves: list[Any] = []
+    another = False
+
+    def rest(seconds: float) -> None:
+        nonlocal another
+        rests.append(seconds)
+        if another:
+            another = False
+            saves.append(pager.save(arena, copies))
+
+    monkeypatch.setattr(sys.modules["cupy.cuda.runtime"], "streamQuery", lambda stream: 600 * computing)
+    monkeypatch.setattr(cuda, "time", SimpleNamespace(perf_counter=iter(range(1000)).__next__, sleep=rest))
+    monkeypatch.setattr(cuda, "SAVING_SHARE", 0.25)
+    pager.load(arena, copies).wait()
+    assert not rests, "a request waits for a load"
+    pager.save(arena, copies).wait()
+    assert set(rests) == ({3.0} if computing else set()), "a window of one second, then three without a save"
+    alone, rests[:] = len(rests), []
+    another = True
+    pager.save(arena, copies).wait()
+    for save in saves:
+        save.wait()
+    pager.close()
+    assert len(rests) == (1 + alone if computing else 0), "none while another save waits"
 
 
 def test_it_says_when_an_arena_is_pinned(cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
