@@ -125,8 +125,9 @@ MEASURED = {
     "gpu": {
         "offload_ratio_to_memcpy": "GPU to arena, worst of four geometries, share of pinned memcpy",
         "reload_ratio_to_memcpy": "arena to GPU, worst of four geometries, share of pinned memcpy",
-        "decode_slowdown": "a decode loop (CUDA graphs, as vLLM decodes) beside offload at full rate, times alone",
-        "decode_slowdown_eager": "... eager",
+        "decode_slowdown": "a decode loop (CUDA graphs, as vLLM decodes) beside saves that never end, times alone",
+        "decode_eager_slowdown": "... eager",
+        "prefill_slowdown": "a prefill beside saves that never end, times alone",
     },
     "gpus": {
         "offload_ratio_to_memcpy": "two GPUs to one arena at once, share of both memcpys",
@@ -135,6 +136,7 @@ MEASURED = {
     "ttft": {
         "host_ratio_to_physics": "first token with vLLM on an H100, from host memory, times what the link allows, at worst",
         "host_ratio_to_vllm_native": "... times vLLM's own offloading to host memory",
+        "computed_ratio_to_vllm_native": "... of a prompt that is computed and saved, times with vLLM's own offloading",
     },
     "vllmtier": {
         "load_ratio_to_vllm_fs": "vLLM's own offloading loading from this store's memory, times its own file tier",
