@@ -6,7 +6,7 @@ engine's stream is never made to wait: an event is recorded on it, and ours wait
 
 Nobody waits for a save. While the engine computes, its copies leave the bus between windows: a copy engine that always has work
 lets no other copy of its direction in, and the tokens that a step has sampled would wait for the end of the save, 37 ms behind
-2 GiB. Unless more saves wait they also rest then, since their traffic slows an engine that lives on the GPU's memory.
+2 GiB. They also rest then, unless the next save could begin: their traffic slows an engine that lives on the GPU's memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ ALIGNMENT = 16
 MAX_AHEAD = 3
 """Windows handed to CUDA and not finished. More would fill its launch queue, on which the engine's launches would wait too."""
 SAVING_SHARE = 1 / 2
-"""Of the time, while the engine computes and no other save waits. A prefill of an 8B model makes KV at 4 GB/s."""
+"""Of the time, while the engine computes and no other save could begin. A prefill of an 8B model makes KV at 4 GB/s."""
 
 
 class CudaTransfer:
@@ -122,9 +121,9 @@ class CudaPager(Pager):
         share = Share.of(pages, block, heads)
         with cupy.cuda.Device(self._device.index):
             moves = Kernels(pages, share)
-            self._saving = _Background()
-            self._saves = _SaveLane(pages, share, moves, sharers, self._saving.behind)
+            self._saves = _SaveLane(pages, share, moves, sharers)
             self._loads = _Lane(Direction.LOAD, pages, share, moves, sharers)
+        self._saving = _Background()
         self.follow()
 
     def follow(self) -> None:
@@ -133,7 +132,8 @@ class CudaPager(Pager):
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
         job = self._job(arena, copies)
-        self._saving.submit(partial(self._saves.run, job))
+        self._saves.waiting.append(job)
+        self._saving.submit(self._saves.run_next)
         return job.transfer
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
@@ -173,10 +173,6 @@ class _Background:
     def submit(self, job: Callable[[], None]) -> None:
         """``job`` must not raise."""
         self._jobs.put(job)
-
-    def behind(self) -> bool:
-        """Whether more jobs wait."""
-        return not self._jobs.empty()
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -280,10 +276,12 @@ class _Lane:
 class _SaveLane(_Lane):
     """Leaves room for an engine that computes."""
 
-    def __init__(self, pages: PagedKV, share: Share, moves: Kernels, sharers: int, behind: Callable[[], bool]) -> None:
-        """``behind`` says whether more saves wait."""
+    def __init__(self, pages: PagedKV, share: Share, moves: Kernels, sharers: int) -> None:
         super().__init__(Direction.SAVE, pages, share, moves, sharers)
-        self._behind = behind
+        self.waiting: deque[_Job] = deque()
+
+    def run_next(self) -> None:
+        self.run(self.waiting.popleft())
 
     def _follow(self, job: _Job) -> None:
         job.begin.synchronize()  # in this thread: the engine's has the interpreter to itself until its step is computed
@@ -292,7 +290,8 @@ class _SaveLane(_Lane):
         if not job.computing():
             return
         mark.synchronize()
-        if not self._behind():
+        behind = bool(self.waiting) and self.waiting[0].begin.done
+        if not behind:
             time.sleep((time.perf_counter() - begun) * (1 / SAVING_SHARE - 1))
 
 

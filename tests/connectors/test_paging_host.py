@@ -170,10 +170,11 @@ def test_copies_follow_the_engine_to_another_stream(
     assert streams == [0, 7, 7], "ordered behind the engine's work, and the engine's next work behind the load"
 
 
-@pytest.mark.parametrize("computing", [False, True])
+@pytest.mark.parametrize(("computing", "computed"), [(False, True), (True, True), (True, False)])
 def test_saves_leave_room_for_an_engine_that_computes(
-    cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch, computing: bool
+    cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch, computing: bool, computed: bool
 ) -> None:
+    """``computing`` now, and ``computed`` what the next save is of."""
     case = Case(BlockLayout(16, 6, 2, 16, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=4, pages=40)
     copies = [BlockCopy(tuple(range(at, at + 4)), 24 * 1024 * at // 4) for at in range(0, 40, 4)]
     pager = cuda.CudaPager(random_fill(case.build("cpu"), 3), case.block, case.heads)
@@ -189,6 +190,7 @@ def test_saves_leave_room_for_an_engine_that_computes(
             saves.append(pager.save(arena, copies))
 
     monkeypatch.setattr(sys.modules["cupy.cuda.runtime"], "streamQuery", lambda stream: 600 * computing)
+    monkeypatch.setattr(sys.modules["cupy.cuda"].Event, "done", computed)
     monkeypatch.setattr(cuda, "time", SimpleNamespace(perf_counter=iter(range(1000)).__next__, sleep=rest))
     monkeypatch.setattr(cuda, "SAVING_SHARE", 0.25)
     pager.load(arena, copies).wait()
@@ -196,12 +198,13 @@ def test_saves_leave_room_for_an_engine_that_computes(
     pager.save(arena, copies).wait()
     assert set(rests) == ({3.0} if computing else set()), "a window of one second, then three without a save"
     alone, rests[:] = len(rests), []
-    another = True
+    another = computing
     pager.save(arena, copies).wait()
     for save in saves:
         save.wait()
     pager.close()
-    assert len(rests) == (1 + alone if computing else 0), "none while another save waits"
+    expected = 0 if not computing else 1 + alone if computed else 2 * alone
+    assert len(rests) == expected, "none while another save could begin"
 
 
 def test_it_says_when_an_arena_is_pinned(cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
