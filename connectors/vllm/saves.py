@@ -20,13 +20,14 @@ from contextlib import suppress
 from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.metrics import Recorder
+from connectors.vllm.outbox import Outbox
 from connectors.vllm.plan import Save, Told
 from connectors.vllm.share import Share
 from connectors.vllm.step_loads import StepLoads
 from kvstore import tracing
-from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.errors import KVStoreError
 from kvstore.identity import BlockKey
-from kvstore.node.api import Reserved
+from kvstore.node.api import Miss, Reserved
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -43,14 +44,17 @@ PUBLISH_TIMEOUT = 10.0
 class Saver:
     """Saves blocks of one namespace for one rank."""
 
-    def __init__(self, link: Link, pager: Pager, share: Share, recorder: Recorder, in_step: StepLoads) -> None:
-        """``in_step`` says whether what a step computed may be saved, and tells the scheduler's side what was not."""
+    def __init__(
+        self, link: Link, pager: Pager, share: Share, recorder: Recorder, in_step: StepLoads, outbox: Outbox
+    ) -> None:
+        """``in_step`` says whether what a step computed may be saved."""
         self._link = link
         self._client = link.client
         self._pager = pager
         self._share = share
         self._recorder = recorder
         self._in_step = in_step
+        self._outbox = outbox
         self._reserves = ThreadPoolExecutor(1, "kvstore-reserve")
         self._publishes = ThreadPoolExecutor(1, "kvstore-publish")
         self._reserving: tuple[Future[Reserved | str], Sequence[Save]] | None = None
@@ -118,7 +122,7 @@ class Saver:
             )
         except KVStoreError as error:
             self._link.lost()
-            return "deadline" if isinstance(error, DeadlineExceeded) else "unavailable"
+            return Miss.of(error).value
         except Exception:
             logger.exception("Reserving slots failed")
             return "unavailable"
@@ -176,7 +180,7 @@ class Saver:
 
     def _drop(self, keys: Sequence[BlockKey], reason: str) -> None:
         self._recorder.count("blocks_not_saved", len(keys), reason)
-        self._in_step.tell(Told(dropped=frozenset(keys)))
+        self._outbox.tell(Told(dropped=frozenset(keys)))
 
 
 def _keys(saves: Sequence[Save]) -> list[BlockKey]:

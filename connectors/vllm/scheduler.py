@@ -22,7 +22,7 @@ from connectors.vllm.plan import Load, Save, Slots, StateLoad, StepPlan, Told
 from connectors.vllm.states import Handed, loadable
 from connectors.vllm.timing import Timing
 from kvstore import tracing
-from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.errors import KVStoreError
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.node.api import About, Lookup, Miss, NewBlock, Plan
 from kvstore.policy.planner import ENDLESS, Reason
@@ -327,7 +327,7 @@ class Planner:
             return found, Miss.NOT_STORED
         except KVStoreError as error:
             self._link.lost()
-            return Lookup(0), Miss.DEADLINE if isinstance(error, DeadlineExceeded) else Miss.UNAVAILABLE
+            return Lookup(0), Miss.of(error)
 
     def _find(self, state: _State, first: int, limit: int) -> Lookup:
         """Ask the node for the blocks from ``first`` to ``limit``, or up to the last one that has a state."""

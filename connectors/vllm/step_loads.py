@@ -18,6 +18,7 @@ from contextlib import ExitStack, suppress
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
+from connectors.vllm.outbox import Outbox
 from connectors.vllm.plan import Load, Told
 from connectors.vllm.tally import Tally
 from kvstore import tracing
@@ -32,10 +33,16 @@ SUSPECT_STEPS = 2
 
 
 class StepLoads:
-    """Of one rank. The engine's thread makes all calls but ``prepared``, ``forget``, ``trusted`` and ``tell``."""
+    """Of one rank. The engine's thread makes all calls but ``prepared``, ``forget`` and ``trusted``."""
 
     def __init__(
-        self, pager: Pager, pager_lock: threading.Lock, geometry: Geometry, recorder: Recorder, tally: Tally
+        self,
+        pager: Pager,
+        pager_lock: threading.Lock,
+        geometry: Geometry,
+        recorder: Recorder,
+        tally: Tally,
+        outbox: Outbox,
     ) -> None:
         """``pager_lock`` is held while the pager loads."""
         self._pager = pager
@@ -43,6 +50,7 @@ class StepLoads:
         self._geometry = geometry
         self._recorder = recorder
         self._tally = tally
+        self._outbox = outbox
         self._arrivals = ThreadPoolExecutor(1, "kvstore-arrive")
         self._arena: Arena | None = None
         self._told_of = 0
@@ -51,8 +59,6 @@ class StepLoads:
         self._last: Future[None] | None = None
         self._suspect = 0
         self._broken = False
-        self._lock = threading.Lock()
-        self._told = Told()
 
     def prepared(self, arena: Arena) -> None:
         """The pager has been shown the arena of the node's present run. Any thread."""
@@ -74,9 +80,9 @@ class StepLoads:
             logger.exception("Loading within a step failed")
             self._recorder.count("blocks_missed", sum(len(load.keys) for load in loads), Miss.UNAVAILABLE.value)
             self._suspect = SUSPECT_STEPS
-            self.tell(Told(in_step=True, failed=frozenset(load.request_id for load in loads)))
+            self._outbox.tell(Told(in_step=True, failed=frozenset(load.request_id for load in loads)))
             return {page for load in loads for page in load.pages}
-        self.tell(Told(in_step=True))
+        self._outbox.tell(Told(in_step=True))
         self._last = self._arrivals.submit(self._arrive, loads, copies, transfer, begun)
         return set()
 
@@ -96,15 +102,12 @@ class StepLoads:
             loads.result()
         return not self._broken
 
-    def take_told(self) -> Told | None:
-        """What the scheduler's side is to hear with this step's results."""
+    def tell_ready(self) -> None:
+        """Tell, once, that the arena of the node's present run is prepared."""
         arena = self._arena
         if arena is not None and arena.epoch != self._told_of and self._pager.ready(arena):
             self._told_of = arena.epoch
-            self.tell(Told(ready=Counter({arena.epoch: 1})))
-        with self._lock:
-            told, self._told = self._told, Told()
-        return None if told == Told() else told
+            self._outbox.tell(Told(ready=Counter({arena.epoch: 1})))
 
     def close(self) -> None:
         self._arrivals.shutdown(wait=True)
@@ -147,14 +150,9 @@ class StepLoads:
                     "KV of requests %s did not arrive, but was computed with: nothing is saved any more", names
                 )
                 self._recorder.count("blocks_missed", len(copies), Miss.UNAVAILABLE.value)
-                self.tell(Told(failed=frozenset(load.request_id for load in loads)))
+                self._outbox.tell(Told(failed=frozenset(load.request_id for load in loads)))
                 return
         seconds = time.perf_counter() - begun
         nbytes = self._tally.loaded(copies, [medium for load in loads if load.slots for medium in load.slots.media])
         self._recorder.count("load_seconds", seconds)
-        self.tell(Told(arrived=1, arrived_bytes=nbytes * self._geometry.parts, arrived_seconds=seconds))
-
-    def tell(self, told: Told) -> None:
-        """Have the scheduler's side hear this with the results of a step. Any thread."""
-        with self._lock:
-            self._told = self._told.aggregate(told)
+        self._outbox.tell(Told(arrived=1, arrived_bytes=nbytes * self._geometry.parts, arrived_seconds=seconds))

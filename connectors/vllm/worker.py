@@ -20,6 +20,7 @@ from connectors.link import Link
 from connectors.paging.base import BlockCopy, Pager, Transfer
 from connectors.vllm.keys import Geometry
 from connectors.vllm.metrics import Recorder
+from connectors.vllm.outbox import Outbox
 from connectors.vllm.plan import Load, Save, Told
 from connectors.vllm.saves import Saver
 from connectors.vllm.step_loads import StepLoads
@@ -101,10 +102,12 @@ class Mover:
         self._recorder = recorder
         self._load_timeout = load_timeout
         self._pager_lock = threading.Lock()
-        self._in_step = StepLoads(pager, self._pager_lock, geometry, recorder, self._tally)
-        self._savers = [Saver(link, pager, geometry.share(rank), recorder, self._in_step)]
+        self._outbox = Outbox()
+        self._in_step = StepLoads(pager, self._pager_lock, geometry, recorder, self._tally, self._outbox)
+        shares = [(pager, geometry.share(rank))]
         if geometry.states is not None and state_pager is not None:
-            self._savers.append(Saver(link, state_pager, geometry.states.share(rank), recorder, self._in_step))
+            shares.append((state_pager, geometry.states.share(rank)))
+        self._savers = [Saver(link, *of, recorder, self._in_step, self._outbox) for of in shares]
         self._loads = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-load")
         self._acquires = ThreadPoolExecutor(CONCURRENT_LOADS, "kvstore-acquire")
         self._lock = threading.Lock()
@@ -161,7 +164,8 @@ class Mover:
 
     def take_told(self) -> Told | None:
         """What the scheduler's side is to hear with this step's results."""
-        return self._in_step.take_told()
+        self._in_step.tell_ready()
+        return self._outbox.take()
 
     def load(self, load: Load) -> Future[None]:
         """Start a load. Its end, good or bad, is reported by ``take_ended`` and ``take_bad_pages``."""
@@ -222,11 +226,10 @@ class Mover:
                     good += self._end_copy(copying.popleft())
             while copying:
                 good += self._end_copy(copying.popleft())
-        except DeadlineExceeded:
-            miss = Miss.DEADLINE
         except KVStoreError as error:
-            miss = Miss.UNAVAILABLE
-            logger.warning("Request %s loads %d of %d blocks: %s", load.request_id, good, len(parts), error)
+            miss = Miss.of(error)
+            if miss is not Miss.DEADLINE:
+                logger.warning("Request %s loads %d of %d blocks: %s", load.request_id, good, len(parts), error)
         except Exception:
             miss = Miss.UNAVAILABLE
             logger.exception("Loading KV of request %s failed after %d of %d blocks", load.request_id, good, len(parts))

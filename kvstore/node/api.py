@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
+from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.identity import BlockKey, Keyring, Namespace
 from kvstore.node.arena import Arena
 from kvstore.policy.planner import Patience, Reason
@@ -104,6 +105,11 @@ class Miss(Enum):
     NO_ROOM = "no_room"
     PRESENT = "present"
     """Saves only: somebody stored or is storing it; there is nothing to do."""
+
+    @classmethod
+    def of(cls, error: KVStoreError) -> Miss:
+        """How a call to the node that raised this counts."""
+        return cls.DEADLINE if isinstance(error, DeadlineExceeded) else cls.UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,15 +259,15 @@ def test_what_was_computed_with_a_copy_that_failed_is_never_saved(device: Rig, p
 
 def test_the_arena_of_a_node_that_is_gone_is_freed_before_the_next_step(rig: Rig) -> None:
     """Freeing a large one takes seconds, which no step may pay."""
-    loads = rig.mover._in_step
+    mover = rig.mover
     old, new = Arena.create(1 << 20, 2), Arena.create(1 << 20, 3)
     freed = weakref.ref(old)
-    loads.prepared(old)
-    assert loads.take_told() == Told(ready=Counter({2: 1}))
-    loads.prepared(new)
+    mover._in_step.prepared(old)
+    assert mover.take_told() == Told(ready=Counter({2: 1}))
+    mover._in_step.prepared(new)
     del old
     assert freed() is None
-    assert loads.take_told() == Told(ready=Counter({3: 1}))
+    assert mover.take_told() == Told(ready=Counter({3: 1}))
 
 
 def test_an_arena_that_is_still_being_prepared_is_not_told(pager: DevicePager) -> None:
