@@ -32,6 +32,13 @@ WARM_UP = 9
 """Rounds until every slot of the arena was used once: a node in service recycles slots."""
 HOST_BYTES = 1 << 30
 MAPPINGS = 9
+BUSY_HOST_BYTES = 3 << 30
+BUSY_BLOCKS = 2048
+"""Of 8 MiB, saved over and over: more than memory and disk hold."""
+BUSY_SECONDS = 20.0
+BUSY_SAVES_GBPS = 2.0
+BETWEEN_LOOKUPS = 0.002
+"""Seconds."""
 
 
 def run(args: Any) -> Mapping[str, float]:
@@ -41,7 +48,7 @@ def run(args: Any) -> Mapping[str, float]:
         figures |= copy_figures(client)
         figures |= mapping_figures(socket_path)
         figures |= crowd_figures(socket_path)
-    return figures
+    return figures | busy_figures()
 
 
 @contextmanager
@@ -194,6 +201,43 @@ def crowd_figures(socket_path: Path) -> dict[str, float]:
         "lookups_per_second_16_clients": len(samples) / (time.perf_counter() - started),
         "lookup_256_us_16_clients": statistics.median(samples),
     }
+
+
+def busy_figures() -> dict[str, float]:
+    """Lookups of 512 blocks while another client saves as much as a node can write to its disk and its bucket, or more."""
+    stop, samples = threading.Event(), []
+    with tempfile.TemporaryDirectory() as bucket:
+        more = ("disk.enabled=true", "disk.bytes=6GiB", f"object.url=file://{bucket}")
+        with node_process(BUSY_HOST_BYTES, *more) as socket_path, Client(socket_path) as asking:
+            keys = [block.key for block in chain(asking, namespace("asked"), BLOCK_BYTES, 512, seed=3)]
+            saving = threading.Thread(target=_save_until, args=(socket_path, stop))
+            saving.start()
+            until = time.perf_counter() + BUSY_SECONDS
+            while time.perf_counter() < until:
+                started = time.perf_counter()
+                asking.lookup(keys, timeout=10.0)
+                samples.append((time.perf_counter() - started) * 1e3)
+                time.sleep(BETWEEN_LOOKUPS)
+            stop.set()
+            saving.join()
+    return {
+        "lookup_512_ms_beside_writes": statistics.median(samples),
+        "lookup_512_ms_beside_writes_p99": sorted(samples)[int(len(samples) * 0.99)],
+    }
+
+
+def _save_until(socket_path: Path, stop: threading.Event) -> None:
+    space = namespace("saved")
+    with Client(socket_path) as client:
+        blocks = chain(client, space, BLOCK_BYTES, BUSY_BLOCKS, seed=4)
+        started, saved = time.perf_counter(), 0
+        while not stop.is_set():
+            at = saved % BUSY_BLOCKS
+            reserved = client.reserve(space, blocks[at : at + BATCH], timeout=10.0)
+            taken = zip(blocks[at : at + BATCH], reserved.offsets, strict=True)
+            client.commit([block.key for block, offset in taken if offset is not None], timeout=10.0)
+            saved += BATCH
+            time.sleep(max(0.0, started + saved * BLOCK_BYTES / (BUSY_SAVES_GBPS * 1e9) - time.perf_counter()))
 
 
 _HEAP = """

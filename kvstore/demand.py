@@ -20,7 +20,7 @@ from kvstore.files import replace_file
 from kvstore.identity import BlockKey
 from kvstore.policy.hotness import HotChain, Hotness
 from kvstore.policy.pins import Pins
-from kvstore.policy.reuse import Traffic
+from kvstore.policy.reuse import Estimate, Traffic
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +61,7 @@ class Demand:
         self.pins = pins if pins is not None else Pins()
         self._more: list[tuple[Path, Callable[[], bytes]]] = []
         self._recent: dict[tuple[object, BlockKey], float] = {}
+        self._learning: asyncio.Task[None] | None = None
         self._works = [asyncio.create_task(self._keep_regularly()), asyncio.create_task(self._report_regularly())]
 
     def also_keep(self, name: str, load: Callable[[bytes], object], pack: Callable[[], bytes]) -> None:
@@ -77,6 +78,8 @@ class Demand:
         now = time.time()
         self.traffic.observe(keys, now)
         self.hotness.observe(keys, now, block_tokens, block_bytes)
+        if self.traffic.due:
+            self._learning = asyncio.create_task(self._learn(self.traffic.estimation()))
 
     def top(self, count: int) -> list[HotChain]:
         """The hottest prompts by score: decayed hits x prefill seconds saved / bytes."""
@@ -86,6 +89,8 @@ class Demand:
         """Keep what was counted, and tell it."""
         for work in self._works:
             work.cancel()
+        if self._learning is not None:
+            await asyncio.wait({self._learning})
         await self._keep()
         await self._report()
 
@@ -96,6 +101,10 @@ class Demand:
         if len(self._recent) > _REMEMBERED_REQUESTS:
             del self._recent[next(iter(self._recent))]
         return now - before < SAME_REQUEST_SECONDS
+
+    async def _learn(self, estimation: Callable[[], Estimate]) -> None:
+        """Some 30 ms of arithmetic, for which no lookup waits."""
+        self.traffic.adopt(await asyncio.to_thread(estimation))
 
     async def _keep_regularly(self) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import inspect
 import secrets
 import signal
@@ -40,6 +41,7 @@ from kvstore.store import Store
 from kvstore.tenants.pipelines import Place, Shown, Tenants
 from kvstore.tenants.verbs import tenant_verbs
 from kvstore.warmth import forget_warmth
+from kvstore.workers import workers
 
 log = structlog.get_logger(__name__)
 
@@ -297,6 +299,7 @@ async def serve(config: Config) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(workers(None, "kvstore-work"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     telemetry = config.telemetry
@@ -306,6 +309,8 @@ async def serve(config: Config) -> None:
 
 async def _serve(config: Config, stop: asyncio.Event) -> None:
     async with Node.open(config):
+        gc.collect()
+        gc.freeze()  # what was imported stays: looking through it again takes 30 ms, and every lookup would wait
         log.info("listening", socket=str(config.node.socket), arena_bytes=config.host.bytes)
         await stop.wait()
         log.info("stopping")

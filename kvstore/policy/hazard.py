@@ -56,6 +56,11 @@ class Hazards:
         np.add.at(self.used if used else self.lost, cells, self.weight)
         np.add.at(self.inside, cells, (age - _EDGES[bins]) * self.weight)
 
+    def copy(self) -> Hazards:
+        same = Hazards(self.kinds, self.weight)
+        same.used, same.lost, same.inside = self.used.copy(), self.lost.copy(), self.inside.copy()
+        return same
+
     def fade(self, keep: float) -> None:
         """Let the past count less."""
         for column in (self.used, self.lost, self.inside):

@@ -14,7 +14,8 @@ tier kept them. ``Reuse`` ranks a tier's blocks by it. Nothing is tuned to a wor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -114,8 +115,18 @@ class Foresight:
         self._views = None
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a block's kind and age say of its future; both of shape (kinds, BINS)."""
+
+    worth: Floats
+    hopeful: Floats
+
+
 class Traffic:
     """What this node's requests teach about reuse. One per node, shared by its tiers; not thread-safe.
+
+    Who asks it for values pays for an estimate that is ``due``, unless its owner takes ``estimation`` to another thread.
 
     Bounded: ``entries`` of 21 bytes, and the tables of the estimate (some MB). ``entries`` should be some times the
     number of blocks that the tiers hold, so that a use is recognised after the block was evicted.
@@ -128,8 +139,9 @@ class Traffic:
         self._hazards = Hazards(int(np.prod(_SHAPE)), weight=self._table.buckets / watched)
         self._foresight = Foresight()
         nothing = np.zeros((self._hazards.kinds, BINS))
-        self._hopeful = rates = fit(nothing, nothing, _TRAITS, 1.0)
-        self._worth = worth(rates)
+        rates = fit(nothing, nothing, _TRAITS, 1.0)
+        self._estimate = Estimate(worth(rates), rates)
+        self._estimating = False
         self.returned = 0
         """Blocks of requests that had been asked for before, with every block before them; since the start."""
         self._requests = self._blocks = self._fitted = 0
@@ -177,21 +189,23 @@ class Traffic:
 
         ``uses`` stands in for what is not known of blocks that were last seen before a restart, or too long ago.
         """
-        self._refit()
+        self._learn()
         slots = self._table.find(words_of(keys))
         unseen = kind_of(uses, -1, np.zeros(len(slots), dtype=bool), 0)
         kind = np.where(slots >= 0, self._table.kind[slots], unseen)
-        return interpolate(self._worth, kind, age)
+        return interpolate(self._estimate.worth, kind, age)
 
     def chance(self, keys: Sequence[BlockKey], now: float, horizon: float) -> Values:
         """How likely each block of a chain is used again within ``horizon`` seconds.
 
         Never less than that of a block further down the chain. A block that was never observed counts as certain.
         """
-        self._refit()
+        self._learn()
         slots = self._table.find(words_of(b"".join(keys)))
         age = np.where(slots >= 0, now - self._table.seen[slots], 0.0)
-        own = np.where(slots >= 0, chance(self._hopeful, self._table.kind[slots], np.maximum(age, 0.0), horizon), 1.0)
+        own = np.where(
+            slots >= 0, chance(self._estimate.hopeful, self._table.kind[slots], np.maximum(age, 0.0), horizon), 1.0
+        )
         return np.maximum.accumulate(own[::-1])[::-1]
 
     def sightings(self, keys: Sequence[BlockKey]) -> npt.NDArray[np.intp]:
@@ -230,20 +244,36 @@ class Traffic:
         traffic._requests, traffic._blocks = requests, blocks
         return traffic
 
-    def _refit(self) -> None:
-        if self._requests < min(self._fitted + REFIT_EVERY, 16 + self._fitted * 5 // 4):
-            return
-        self._fitted = self._requests
+    @property
+    def due(self) -> bool:
+        """Whether enough was asked since the last estimate for another one, and none is being made."""
+        often = self._requests >= min(self._fitted + REFIT_EVERY, 16 + self._fitted * 5 // 4)
+        return often and not self._estimating
+
+    def estimation(self) -> Callable[[], Estimate]:
+        """When one is ``due``: the work of making it, for any thread. Give what it returns to ``adopt``."""
+        self._estimating, self._fitted = True, self._requests
         watched = np.flatnonzero(np.isfinite(self._table.seen[: self._watched]))
-        age = self._now - self._table.seen[watched]
-        shrink = SHRINK_PROMPTS * self._blocks / self._requests
-        uses, risk = self._hazards.data(self._table.kind[watched], age)
-        rates = self._foresight.learn(uses, risk, shrink)
-        self._worth = worth(rates)
-        self._hopeful = hopeful(rates, risk, shrink)
+        kind, age = self._table.kind[watched], self._now - self._table.seen[watched]
+        hazards, shrink = self._hazards.copy(), SHRINK_PROMPTS * self._blocks / self._requests
+
+        def work() -> Estimate:
+            uses, risk = hazards.data(kind, age)
+            rates = self._foresight.learn(uses, risk, shrink)
+            return Estimate(worth(rates), hopeful(rates, risk, shrink))
+
+        return work
+
+    def adopt(self, estimate: Estimate) -> None:
+        """Go by what ``estimation`` found."""
+        self._estimating, self._estimate = False, estimate
         if self._hazards.used.sum() > MEMORY:
             self._hazards.fade(0.5)
             self._foresight.forget()
+
+    def _learn(self) -> None:
+        if self.due:
+            self.adopt(self.estimation()())
 
 
 class Reuse(EvictionPolicy):

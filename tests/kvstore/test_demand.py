@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import kvstore.demand
+import kvstore.policy.reuse
 from kvstore.demand import Demand, prefill_seconds
 from kvstore.errors import TierUnavailable
 from kvstore.identity import BlockKey
+from kvstore.policy.hazard import Floats
 
 TOKENS, BYTES = 64, 1 << 20
 
@@ -49,6 +52,26 @@ async def test_a_request_that_asks_again_counts_once(tmp_path: Path) -> None:
     assert [hot.key for hot in demand.top(10)] == [prompt[-1]]
     demand.observe("engine", [], TOKENS, BYTES)
     await demand.close()
+
+
+async def test_no_lookup_waits_for_what_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    worth = kvstore.policy.reuse.worth
+
+    def traced(rates: Floats) -> Floats:
+        threads.add(threading.get_ident())
+        return worth(rates)
+
+    demand = Demand(tmp_path / "hotness.msgpack")
+    monkeypatch.setattr(kvstore.policy.reuse, "worth", traced)
+    for number in range(100):
+        prompt = chain(number % 7, 5)
+        demand.observe(number, prompt, TOKENS, BYTES)
+        demand.traffic.chance(prompt, time.time(), 60.0)
+        await asyncio.sleep(0)
+    await demand.close()
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -47,6 +48,24 @@ def test_keeps_a_conversation_rather_than_newer_prompts_that_never_return() -> N
     order = eviction_order(index, Reuse(traffic), index.used(), now + 75)
     first = {index.key(int(row)) for row in order[: len(once)]}
     assert len(first & set(once)) >= len(once) - 1
+
+
+def test_an_estimate_may_be_made_in_another_thread() -> None:
+    here, there, now = Traffic(1 << 12), Traffic(1 << 12), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        for minute in range(100):
+            now = minute * 60.0
+            for keys in (chain(f"talk {minute // 10}", 10 + 2 * (minute % 10)), chain(f"once {minute}", 12)):
+                here.observe(keys, now)
+                there.observe(keys, now)
+                here.chance(keys, now, 600.0)
+                if there.due:
+                    work = there.estimation()
+                    assert not there.due, "one at a time"
+                    there.adopt(pool.submit(work).result())
+    for keys in (chain("talk 9", 40), chain("once 3", 12)):
+        assert here.chance(keys, now, 600.0).tolist() == there.chance(keys, now, 600.0).tolist()
+    assert here.chance(chain("talk 9", 10), now, 600.0)[0] != Traffic(64).chance(chain("talk 9", 10), now, 600.0)[0]
 
 
 def test_ranks_an_index_that_it_never_saw() -> None:
