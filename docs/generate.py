@@ -74,6 +74,7 @@ MEASURED = {
         "load_ratio_to_memcpy": "loading 8 MiB blocks from host memory, share of memcpy's speed",
         "node_heap_mb_1m_blocks": "memory of a node with a million blocks indexed, MB",
         "turns_while_mapping": "an engine's thread while the arena of a restarted node is mapped, turns against alone",
+        "lookup_512_ms_beside_writes": "lookup of 512 blocks while two processors write saves to disk and bucket, ms, median",
     },
     "planner": {
         "worst_ratio_to_best": "planner, first token against the better of load-all and recompute-all, worst of 720 cases",
