@@ -182,10 +182,8 @@ def choose(direction: Direction, share: Share, moves: Kernels, streams: Streams,
 
 
 def _group_bytes(share: Share, moves: Kernels, sharers: int) -> int:
-    """How much to stage at a time; 0 where not even one unit fits."""
-    most = min(
-        STAGING_BYTES // sharers, (moves.max_blocks - 1) * share.nbytes
-    )  # a group may begin and end within a block
+    """How much to stage at a time; 0 where not even one unit fits. A group may begin and end within a block."""
+    most = min(STAGING_BYTES // sharers, (moves.max_blocks - 1) * share.nbytes)
     return most // moves.unit_bytes * moves.unit_bytes
 
 
