@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from connectors.paging.base import BlockCopy, Pager
+from connectors.paging.capture import beside_captures
 from connectors.paging.geometry import PagedKV, Share
 from connectors.paging.pieces import Column
 from kvstore.errors import ConfigError, IdentityError
@@ -64,7 +65,9 @@ class CudaTransfer:
         return self._error is not None or (self._end is not None and bool(self._end.done))
 
     def wait(self) -> None:
-        self._ended().synchronize()
+        end = self._ended()
+        with beside_captures():
+            end.synchronize()
 
     def precede(self) -> None:
         runtime.streamWaitEvent(self._engine, self._ended().ptr)
@@ -156,7 +159,7 @@ class CudaPager(Pager):
             lane.close()
 
     def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
-        with cupy.cuda.Device(self._device.index):
+        with cupy.cuda.Device(self._device.index), beside_captures():
             begin = cupy.cuda.Event(block=True, disable_timing=True)
             runtime.eventRecord(begin.ptr, self._engine)
         return _Job(arena, copies, self._engine, begin, CudaTransfer(self._engine))
@@ -198,7 +201,7 @@ class _Lane:
 
     def run(self, job: _Job) -> None:
         """Hand a whole job to CUDA. Never raises."""
-        with cupy.cuda.Device(self._device):
+        with cupy.cuda.Device(self._device), beside_captures():
             try:
                 job.transfer.handed_over(self._hand_over(job))
             except Exception as error:  # whatever it is, the engine recomputes
@@ -218,7 +221,7 @@ class _Lane:
 
     def close(self) -> None:
         """Wait for what was handed over, and give the arena's registration back."""
-        with cupy.cuda.Device(self._device):
+        with cupy.cuda.Device(self._device), beside_captures():
             self._drain()
             if self._pinned is not None:
                 self._pinned.close()

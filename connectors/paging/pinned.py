@@ -8,6 +8,7 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from connectors.paging.capture import beside_captures
 from kvstore.errors import ConfigError
 from kvstore.node.arena import Arena
 
@@ -65,18 +66,18 @@ class PinnedArena:
         with self._changed:
             self._closing = True
         self._thread.join()
-        with cupy.cuda.Device(self._device):
+        with cupy.cuda.Device(self._device), beside_captures():
             for offset in range(0, self._registered, SLICE_BYTES):
                 runtime.hostUnregister(self.address + offset)
 
     def _register(self) -> None:
-        with cupy.cuda.Device(self._device):
+        with cupy.cuda.Device(self._device), beside_captures():
             for offset in range(0, self.arena.nbytes, SLICE_BYTES):
                 length = min(SLICE_BYTES, self.arena.nbytes - offset)
                 error: Exception | None = None
                 try:
                     runtime.hostRegister(self.address + offset, length, _PORTABLE)
-                except runtime.CUDARuntimeError as refused:
+                except Exception as refused:  # whatever it is, somebody may be waiting
                     error = refused
                 with self._changed:
                     self._error = error

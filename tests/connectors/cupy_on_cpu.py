@@ -1,7 +1,8 @@
 """A stand-in for the part of CuPy that paging uses: copies and kernels run at once, on the CPU.
 
-Kernels are compiled from the same source by a C++ compiler. It is stricter than CUDA in one place: a copy must lie inside one
-registration, and registrations must not overlap or outlive their test.
+Kernels are compiled from the same source by a C++ compiler. It is stricter than CUDA in two places: a copy must lie inside one
+registration, and registrations must not overlap or outlive their test; and calls that would break the capture of a CUDA graph by
+another thread are refused, as if one were always being captured.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+RELAXED = 2
 PRELUDE = r"""
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -56,18 +59,41 @@ class Launcher:
         self._launch(int(gather), grid, threads, ctypes.c_void_p(arguments))
 
 
+class Capture:
+    """How each thread stands to the captures of others."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+
+    def exchange(self, mode: Any) -> None:
+        """``cuThreadExchangeStreamCaptureMode``, of a reference to an integer."""
+        asked, mode._obj.value = mode._obj.value, self.mode
+        self._thread.mode = asked
+
+    @property
+    def mode(self) -> int:
+        return getattr(self._thread, "mode", 0)
+
+    def check(self) -> None:
+        if self.mode != RELAXED:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
 class Registry:
     """What is registered with ``cudaHostRegister``: address to bytes."""
 
     def __init__(self) -> None:
         self.ranges: dict[int, int] = {}
+        self.capture = Capture()
 
     def register(self, address: int, nbytes: int, flags: int) -> None:
+        self.capture.check()
         assert address % 4096 == 0
         assert all(address + nbytes <= start or address >= start + size for start, size in self.ranges.items())
         self.ranges[address] = nbytes
 
     def unregister(self, address: int) -> None:
+        self.capture.check()
         del self.ranges[address]
 
     def copy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
@@ -109,7 +135,8 @@ def modules(registry: Registry, folder: Path) -> dict[str, ModuleType]:
 
         def __exit__(self, *error: object) -> None: ...
 
-        def synchronize(self) -> None: ...
+        def synchronize(self) -> None:
+            registry.capture.check()
 
         def wait_event(self, event: object) -> None: ...
 

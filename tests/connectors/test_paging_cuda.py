@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,31 @@ def test_a_copy_follows_the_engines_work_that_was_enqueued_before_it(arena: Aren
     pager.load(arena, [BlockCopy((1,), 0)]).wait()
     assert all((plane[1] == 7).all() and (plane[0] == 0).all() for half in pages.planes for plane in half)
     pager.close()
+
+
+def test_an_arena_is_pinned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's way of capturing refuses it to every thread, and is broken by it."""
+    monkeypatch.setattr(pinned, "SLICE_BYTES", 1 << 20)
+    case = Case(LLAMA, (0, 8), torch.bfloat16, "LBNHC", page_tokens=64, pages=4)
+    pages = random_fill(case.build("cuda"), 1)
+    pager = CudaPager(pages, LLAMA, (0, 8))
+    arena = Arena.create(256 << 20, epoch=1)
+    counter, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    with ThreadPoolExecutor(1) as link, torch.cuda.graph(graph):
+        counter += 1
+        link.submit(lambda: pager.load(arena, []).wait()).result()
+        while not pager.ready(arena):
+            time.sleep(0.001)
+        counter += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert counter == 2
+    pager.save(arena, [BlockCopy((0,), 0)]).wait()
+    before = engine_bytes(pages)[0]
+    pager.load(arena, [BlockCopy((1,), 0)]).wait()
+    assert torch.equal(engine_bytes(pages)[1], before)
+    pager.close()
+    arena.close()
 
 
 def test_a_token_is_not_held_up_by_a_save_beside_a_step() -> None:

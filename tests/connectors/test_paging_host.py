@@ -28,7 +28,7 @@ from kvstore.testing.node import wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
-OURS = ("batchcopy", "pinned", "routes", "cuda")
+OURS = ("batchcopy", "capture", "pinned", "routes", "cuda")
 SMALL = Case(BlockLayout(4, 2, 2, 8, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=2, pages=4)
 
 
@@ -56,6 +56,7 @@ def cuda(
             patch.delitem(sys.modules, f"connectors.paging.{name}", raising=False)
         loaded = {name: importlib.import_module(f"connectors.paging.{name}") for name in OURS}
         patch.setattr(loaded["batchcopy"], "_batch", None)
+        patch.setattr(loaded["capture"], "_exchange", registry.capture.exchange)
         patch.setattr(loaded["routes"], "DIRECT_BELOW", 0 if request.param == "staged" else 1 << 40)
         patch.setattr(loaded["routes"], "STAGING_BYTES", 20_000)
         patch.setattr(loaded["routes"], "WINDOW_BYTES", 50_000)
