@@ -41,7 +41,6 @@ from kvstore.store import Store
 from kvstore.tenants.pipelines import Place, Shown, Tenants
 from kvstore.tenants.verbs import tenant_verbs
 from kvstore.warmth import forget_warmth
-from kvstore.workers import workers
 
 log = structlog.get_logger(__name__)
 
@@ -299,7 +298,6 @@ async def serve(config: Config) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(workers(None, "kvstore-work"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     telemetry = config.telemetry

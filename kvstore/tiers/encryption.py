@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,6 @@ from kvstore.identity import BlockKey
 from kvstore.tiers.base import PutResult, Tier
 from kvstore.tiers.tasks import run
 from kvstore.tiers.wrappers import Wrapped
-from kvstore.workers import workers
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class Encrypting(Wrapped):
         self._keys = keys
         self._stages = asyncio.Semaphore(STAGES)
         self._idle: list[mmap.mmap] = []
-        self._pool = workers(THREADS, "encrypt")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encrypt")
 
     async def put(self, header: Header, envelope: memoryview) -> PutResult:
         if header.key in self.inner.keys():

@@ -18,7 +18,6 @@ from kvstore.tiers.disk.journal import Journal
 from kvstore.tiers.disk.records import ADDRESSABLE_BYTES, RECORD_BYTES, hits, offsets
 from kvstore.tiers.disk.recovery import recover
 from kvstore.tiers.disk.segments import SEGMENT_HEADER_BYTES, Segments
-from kvstore.workers import workers
 
 JOURNAL_SHARE = 128
 """One part in so many of the capacity is the journal's."""
@@ -69,7 +68,7 @@ def open_directory(directory: Path, capacity: int, segment_bytes: int | None, th
             slots.grow(number)
         journal = Journal(directory / "journal", files)
         resources.callback(journal.close)
-        pool = workers(threads, "disk-tier")
+        pool = ThreadPoolExecutor(threads, "disk-tier")
         resources.callback(pool.shutdown)
 
         blocks = recover(journal, max_journal_bytes, segments, slots, pool)

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,6 @@ from kvstore.tiers.disk.opening import Opened, open_directory
 from kvstore.tiers.disk.records import RECORD_BYTES, Blocks, Delete, Entry, Put, Touch, snapshot
 from kvstore.tiers.disk.room import RETRY_SECONDS, Room
 from kvstore.tiers.tasks import run, uninterrupted
-from kvstore.workers import workers
 
 MAX_BATCH = 32
 """Puts that share one sync of data and journal."""
@@ -101,7 +101,7 @@ class DiskTier(Tier):
         self._slots = opened.slots
         self._index = opened.index
         self._pool = opened.pool
-        self._log_pool = workers(1, "disk-tier-log")
+        self._log_pool = ThreadPoolExecutor(1, "disk-tier-log")
         """Syncs, journal and erasures: they must not queue behind the slots that they are to publish."""
         self._room = Room(
             self._index,

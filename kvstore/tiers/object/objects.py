@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +23,6 @@ from kvstore import tracing
 from kvstore.errors import BlockTooLarge, ConfigError, TierRefused, TierUnavailable
 from kvstore.tiers.object.settings import ObjectSettings
 from kvstore.tiers.tasks import run
-from kvstore.workers import workers
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -55,7 +55,7 @@ class Objects:
 
     def __init__(self, store: S3Store | LocalStore) -> None:
         self.store = store
-        self._threads = workers(THREADS, "kvstore-object")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvstore-object")
 
     @classmethod
     def connect(cls, settings: ObjectSettings) -> Objects:
