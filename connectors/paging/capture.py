@@ -17,9 +17,9 @@ _RELAXED = 2
 
 
 def _driver_function() -> Any:
-    """``cuThreadExchangeStreamCaptureMode``; None without a driver."""
+    """``cuThreadExchangeStreamCaptureMode``; None without a driver. It takes no time, so the interpreter lock is kept."""
     try:
-        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+        return ctypes.PyDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):
         return None
 
