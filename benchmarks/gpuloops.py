@@ -14,8 +14,6 @@ class Loop(ABC):
     """An engine's steps. The tokens of each are copied to the host, and those of the last but one awaited before the next: an
     engine runs one or two steps ahead of its GPU, not more."""
 
-    LAYERS: int
-
     def __init__(self) -> None:
         import torch
 

@@ -126,9 +126,9 @@ MEASURED = {
     "gpu": {
         "offload_ratio_to_memcpy": "GPU to arena, worst of four geometries, share of pinned memcpy",
         "reload_ratio_to_memcpy": "arena to GPU, worst of four geometries, share of pinned memcpy",
-        "decode_slowdown": "a decode loop (CUDA graphs, as vLLM decodes) beside saves that never end, times alone",
+        "decode_slowdown": "a decode loop (CUDA graphs, as in vLLM) beside saves at the 20 GB/s that they take, times alone",
         "decode_eager_slowdown": "... eager",
-        "prefill_slowdown": "a prefill beside saves that never end, times alone",
+        "prefill_slowdown": "a prefill beside saves as fast as they go, times alone",
     },
     "gpus": {
         "offload_ratio_to_memcpy": "two GPUs to one arena at once, share of both memcpys",
