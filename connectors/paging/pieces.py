@@ -54,30 +54,27 @@ class Cutter:
         arena = blocks[block] + first.arena
         if not (arena % self._slice + first.sizes > self._slice).any():
             return replace(first, arena=arena)
-        linear = first.groups * self._group + first.staged
-        return self._ordered(count, *_cut(arena, self._slice, first.sizes, linear))
+        which, skipped, sizes = _cut(arena, first.sizes, self._slice)
+        bounds = np.searchsorted(which, first.bounds).tolist()
+        return Pieces(arena[which] + skipped, first.staged[which] + skipped, sizes, first.groups[which], bounds)
 
     def _within(self, count: int) -> tuple[Column, Pieces]:
         """Cut where groups meet: the block of each piece, and the pieces, with places in the block for places in the arena."""
-        linear = (self._share * np.arange(count)[:, None] + self._starts).ravel()
-        linear, sizes, inside = _cut(linear, self._group, np.tile(self._sizes, count), np.tile(self._offsets, count))
-        pieces = self._ordered(count, inside, sizes, linear)
-        return (pieces.groups * self._group + pieces.staged) // self._share, pieces
-
-    def _ordered(self, count: int, arena: Column, sizes: Column, linear: Column) -> Pieces:
-        order = np.argsort(linear)
-        groups, staged = np.divmod(linear[order], self._group)
-        bounds = np.searchsorted(groups, np.arange(-(-count * self._share // self._group) + 1))
-        return Pieces(arena[order], staged, sizes[order], groups, bounds.tolist())
+        runs = (self._share * np.arange(count)[:, None] + self._starts).ravel()
+        which, skipped, sizes = _cut(runs, np.tile(self._sizes, count), self._group)
+        linear = runs[which] + skipped
+        groups, staged = np.divmod(linear, self._group)
+        bounds = np.searchsorted(groups, np.arange(-(-count * self._share // self._group) + 1)).tolist()
+        inside = np.tile(self._offsets, count)[which] + skipped
+        return linear // self._share, Pieces(inside, staged, sizes, groups, bounds)
 
 
-def _cut(at: Column, period: int, sizes: Column, others: Column) -> tuple[Column, Column, Column]:
-    """Cut pieces where ``at`` passes a multiple of ``period``."""
-    room = period - at % period
-    over = sizes > room
-    if not over.any():
-        return at, sizes, others
-    rest = _cut((at + room)[over], period, (sizes - room)[over], (others + room)[over])
-    first = (at, np.minimum(sizes, room), others)
-    head, length, other = (np.concatenate(pair) for pair in zip(first, rest, strict=True))
-    return head, length, other
+def _cut(at: Column, sizes: Column, period: int) -> tuple[Column, Column, Column]:
+    """Pieces cut where they pass a multiple of ``period``: of which one each part is, how much of that is before it, its size."""
+    first = at // period
+    parts = (at + sizes - 1) // period - first + 1
+    which = np.repeat(np.arange(len(at)), parts)
+    nth = np.arange(len(which)) - (np.cumsum(parts) - parts)[which]
+    begin = (first[which] + nth) * period - at[which]
+    skipped = np.maximum(begin, 0)
+    return which, skipped, np.minimum(begin + period, sizes[which]) - skipped
