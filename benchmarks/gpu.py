@@ -89,6 +89,8 @@ class Rig:
         self.bytes = geometry.blocks * geometry.share
         order = random.Random(1).sample(range(count), count)
         self.batches = [self._copies(order[half::2], per_block) for half in range(2)]
+        middle = geometry.blocks // 2
+        self.halves = self.batches[0][:middle], self.batches[1][middle : 2 * middle]
 
     def _copies(self, pages: Sequence[int], per_block: int) -> list[Any]:
         from connectors.paging.base import BlockCopy
@@ -99,17 +101,18 @@ class Rig:
             for i in range(self.geometry.blocks)
         ]
 
-    def save(self, part: slice = slice(None), times: int = 1) -> Any:
-        return self.pager.save(self.arena, self.batches[0][part] * times)
+    def save(self, copies: Sequence[Any] = ()) -> Any:
+        """These, or the whole first batch."""
+        return self.pager.save(self.arena, copies or self.batches[0])
 
-    def load(self, part: slice = slice(None)) -> Any:
-        return self.pager.load(self.arena, self.batches[1][part])
+    def load(self, copies: Sequence[Any] = ()) -> Any:
+        """These, or the whole second batch: into other pages than were saved."""
+        return self.pager.load(self.arena, copies or self.batches[1])
 
     def both(self) -> None:
         """Half of the blocks out while the other half comes in."""
-        half = self.geometry.blocks // 2
-        transfers = [self.save(slice(0, half)), self.load(slice(half, 2 * half))]
-        for transfer in transfers:
+        out, back = self.halves
+        for transfer in [self.save(out), self.load(back)]:
             transfer.wait()
 
     def check(self) -> None:
@@ -230,7 +233,7 @@ def beside(rig: Rig, loop: Loop, memcpy: Memcpy) -> dict[str, float]:
     samples: dict[str, list[float]] = {}
 
     def saves() -> Underway:
-        return Underway(rig.save(times=ROUNDS_BESIDE))
+        return Underway(rig.save(rig.batches[0] * ROUNDS_BESIDE))
 
     traffics: dict[str, Callable[[], Callable[[], bool]]] = {
         "": saves,
@@ -281,7 +284,7 @@ class Paced:
 
     def __call__(self) -> bool:
         if self.moved < (time.perf_counter() - self.started) * PREFILL_GBPS * 1e9:
-            self.rig.save(slice(0, 4))
+            self.rig.save(self.rig.batches[0][:4])
             self.moved += 4 * self.rig.geometry.share
         return self.running()
 

@@ -15,8 +15,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class CudaPager(Pager):
             moves = Kernels(pages, share)
             self._saves = _SaveLane(pages, share, moves, sharers)
             self._loads = _Lane(Direction.LOAD, pages, share, moves, sharers)
-        self._saving = _Background()
+        self._saving = _Background(self._settled)
         self.follow()
 
     def follow(self) -> None:
@@ -134,15 +134,17 @@ class CudaPager(Pager):
         self._engine = int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def save(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
-        job = self._job(arena, copies)
+        with self._settled():
+            job = self._job(arena, copies)
         self._saves.waiting.append(job)
         self._saving.submit(self._saves.run_next)
         return job.transfer
 
     def load(self, arena: Arena, copies: Sequence[BlockCopy]) -> CudaTransfer:
         """Ordered after the engine's work enqueued so far: it may still use the pages for what they held before."""
-        job = self._job(arena, copies)
-        self._loads.run(job)
+        with self._settled():
+            job = self._job(arena, copies)
+            self._loads.run(job)
         return job.transfer
 
     def ready(self, arena: Arena) -> bool:
@@ -151,24 +153,33 @@ class CudaPager(Pager):
     def forget(self) -> None:
         """Waits for loads that were handed over, and unregisters once the saves before it have been, too."""
         self._saving.submit(self._saves.forget)
-        self._loads.forget()
+        with self._settled():
+            self._loads.forget()
 
     def close(self) -> None:
         self._saving.close()
-        for lane in (self._saves, self._loads):
-            lane.close()
+        with self._settled():
+            for lane in (self._saves, self._loads):
+                lane.close()
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """How CUDA is called in a thread: on this device, beside whatever the engine captures."""
+        with cupy.cuda.Device(self._device.index), beside_captures():
+            yield
 
     def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
-        with cupy.cuda.Device(self._device.index), beside_captures():
-            begin = cupy.cuda.Event(block=True, disable_timing=True)
-            runtime.eventRecord(begin.ptr, self._engine)
+        begin = cupy.cuda.Event(block=True, disable_timing=True)
+        runtime.eventRecord(begin.ptr, self._engine)
         return _Job(arena, copies, self._engine, begin, CudaTransfer(self._engine))
 
 
 class _Background:
     """Runs a lane's jobs in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, settled: Callable[[], AbstractContextManager[None]]) -> None:
+        """The thread's calls of CUDA are made as ``settled`` says."""
+        self._settled = settled
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="kv-save", daemon=True)
         self._thread.start()
@@ -182,12 +193,14 @@ class _Background:
         self._thread.join()
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        with self._settled():
+            while (job := self._jobs.get()) is not None:
+                job()
 
 
 class _Lane:
-    """One direction: its streams, its route, and the registration of the arena it goes to. One thread at a time."""
+    """One direction: its streams, its route, and the registration of the arena it goes to. One thread at a time, which is
+    settled: see ``CudaPager``."""
 
     def __init__(self, direction: Direction, pages: PagedKV, share: Share, moves: Kernels, sharers: int) -> None:
         self._device = pages.sample.device.index
@@ -201,13 +214,12 @@ class _Lane:
 
     def run(self, job: _Job) -> None:
         """Hand a whole job to CUDA. Never raises."""
-        with cupy.cuda.Device(self._device), beside_captures():
-            try:
-                job.transfer.handed_over(self._hand_over(job))
-            except Exception as error:  # whatever it is, the engine recomputes
-                with suppress(Exception):
-                    self._drain()  # the pages and slots may be used again once the transfer is done
-                job.transfer.fail(error)
+        try:
+            job.transfer.handed_over(self._hand_over(job))
+        except Exception as error:  # whatever it is, the engine recomputes
+            with suppress(Exception):
+                self._drain()  # the pages and slots may be used again once the transfer is done
+            job.transfer.fail(error)
 
     def ready(self, arena: Arena) -> bool:
         """Whether all of ``arena`` is pinned, so that no job waits for that. Any thread."""
@@ -221,11 +233,10 @@ class _Lane:
 
     def close(self) -> None:
         """Wait for what was handed over, and give the arena's registration back."""
-        with cupy.cuda.Device(self._device), beside_captures():
-            self._drain()
-            if self._pinned is not None:
-                self._pinned.close()
-                self._pinned = None
+        self._drain()
+        if self._pinned is not None:
+            self._pinned.close()
+            self._pinned = None
 
     def _hand_over(self, job: _Job) -> Any:
         """Enqueue a whole job; the event behind it."""
