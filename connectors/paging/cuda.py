@@ -252,7 +252,7 @@ class _Lane:
             mark = self._marks[0]
             mark.synchronize()
             begun = time.perf_counter()
-            self._route.move(pinned, offsets, pages)
+            self._route.move(pinned, offsets, pages, idle=not job.computing())
             self._route.tail.record(mark)
             self._marks.rotate(-1)
             if start < len(job.copies):

@@ -12,16 +12,22 @@ from kvstore.layout import Run
 RUNS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60)), min_size=1, max_size=4)
 
 
-@given(gaps_and_lengths=RUNS, blocks=st.integers(1, 12), group=st.integers(1, 200), slice_bytes=st.integers(1, 300))
+BUFFERS = 3
+
+
+@given(
+    gaps_and_lengths=RUNS, blocks=st.integers(1, 12), group=st.integers(1, 200), buffer=st.integers(0, BUFFERS - 1),
+    slice_bytes=st.integers(1, 300),
+)  # fmt: skip
 def test_every_byte_is_copied_once(
-    gaps_and_lengths: list[tuple[int, int]], blocks: int, group: int, slice_bytes: int
+    gaps_and_lengths: list[tuple[int, int]], blocks: int, group: int, buffer: int, slice_bytes: int
 ) -> None:
     runs, at = [], 0
     for gap, length in gaps_and_lengths:
         runs.append(Run(at + gap, length))
         at += gap + length
     offsets = np.random.default_rng(blocks).permutation(blocks) * (at + 5)
-    pieces = Cutter(runs, group, slice_bytes)(offsets)
+    pieces = Cutter(runs, group, BUFFERS, slice_bytes)(offsets, buffer)
 
     share = sum(run.length for run in runs)
     expected = [int(offset) + run.offset + byte for offset in offsets for run in runs for byte in range(run.length)]
@@ -30,11 +36,12 @@ def test_every_byte_is_copied_once(
     for number, (first, stop) in enumerate(zip(pieces.bounds, pieces.bounds[1:], strict=False)):
         for piece in range(first, stop):
             arena, staged, size = (int(column[piece]) for column in (pieces.arena, pieces.staged, pieces.sizes))
+            turn, inside = divmod(staged, group)
+            assert turn == (buffer + number) % BUFFERS
             assert size > 0
-            assert staged + size <= group
+            assert inside + size <= group
             assert arena // slice_bytes == (arena + size - 1) // slice_bytes
-            assert pieces.groups[piece] == number
             for byte in range(size):
-                assert found[number * group + staged + byte] == -1
-                found[number * group + staged + byte] = arena + byte
+                assert found[number * group + inside + byte] == -1
+                found[number * group + inside + byte] = arena + byte
     assert found == expected
