@@ -49,6 +49,10 @@ MAX_AHEAD = 3
 SAVING_SHARE = 1 / 2
 """Of the time, while the engine computes and no other save could begin. A prefill of an 8B model makes KV at 4 GB/s."""
 
+IDLE_THREAD_BLOCKS = 66
+"""Of a gather while the engine does nothing: with more it takes the memory from under the copy engine. An engine that computes
+feels a short gather less than a narrow one, so beside that it is as wide as can be."""
+
 
 class CudaTransfer:
     """A batch on its way; done when the last byte has arrived or the copy failed."""
@@ -252,7 +256,7 @@ class _Lane:
             mark = self._marks[0]
             mark.synchronize()
             begun = time.perf_counter()
-            self._route.move(pinned, offsets, pages, idle=not job.computing())
+            self._route.move(pinned, offsets, pages, self._thread_blocks(job))
             self._route.tail.record(mark)
             self._marks.rotate(-1)
             if start < len(job.copies):
@@ -262,6 +266,10 @@ class _Lane:
     def _follow(self, job: _Job) -> None:
         """Nothing of the job before the engine's work that it comes after."""
         self._streams.kernels.wait_event(job.begin)
+
+    def _thread_blocks(self, job: _Job) -> int | None:
+        """Of a kernel, at most."""
+        return None
 
     def _pause(self, job: _Job, mark: Any, begun: float) -> None:
         """Between two windows, the last of which was enqueued from ``begun`` on and ends at the event ``mark``."""
@@ -299,6 +307,9 @@ class _SaveLane(_Lane):
 
     def _follow(self, job: _Job) -> None:
         job.begin.synchronize()  # in this thread: the engine's has the interpreter to itself until its step is computed
+
+    def _thread_blocks(self, job: _Job) -> int | None:
+        return None if job.computing() else IDLE_THREAD_BLOCKS
 
     def _pause(self, job: _Job, mark: Any, begun: float) -> None:
         if not job.computing():

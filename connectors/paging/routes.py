@@ -21,16 +21,13 @@ from connectors.paging.pinned import PinnedArena
 from kvstore.errors import IdentityError
 
 BUFFERS = 2
-"""Of a direction: one on the bus, one under the kernel, which is over ten times as fast."""
+"""Of a direction: one on the bus, one under the kernel, which is over twenty times as fast."""
 STAGING_BYTES = 32 << 20
 """Of one buffer at most. Larger groups: fewer CUDA calls."""
 WINDOW_BYTES = 64 << 20
 """Prepared at a time, or up to twice that: were all of a large transfer prepared first, the bus would stand idle meanwhile."""
 DIRECT_BELOW = 128 << 10
 """Runs shorter than this go between pages and arena in the kernel: the copy engine would be no faster, and cost the CPU more."""
-IDLE_THREAD_BLOCKS = 66
-"""Of a kernel that fills or empties a buffer while the engine does nothing: with more of them it takes the memory from under the
-copy engine. Beside an engine that computes, a short kernel is felt less than a narrow one, so there it has as many as it can."""
 DIRECT_THREAD_BLOCKS = 32
 """Of a kernel that is held up by the bus: enough to keep that busy, and no more, since they stay as long as the copy."""
 
@@ -59,8 +56,9 @@ class Route(Protocol):
     tail: Any
     """The stream on which a transfer ends."""
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, idle: bool) -> None:
-        """Between ``pages`` ``[block, page]`` and ``offsets`` ``[block]`` of the arena. ``idle``: the engine computes nothing."""
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
+        """Between ``pages`` ``[block, page]`` and ``offsets`` ``[block]`` of the arena; through a buffer with kernels of at
+        most ``most`` thread blocks."""
 
 
 class Kernels:
@@ -120,22 +118,21 @@ class Staged:
         self._buffers = [_Buffer(self._base + i * group_bytes, _event(), _event()) for i in range(BUFFERS)]
         self._turn = 0
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, idle: bool) -> None:
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
         starts = range(0, len(offsets) * self._share, self._group)
         launches = iter(enumerate(starts))
-        width = IDLE_THREAD_BLOCKS if idle else None
         if self._save:
-            self._move(*next(launches), pages, width)  # copies are cut meanwhile
+            self._move(*next(launches), pages, most)  # copies are cut meanwhile
         pieces = self._cut(offsets, self._turn % BUFFERS)
         staged, host = pieces.staged + self._base, pieces.arena + arena.address
         copies = CopyBatch(host, staged, pieces.sizes) if self._save else CopyBatch(staged, host, pieces.sizes)
         for group, (first, stop) in enumerate(pairwise(pieces.bounds)):
             self._copy(group, copies, first, stop)
             if following := next(launches, None):
-                self._move(*following, pages, width)
+                self._move(*following, pages, most)
         self._turn += len(starts)
 
-    def _move(self, group: int, start: int, pages: Pages, width: int | None) -> None:
+    def _move(self, group: int, start: int, pages: Pages, most: int | None) -> None:
         """Enqueue the kernel of a group: the bytes of the window from ``start`` on."""
         buffer, stream = self._buffer(group), self._streams.kernels
         stop = min(start + self._group, len(pages) * self._share)
@@ -146,7 +143,7 @@ class Staged:
         vectors = (stop - start) // width
         self._arguments.fill(payloads, pages[first:last], skipped // width, vectors)
         stream.wait_event(buffer.copied)
-        self._kernels.launch(self._direction, self._arguments, vectors, stream, width)
+        self._kernels.launch(self._direction, self._arguments, vectors, stream, most)
         stream.record(buffer.moved)
 
     def _copy(self, group: int, copies: CopyBatch, first: int, stop: int) -> None:
@@ -170,7 +167,7 @@ class Direct:
         self._head = share.heads[0] * strides(share.block).head
         self._arguments = Arguments(moves.directory, strides(share.block))
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, idle: bool) -> None:
+    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
         vectors = len(offsets) * self._vectors
         self._arguments.fill(offsets + (arena.address + self._head), pages, 0, vectors)
         self._kernels.launch(self._direction, self._arguments, vectors, self.tail, DIRECT_THREAD_BLOCKS)
