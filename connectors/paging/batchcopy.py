@@ -7,12 +7,10 @@ One by one, a copy engine stands idle for about a microsecond between copies: pi
 from __future__ import annotations
 
 import ctypes
+from array import array
 from typing import Any
 
-import numpy as np
 from cupy.cuda import runtime
-
-from connectors.paging.pieces import Column
 
 
 class _Attributes(ctypes.Structure):
@@ -48,22 +46,13 @@ def _driver_function() -> Any:
 _batch = _driver_function()
 
 
-class CopyBatch:
-    """Copies between addresses, handed over part by part."""
-
-    def __init__(self, targets: Column, sources: Column, sizes: Column) -> None:
-        self._table = np.array((targets, sources, sizes), np.int64)
-        self._at = self._table.ctypes.data
-        self._row = self._table.strides[0]
-
-    def enqueue(self, first: int, stop: int, stream: int) -> None:
-        """Enqueue copies ``first:stop`` on a stream of our own; in no particular order among themselves."""
-        if _batch is None:
-            for target, source, size in self._table[:, first:stop].T.tolist():
-                runtime.memcpyAsync(target, source, size, runtime.memcpyDefault, stream)
-            return
-        at = self._at + first * self._table.itemsize
-        part = (at, at + self._row, at + 2 * self._row)
-        status = _batch(*part, stop - first, _ATTRIBUTES_AT, _FROM_FIRST_AT, 1, stream)
-        if status:
-            raise RuntimeError(f"cuMemcpyBatchAsync failed with CUDA error {status}")
+def copy_batch(targets: array[int], sources: array[int], sizes: array[int], stream: int) -> None:
+    """Enqueue copies between addresses on a stream of our own; in no particular order among themselves."""
+    if _batch is None:
+        for target, source, size in zip(targets, sources, sizes, strict=True):
+            runtime.memcpyAsync(target, source, size, runtime.memcpyDefault, stream)
+        return
+    table = (column.buffer_info()[0] for column in (targets, sources, sizes))
+    status = _batch(*table, len(sizes), _ATTRIBUTES_AT, _FROM_FIRST_AT, 1, stream)
+    if status:
+        raise RuntimeError(f"cuMemcpyBatchAsync failed with CUDA error {status}")

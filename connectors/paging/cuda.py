@@ -20,13 +20,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from connectors.paging.base import BlockCopy, Pager
 from connectors.paging.capture import beside_captures
 from connectors.paging.geometry import PagedKV, Share
-from connectors.paging.pieces import Column
 from kvstore.errors import ConfigError, IdentityError
 from kvstore.layout import BlockLayout
 from kvstore.node.arena import Arena
@@ -252,7 +250,7 @@ class _Lane:
             start, count = start + count, min(2 * count, self._route.window)
             pages = self._pages.view_pages(copies, self._block.tokens, self._whole)
             offsets = self._offsets(job.arena, copies)
-            pinned.wait(int(offsets.max()) + self._block.nbytes)
+            pinned.wait(max(offsets) + self._block.nbytes)
             mark = self._marks[0]
             mark.synchronize()
             begun = time.perf_counter()
@@ -274,13 +272,13 @@ class _Lane:
     def _pause(self, job: _Job, mark: Any, begun: float) -> None:
         """Between two windows, the last of which was enqueued from ``begun`` on and ends at the event ``mark``."""
 
-    def _offsets(self, arena: Arena, copies: Sequence[BlockCopy]) -> Column:
+    def _offsets(self, arena: Arena, copies: Sequence[BlockCopy]) -> Sequence[int]:
         """Of each block in the arena. Checked: a kernel that leaves the arena, or is misaligned, costs the engine its GPU."""
         offsets = [copy.offset for copy in copies]
         last = arena.nbytes - self._block.nbytes
         if not all(0 <= offset <= last and not offset % ALIGNMENT for offset in offsets):
             raise IdentityError(f"not every block at {offsets} is inside the arena and aligned to {ALIGNMENT} bytes")
-        return np.array(offsets, np.int64)
+        return offsets
 
     def _pin(self, arena: Arena) -> PinnedArena:
         if self._pinned is None or self._pinned.arena is not arena:

@@ -10,9 +10,9 @@ import ctypes
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from connectors.paging.geometry import PagedKV, Pages, Share, Strides
-from connectors.paging.pieces import Column
 
 THREADS = 128
 UNROLL = 4
@@ -157,7 +157,7 @@ class Arguments:
         self.address = ctypes.addressof(self._pointers)
         self._payloads, self._pages = self._batch["payload"], self._batch["page"]
 
-    def fill(self, payloads: Column, pages: Pages, origin: int, vectors: int) -> None:
+    def fill(self, payloads: npt.NDArray[np.int64], pages: Pages, origin: int, vectors: int) -> None:
         """Blocks whose payloads are at these addresses and whose pages are these, ``[block, page]``; so many vectors of them,
         from ``origin`` on."""
         self._payloads[: len(payloads)] = payloads

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
+from itertools import cycle, islice
 from typing import Any, Protocol
 
 import cupy
@@ -13,10 +14,10 @@ import torch
 from cupy.cuda import driver
 
 from connectors.paging import kernels, pinned
-from connectors.paging.batchcopy import CopyBatch
+from connectors.paging.batchcopy import copy_batch
 from connectors.paging.geometry import PagedKV, Pages, Share, strides
 from connectors.paging.kernels import Arguments
-from connectors.paging.pieces import Column, Cutter
+from connectors.paging.pieces import Pieces, cut
 from connectors.paging.pinned import PinnedArena
 from kvstore.errors import IdentityError
 
@@ -56,7 +57,7 @@ class Route(Protocol):
     tail: Any
     """The stream on which a transfer ends."""
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
+    def move(self, arena: PinnedArena, offsets: Sequence[int], pages: Pages, most: int | None) -> None:
         """Between ``pages`` ``[block, page]`` and ``offsets`` ``[block]`` of the arena; through a buffer with kernels of at
         most ``most`` thread blocks."""
 
@@ -110,31 +111,30 @@ class Staged:
         self._share, self._group = share.nbytes, group_bytes
         self.first = max(group_bytes // share.nbytes, 1)
         self.window = _window(share.nbytes, group_bytes)
-        self._cut = Cutter(share.runs, group_bytes, BUFFERS, pinned.SLICE_BYTES)
+        self._runs = share.runs
         self._arguments = Arguments(moves.directory, strides(share.compact))
         self._shares = share.nbytes * np.arange(moves.max_blocks)
         self._memory = torch.empty(BUFFERS * group_bytes, dtype=torch.uint8, device=moves.device)
-        self._base = self._memory.data_ptr()
-        self._buffers = [_Buffer(self._base + i * group_bytes, _event(), _event()) for i in range(BUFFERS)]
-        self._turn = 0
+        base = self._memory.data_ptr()
+        self._buffers = cycle([_Buffer(base + i * group_bytes, _event(), _event()) for i in range(BUFFERS)])
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
+    def move(self, arena: PinnedArena, offsets: Sequence[int], pages: Pages, most: int | None) -> None:
         starts = range(0, len(offsets) * self._share, self._group)
-        launches = iter(enumerate(starts))
+        buffers = list(islice(self._buffers, len(starts)))
+        groups = cut(
+            offsets, self._runs, arena.address, pinned.SLICE_BYTES, [buffer.address for buffer in buffers], self._group
+        )
+        launches = zip(buffers, starts, strict=True)
         if self._save:
-            self._move(*next(launches), pages, most)  # copies are cut meanwhile
-        pieces = self._cut(offsets, self._turn % BUFFERS)
-        staged, host = pieces.staged + self._base, pieces.arena + arena.address
-        copies = CopyBatch(host, staged, pieces.sizes) if self._save else CopyBatch(staged, host, pieces.sizes)
-        for group, (first, stop) in enumerate(pairwise(pieces.bounds)):
-            self._copy(group, copies, first, stop)
+            self._move(*next(launches), pages, most)
+        for buffer, pieces in zip(buffers, groups, strict=True):
+            self._copy(buffer, pieces)
             if following := next(launches, None):
                 self._move(*following, pages, most)
-        self._turn += len(starts)
 
-    def _move(self, group: int, start: int, pages: Pages, most: int | None) -> None:
+    def _move(self, buffer: _Buffer, start: int, pages: Pages, most: int | None) -> None:
         """Enqueue the kernel of a group: the bytes of the window from ``start`` on."""
-        buffer, stream = self._buffer(group), self._streams.kernels
+        stream = self._streams.kernels
         stop = min(start + self._group, len(pages) * self._share)
         first, skipped = divmod(start, self._share)
         last = -(-stop // self._share)
@@ -146,15 +146,13 @@ class Staged:
         self._kernels.launch(self._direction, self._arguments, vectors, stream, most)
         stream.record(buffer.moved)
 
-    def _copy(self, group: int, copies: CopyBatch, first: int, stop: int) -> None:
-        buffer, stream = self._buffer(group), self._streams.copies
+    def _copy(self, buffer: _Buffer, pieces: Pieces) -> None:
+        """Enqueue the copies of a group."""
+        stream = self._streams.copies
         stream.wait_event(buffer.moved)
-        copies.enqueue(first, stop, stream.ptr)
+        ways = (pieces.arena, pieces.staged) if self._save else (pieces.staged, pieces.arena)
+        copy_batch(*ways, pieces.sizes, stream.ptr)
         stream.record(buffer.copied)
-
-    def _buffer(self, group: int) -> _Buffer:
-        """Of a group of this window: the buffers take turns, on from the window before."""
-        return self._buffers[(self._turn + group) % BUFFERS]
 
 
 class Direct:
@@ -167,9 +165,10 @@ class Direct:
         self._head = share.heads[0] * strides(share.block).head
         self._arguments = Arguments(moves.directory, strides(share.block))
 
-    def move(self, arena: PinnedArena, offsets: Column, pages: Pages, most: int | None) -> None:
+    def move(self, arena: PinnedArena, offsets: Sequence[int], pages: Pages, most: int | None) -> None:
         vectors = len(offsets) * self._vectors
-        self._arguments.fill(offsets + (arena.address + self._head), pages, 0, vectors)
+        payloads = np.array(offsets, np.int64) + (arena.address + self._head)
+        self._arguments.fill(payloads, pages, 0, vectors)
         self._kernels.launch(self._direction, self._arguments, vectors, self.tail, DIRECT_THREAD_BLOCKS)
 
 
