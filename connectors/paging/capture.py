@@ -8,8 +8,6 @@ when the arena is pinned.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 _RELAXED = 2
@@ -17,25 +15,23 @@ _RELAXED = 2
 
 
 def _driver_function() -> Any:
-    """``cuThreadExchangeStreamCaptureMode``; None without a driver. It takes no time, so the interpreter lock is kept."""
+    """``cuThreadExchangeStreamCaptureMode``; what does nothing without a driver. It takes no time, so the interpreter lock is
+    kept."""
     try:
         return ctypes.PyDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):
-        return None
+        return lambda mode: None
 
 
 _exchange = _driver_function()
 
 
-@contextmanager
-def beside_captures() -> Iterator[None]:
-    """Calls of this thread, on streams that are not being captured, neither fail nor break a capture of another thread."""
-    if _exchange is None:
-        yield
-        return
-    mode = ctypes.c_int(_RELAXED)
-    _exchange(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        _exchange(ctypes.byref(mode))  # what it was before
+class BesideCaptures:
+    """Within it, calls of this thread on streams that are not being captured neither fail nor break another thread's capture."""
+
+    def __enter__(self) -> None:
+        self._mode = ctypes.c_int(_RELAXED)
+        _exchange(ctypes.byref(self._mode))
+
+    def __exit__(self, *error: object) -> None:
+        _exchange(ctypes.byref(self._mode))  # what it was before

@@ -15,15 +15,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from connectors.paging.base import BlockCopy, Pager
-from connectors.paging.capture import beside_captures
+from connectors.paging.capture import BesideCaptures
 from connectors.paging.geometry import PagedKV, Share
 from kvstore.errors import ConfigError, IdentityError
 from kvstore.layout import BlockLayout
@@ -68,7 +68,7 @@ class CudaTransfer:
 
     def wait(self) -> None:
         end = self._ended()
-        with beside_captures():
+        with BesideCaptures():
             end.synchronize()
 
     def precede(self) -> None:
@@ -164,11 +164,8 @@ class CudaPager(Pager):
             for lane in (self._saves, self._loads):
                 lane.close()
 
-    @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """How CUDA is called in a thread: on this device, beside whatever the engine captures."""
-        with cupy.cuda.Device(self._device.index), beside_captures():
-            yield
+    def _settled(self) -> _Settled:
+        return _Settled(self._device.index)
 
     def _job(self, arena: Arena, copies: Sequence[BlockCopy]) -> _Job:
         begin = cupy.cuda.Event(block=True, disable_timing=True)
@@ -176,11 +173,25 @@ class CudaPager(Pager):
         return _Job(arena, copies, self._engine, begin, CudaTransfer(self._engine))
 
 
+class _Settled:
+    """Within it, this thread's calls of CUDA are for one device, whatever the engine captures."""
+
+    def __init__(self, device: int) -> None:
+        self._device, self._beside = cupy.cuda.Device(device), BesideCaptures()
+
+    def __enter__(self) -> None:
+        self._device.__enter__()
+        self._beside.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._beside.__exit__()
+        self._device.__exit__()
+
+
 class _Background:
     """Runs a lane's jobs in a thread of its own."""
 
-    def __init__(self, settled: Callable[[], AbstractContextManager[None]]) -> None:
-        """The thread's calls of CUDA are made as ``settled`` says."""
+    def __init__(self, settled: Callable[[], _Settled]) -> None:
         self._settled = settled
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="kv-save", daemon=True)

@@ -80,8 +80,12 @@ class PagedKV:
         """
         pages = int(self.sample.shape[0]) // self.subpages
         tables, count = self.table_count, tokens // (self.page_tokens * self.subpages)
+        given = [page for copy in copies for page in copy.pages]
+        least = 0 if whole else ABSENT
+        if given and not least <= min(given) <= max(given) < pages:
+            raise IdentityError(f"pages {min(given)} to {max(given)} are not all inside a cache of {pages} pages")
         if all(len(copy.pages) == tables * count and not copy.first_page for copy in copies):
-            rows = np.array([copy.pages for copy in copies], np.int32).reshape(len(copies), tables * count)
+            rows = np.array(given, np.int32).reshape(len(copies), tables * count)
         else:
             cut = np.full((len(copies), tables, count), ABSENT, np.int32)
             for row, copy in zip(cut, copies, strict=True):
@@ -91,9 +95,6 @@ class PagedKV:
                     raise IdentityError(f"pages {copy.first_page}:{last} given of a block of {count} pages")
                 row[:, copy.first_page : last] = np.reshape(copy.pages, (tables, taken))
             rows = cut.reshape(len(copies), tables * count)
-        least = 0 if whole else ABSENT
-        if rows.size and not least <= rows.min() <= rows.max() < pages:
-            raise IdentityError(f"pages {rows.min()} to {rows.max()} are not all inside a cache of {pages} pages")
         if self.subpages == 1:
             return rows
         parts = rows[:, :, None] * self.subpages + np.arange(self.subpages, dtype=np.int32)

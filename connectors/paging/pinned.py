@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-from connectors.paging.capture import beside_captures
+from connectors.paging.capture import BesideCaptures
 from kvstore.errors import ConfigError
 from kvstore.node.arena import Arena
 
@@ -66,12 +66,12 @@ class PinnedArena:
         with self._changed:
             self._closing = True
         self._thread.join()
-        with cupy.cuda.Device(self._device), beside_captures():
+        with cupy.cuda.Device(self._device), BesideCaptures():
             for offset in range(0, self._registered, SLICE_BYTES):
                 runtime.hostUnregister(self.address + offset)
 
     def _register(self) -> None:
-        with cupy.cuda.Device(self._device), beside_captures():
+        with cupy.cuda.Device(self._device), BesideCaptures():
             for offset in range(0, self.arena.nbytes, SLICE_BYTES):
                 length = min(SLICE_BYTES, self.arena.nbytes - offset)
                 error: Exception | None = None
