@@ -61,7 +61,9 @@ def test_equals_the_reference(route: str, arena: Arena, case: Case, seed: int) -
     reference, pager = ReferencePager(pages, case.block, case.heads), CudaPager(pages, case.block, case.heads)
     try:
         arena.slot(0, arena.nbytes)[:] = bytes(arena.nbytes)
-        reference.save(arena, copies).wait()  # before the arena is pinned: torch's copies may not pass from slice to slice
+        reference.save(
+            arena, copies
+        ).wait()  # before the arena is pinned: torch's copies may not pass from slice to slice
         expected = bytes(arena.buffer)
         random_fill(pages, seed + 1)
         reference.load(arena, wanted).wait()
