@@ -208,6 +208,27 @@ def test_saves_leave_room_for_an_engine_that_computes(
     assert len(rests) == expected, "none while another save could begin"
 
 
+@pytest.mark.parametrize("computing", [False, True])
+def test_only_an_idle_engine_is_saved_from_by_narrow_kernels(
+    cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch, computing: bool
+) -> None:
+    widths: list[int] = []
+    driver = sys.modules["cupy.cuda.driver"]
+    launch = driver.launchKernel
+    monkeypatch.setattr(
+        driver, "launchKernel", lambda kernel, grid, *rest: (widths.append(grid), launch(kernel, grid, *rest))
+    )
+    monkeypatch.setattr(sys.modules["cupy.cuda.runtime"], "streamQuery", lambda stream: 600 * computing)
+    monkeypatch.setattr(sys.modules["connectors.paging.routes"], "DIRECT_BELOW", 0)
+    monkeypatch.setattr(cuda, "IDLE_THREAD_BLOCKS", 1)
+    case = Case(BlockLayout(16, 6, 2, 16, 2), (0, 2), torch.bfloat16, "LBNHC", page_tokens=4, pages=4)
+    pager = cuda.CudaPager(random_fill(case.build("cpu"), 3), case.block, case.heads)
+    for move in (pager.save, pager.load):
+        move(arena, [BlockCopy((0, 1, 2, 3), 0)]).wait()
+    pager.close()
+    assert widths == [2 if computing else 1, 2], "12 KiB, of which a thread block takes 8 at a time"
+
+
 def test_it_says_when_an_arena_is_pinned(cuda: ModuleType, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     register = sys.modules["cupy.cuda.runtime"].hostRegister
