@@ -21,12 +21,15 @@ from typing import Any
 import msgpack
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from kvstore.identity import BlockKey
 from kvstore.index import BlockIndex, Rows
 from kvstore.policy.eviction import EvictionPolicy, Values
 from kvstore.policy.hazard import BINS, Floats, Hazards, chance, fit, hopeful, interpolate, log_likelihood, worth
 from kvstore.policy.sightings import WAYS, Sightings, words_of
+
+log = structlog.get_logger(__name__)
 
 Kinds = npt.NDArray[np.intp]
 
@@ -251,16 +254,23 @@ class Traffic:
         return often and not self._estimating
 
     def estimation(self) -> Callable[[], Estimate]:
-        """When one is ``due``: the work of making it, for any thread. Give what it returns to ``adopt``."""
+        """When one is ``due``: the work of making it, for any thread. Give what it returns to ``adopt``.
+
+        If it fails, it logs why and returns the last estimate.
+        """
         self._estimating, self._fitted = True, self._requests
         watched = np.flatnonzero(np.isfinite(self._table.seen[: self._watched]))
         kind, age = self._table.kind[watched], self._now - self._table.seen[watched]
         hazards, shrink = self._hazards.copy(), SHRINK_PROMPTS * self._blocks / self._requests
 
         def work() -> Estimate:
-            uses, risk = hazards.data(kind, age)
-            rates = self._foresight.learn(uses, risk, shrink)
-            return Estimate(worth(rates), hopeful(rates, risk, shrink))
+            try:
+                uses, risk = hazards.data(kind, age)
+                rates = self._foresight.learn(uses, risk, shrink)
+                return Estimate(worth(rates), hopeful(rates, risk, shrink))
+            except Exception as error:  # a defect, or no memory: ranking goes on by what was learnt before
+                log.error("reuse not estimated", exc_info=error)
+                return self._estimate
 
         return work
 

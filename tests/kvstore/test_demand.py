@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 import kvstore.demand
 import kvstore.policy.reuse
@@ -72,6 +73,32 @@ async def test_no_lookup_waits_for_what_is_learnt(tmp_path: Path, monkeypatch: p
     await demand.close()
     assert threads
     assert threading.get_ident() not in threads
+
+
+async def test_an_estimate_that_fails_is_made_again_when_enough_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimates = 0
+    worth = kvstore.policy.reuse.worth
+
+    def fails_at_first(rates: Floats) -> Floats:
+        nonlocal estimates
+        estimates += 1
+        if estimates == 1:
+            raise MemoryError
+        return worth(rates)
+
+    prompt = chain(1, 5)
+    demand = Demand(tmp_path / "hotness.msgpack")
+    monkeypatch.setattr(kvstore.policy.reuse, "worth", fails_at_first)
+    with capture_logs() as logs:
+        for number in range(100):
+            demand.observe(number, prompt, TOKENS, BYTES)
+            await asyncio.sleep(0)
+        await demand.close()
+        demand.traffic.chance(prompt, time.time(), 60.0)  # makes the next one, if the first took that long to fail
+    assert estimates > 1
+    assert [(entry["log_level"], entry["event"]) for entry in logs] == [("error", "reuse not estimated")]
 
 
 async def test_counts_are_kept_and_published_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

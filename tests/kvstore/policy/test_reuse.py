@@ -6,12 +6,15 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
+import kvstore.policy.reuse
 from kvstore.envelope import Header
 from kvstore.identity import NO_PARENT, BlockKey
 from kvstore.index import BlockIndex
 from kvstore.policy.eviction import eviction_order
-from kvstore.policy.reuse import ANSWER, Reuse, Traffic, answer_level, kind_of
+from kvstore.policy.hazard import Floats
+from kvstore.policy.reuse import ANSWER, REFIT_EVERY, Reuse, Traffic, answer_level, kind_of
 
 
 def chain(name: str, blocks: int) -> list[BlockKey]:
@@ -66,6 +69,21 @@ def test_an_estimate_may_be_made_in_another_thread() -> None:
     for keys in (chain("talk 9", 40), chain("once 3", 12)):
         assert here.chance(keys, now, 600.0).tolist() == there.chance(keys, now, 600.0).tolist()
     assert here.chance(chain("talk 9", 10), now, 600.0)[0] != Traffic(64).chance(chain("talk 9", 10), now, 600.0)[0]
+
+
+def test_an_estimate_that_fails_is_made_again_when_enough_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(rates: Floats) -> Floats:
+        raise ArithmeticError
+
+    traffic, now = trained()
+    prompt = chain("talk 3", 28)
+    with monkeypatch.context() as patch:
+        patch.setattr(kvstore.policy.reuse, "worth", fails)
+        without = traffic.chance(prompt, now, 600.0).tolist()
+    assert traffic.chance(prompt, now, 600.0).tolist() == without, "not before enough was asked"
+    for _ in range(REFIT_EVERY):
+        traffic.observe(chain("once more", 12), now)
+    assert traffic.chance(prompt, now, 600.0).tolist() != without
 
 
 def test_ranks_an_index_that_it_never_saw() -> None:
