@@ -116,7 +116,7 @@ class Site:
 
     def linked(self) -> bool:
         """Whether both sides of an engine have found the node."""
-        return sum(client["name"] == "vLLM" for client in self.status()["clients"]) == 2
+        return sum(client["namespace"] is not None for client in self.status()["clients"]) == 2
 
     def saved(self, tokens: int) -> None:
         """Wait until host memory, disk and bucket hold ``tokens``."""

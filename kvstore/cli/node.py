@@ -82,9 +82,19 @@ def _print(document: dict[str, Any]) -> None:
             title="Namespaces",
         )
     if document["clients"]:
+        models = {space["digest"]: space["fields"].get("model", "?") for space in document["namespaces"]}
         print_table(
-            ("client", ">pid", ">connected", ">leases"),
-            [(c["name"], str(c["pid"]), ago(c["connected_seconds"]), number(c["leases"])) for c in document["clients"]],
+            ("client", "model", ">pid", ">connected", ">leases"),
+            [
+                (
+                    c["name"],
+                    models.get(c["namespace"], ""),
+                    str(c["pid"]),
+                    ago(c["connected_seconds"]),
+                    number(c["leases"]),
+                )
+                for c in document["clients"]
+            ],
             title="Clients",
         )
     samples = sorted(document["counters"].items())

@@ -265,6 +265,7 @@ class Verbs:
                 {
                     "name": client.name,
                     "pid": client.pid,
+                    "namespace": client.namespace and client.namespace.digest,
                     "connected_seconds": now - client.since,
                     "leases": sum(map(len, client.session.leases.values())),
                 }

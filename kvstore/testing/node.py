@@ -154,8 +154,9 @@ class NodeProcess:
         return {tier["medium"]: tier["blocks"] for tier in self.status()["tiers"]}
 
     def clients(self) -> int:
-        """Who else is connected: two for an engine of one rank."""
-        return sum(client["name"] != _OWN_NAME for client in self.status()["clients"])
+        """Who else is connected and has said what it asks about: two for an engine of one rank."""
+        clients = self.status()["clients"]
+        return sum(client["name"] != _OWN_NAME and client["namespace"] is not None for client in clients)
 
     def drain(self) -> None:
         """Wait until what was saved is in every tier. Raises RuntimeError with the end of its log."""
@@ -188,6 +189,26 @@ def alter_host_blocks(client: Client, only: Container[BlockKey] | None = None) -
             acquired.arena.buffer[offset : offset + 4096] = bytes(byte ^ 0x40 for byte in page)
         client.release([key])
     return len(keys)
+
+
+def flip_every_fifth_block(node: NodeProcess) -> int:
+    """Flip a bit in the payload of every fifth block of a stopped node's disk, from the fourth on; how many these are."""
+    return sum(_flip_every_fifth_block(file) for file in node.data.rglob("*") if file.is_file())
+
+
+def _flip_every_fifth_block(segment: Path) -> int:
+    with segment.open("r+b") as file:
+        payloads = []
+        while page := file.read(4096):
+            if page.startswith(b"KVBLOCK\x00"):
+                payloads.append(file.tell())
+        flipped = payloads[3::5]
+        for payload in flipped:
+            file.seek(payload + 1000)
+            (byte,) = file.read(1)
+            file.seek(payload + 1000)
+            file.write(bytes([byte ^ 1]))
+    return len(flipped)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:

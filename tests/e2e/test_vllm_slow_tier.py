@@ -86,7 +86,7 @@ def blocks(node: RunningNode, medium: str) -> int:
 
 def engines(node: RunningNode) -> bool:
     """The engine's scheduler and its worker are connected."""
-    return sum(client["name"] == "vLLM" for client in call(node, "status")["clients"]) == 2
+    return sum(client["namespace"] is not None for client in call(node, "status")["clients"]) == 2
 
 
 def steps(node: RunningNode) -> float:

@@ -78,6 +78,9 @@ class ClientStatus(Model):
 
     name: str = Field(examples=["vllm rank 0"])
     pid: int
+    namespace: Hex | None = Field(
+        None, description="The one it opened last, and asks about. null: it asks about none (yet)."
+    )
     connected_seconds: float
     leases: int
 

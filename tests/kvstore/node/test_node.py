@@ -272,6 +272,7 @@ def test_operators_verbs(client: PatientClient) -> None:
     save(client, blocks)
     status = client.call("status")
     assert status["clients"][0]["pid"] == os.getpid()
+    assert status["clients"][0]["namespace"] == NAMESPACE.digest
     assert status["tiers"][0]["blocks"] == 3
     first = client.call("list", medium="host", limit=2)
     rest = client.call("list", medium="host", limit=2, cursor=first["cursor"])
