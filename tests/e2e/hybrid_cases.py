@@ -96,23 +96,3 @@ def one_by_one(engine: EngineProcess) -> list[Answer]:
 
 def tokens(answers: list[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
-
-
-def flip_every_fifth_block(node: NodeProcess) -> None:
-    """Flip a bit in the payload of every fifth block of a stopped node's disk."""
-    flipped = sum(_flip(file) for file in node.data.rglob("*") if file.is_file())
-    assert flipped, "there is something to damage"
-
-
-def _flip(segment: Path) -> int:
-    with open(segment, "r+b") as file:
-        blocks = []
-        while page := file.read(4096):
-            if page.startswith(b"KVBLOCK\x00"):
-                blocks.append(file.tell())
-        for payload in blocks[3::5]:
-            file.seek(payload + 1000)
-            (byte,) = file.read(1)
-            file.seek(payload + 1000)
-            file.write(bytes([byte ^ 1]))
-    return len(blocks[3::5])

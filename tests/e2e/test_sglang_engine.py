@@ -16,7 +16,7 @@ from packaging.version import Version
 from sglang_process import Answer, Engine, backend
 
 from kvstore.testing.model import make_model
-from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+from kvstore.testing.node import NodeProcess, alter_host_blocks, flip_every_fifth_block, wait_for
 from kvstore.testing.reference import ReferenceModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -220,7 +220,7 @@ def test_corrupt_blocks_are_computed_and_healed(engines: Engines, node: NodeProc
     wait_for(lambda: node.blocks()["disk"] == 26)
     clients = node.clients()
     node.stop()
-    assert sum(flip_every_fifth_block(file) for file in node.data.rglob("*") if file.is_file()) > 2
+    assert flip_every_fifth_block(node) > 2
     node.start()
     wait_for(lambda: node.clients() >= clients)
     answers = ask(engines.first)
@@ -228,21 +228,6 @@ def test_corrupt_blocks_are_computed_and_healed(engines: Engines, node: NodeProc
     assert 0 < sum(stored(answers)) < sum(FULL)
     assert counted(engines.first, "pages_missed_total{corrupt}") > 0
     wait_for(lambda: stored(ask(engines.first)) == FULL)
-
-
-def flip_every_fifth_block(segment: Path) -> int:
-    """Flip a bit in the payloads of every fifth block of a segment file."""
-    with segment.open("r+b") as file:
-        blocks = []
-        while page := file.read(4096):
-            if page.startswith(b"KVBLOCK\x00"):
-                blocks.append(file.tell())
-        for payload in blocks[::5]:
-            file.seek(payload + 1000)
-            (byte,) = file.read(1)
-            file.seek(payload + 1000)
-            file.write(bytes([byte ^ 1]))
-    return len(blocks[::5])
 
 
 def test_a_node_that_dies_and_returns(engines: Engines, node: NodeProcess, reference: list[Answer]) -> None:

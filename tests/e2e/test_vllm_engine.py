@@ -24,7 +24,7 @@ from kvstore.cli import app
 from kvstore.identity import BlockKey
 from kvstore.node.client import Client
 from kvstore.testing.model import make_model
-from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+from kvstore.testing.node import NodeProcess, alter_host_blocks, flip_every_fifth_block, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -233,29 +233,13 @@ def test_corrupt_blocks_are_computed_and_healed(
     engines.bare.generate(PROMPTS, OUTPUT)
     wait_for(lambda: node.blocks()["disk"] > saved // 2)
     node.stop()
-    flipped = sum(flip_every_fifth_block(segment) for segment in (node.data).rglob("*") if segment.is_file())
-    assert flipped
+    assert flip_every_fifth_block(node)
     node.start()
     for engine in (engines.tight, engines.bare):
         engine.forget()
         wait_for(lambda: node.clients())
         check([engine.generate([prompt], OUTPUT)[0] for prompt in PROMPTS], reference)
     assert engines.tight.counters()["vllm:kvstore_blocks_missed{corrupt}"] > 0
-
-
-def flip_every_fifth_block(segment: Path) -> int:
-    """Flip a bit in the payloads of every fifth block of a segment file."""
-    with open(segment, "r+b") as file:
-        blocks = []
-        while page := file.read(4096):
-            if page.startswith(b"KVBLOCK\x00"):
-                blocks.append(file.tell())
-        for payload in blocks[::5]:
-            file.seek(payload + 1000)
-            (byte,) = file.read(1)
-            file.seek(payload + 1000)
-            file.write(bytes([byte ^ 1]))
-    return len(blocks[::5])
 
 
 def test_a_node_that_dies_and_returns(

@@ -16,11 +16,10 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from hybrid_cases import flip_every_fifth_block
 
 from connectors.vllm.process import Answer, EngineProcess
 from kvstore.testing.model import make_model
-from kvstore.testing.node import NodeProcess, alter_host_blocks, wait_for
+from kvstore.testing.node import NodeProcess, alter_host_blocks, flip_every_fifth_block, wait_for
 from kvstore.testing.reference import ReferenceModel
 
 pytestmark = [
@@ -160,7 +159,7 @@ def test_a_load_that_fails_half_way_is_computed_from_there(
 ) -> None:
     stored = site.node.blocks()["disk"]
     site.node.stop()
-    flip_every_fifth_block(site.node)
+    assert flip_every_fifth_block(site.node)
     site.node.start()
     wait_for(site.linked)
     engine.forget()

@@ -11,18 +11,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from hybrid_cases import (
-    OUTPUT,
-    PROMPTS,
-    Engines,
-    flip_every_fifth_block,
-    make_hybrid,
-    one_by_one,
-    serving,
-    tokens,
-)
+from hybrid_cases import OUTPUT, PROMPTS, Engines, make_hybrid, one_by_one, serving, tokens
 
-from kvstore.testing.node import alter_host_blocks, wait_for
+from kvstore.testing.node import alter_host_blocks, flip_every_fifth_block, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -65,7 +56,7 @@ def test_a_hybrid_model_loads_what_another_engine_saved(engines: Engines) -> Non
 
     # A load that fails half way is computed again, all of it: its windows are not there.
     node.stop()
-    flip_every_fifth_block(node)
+    assert flip_every_fifth_block(node)
     engines.restart_node()
     loader.forget()
     assert tokens(one_by_one(loader)) == expected

@@ -11,19 +11,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from hybrid_cases import (
-    PROMPTS,
-    Engines,
-    flip_every_fifth_block,
-    make_hybrid,
-    one_by_one,
-    serving,
-    tokens,
-)
+from hybrid_cases import PROMPTS, Engines, make_hybrid, one_by_one, serving, tokens
 
 from kvstore.identity import BlockKey
 from kvstore.node.client import Client
-from kvstore.testing.node import alter_host_blocks, wait_for
+from kvstore.testing.node import alter_host_blocks, flip_every_fifth_block, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -85,7 +77,7 @@ def test_states_are_loaded_with_the_blocks_before_them(engines: Engines) -> None
 
     # A load that fails half way is computed again, all of it.
     node.stop()
-    flip_every_fifth_block(node)
+    assert flip_every_fifth_block(node)
     engines.restart_node()
     loader.forget()
     assert tokens(one_by_one(loader)) == expected
